@@ -1,0 +1,1 @@
+"""Recipes: named configs, full models, text and tasks, training, generation, the command line."""

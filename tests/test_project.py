@@ -1,0 +1,161 @@
+"""The project itself: packaging, documentation and the one direction of imports."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {  # folder: import name
+    "atlas_blocks": "atlas_blocks",
+    "kernels": "atlas_blocks.kernels",
+    "compile_passes": "atlas_blocks.compile_passes",
+    "recipes": "atlas_blocks.recipes",
+}
+FORBIDDEN = {  # folder: what it may not import
+    "atlas_blocks": ["kernels", "compile_passes", "recipes"],
+    "kernels": ["compile_passes", "recipes"],
+    "compile_passes": ["kernels", "recipes"],
+    "recipes": [],
+}
+# The only place that may name the kernels: it imports a provider when that is first needed.
+LAZY_PROVIDERS = "atlas_blocks/ops/"
+
+
+def run(*command: object, cwd: Path, **env: str) -> str:
+    """Output of a command; the test fails with everything it printed."""
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def packages_in_tree() -> set[str]:
+    """Import names of every folder that holds Python files."""
+    names = set()
+    for folder, name in SOURCES.items():
+        for file in python_files(folder):
+            inner = file.parent.relative_to(ROOT / folder).parts
+            names.add(".".join((name, *inner)))
+    return names
+
+
+def imports(tree: ast.AST, at_top_only: bool = False) -> set[str]:
+    """Absolute names imported anywhere in a file, or only outside functions."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import on line {node.lineno}"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (at_top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            found |= imports(node, at_top_only)
+    return found
+
+
+def test_every_package_is_listed():
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text[text.index("packages = [") : text.index("]", text.index("packages = ["))]
+    listed = set(re.findall(r'"(atlas_blocks[\w.]*)"', block))
+    assert listed == packages_in_tree()
+
+
+def test_every_package_has_an_init():
+    for folder in SOURCES:
+        for file in python_files(folder):
+            assert (file.parent / "__init__.py").exists(), f"{file.parent} has no __init__.py"
+
+
+@pytest.mark.parametrize("folder", SOURCES)
+def test_imports_point_one_way(folder):
+    for file in python_files(folder):
+        where = file.relative_to(ROOT).as_posix()
+        tree = ast.parse(file.read_text())
+        lazy = where.startswith(LAZY_PROVIDERS)
+        names = imports(tree, at_top_only=lazy)
+        for other in FORBIDDEN[folder]:
+            bad = [n for n in names if re.match(rf"atlas_blocks\.{other}\b", n)]
+            assert not bad, f"{where} imports {bad}"
+        bare = [n for n in imports(tree) if n.split(".")[0] in set(SOURCES) - {"atlas_blocks"}]
+        assert not bare, f"{where} imports {bare} without atlas_blocks"
+
+
+def test_import_is_light(tmp_path):
+    """Importing the library loads neither the kernels' compiler nor the command line's parts."""
+    code = (
+        "import sys, atlas_blocks; "
+        "print([m for m in ('triton', 'rich', 'typer', 'matplotlib') if m in sys.modules])"
+    )
+    assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == "[]"
+
+
+def test_readme_names_commands_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", readme))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_readme_folder_table_matches_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    in_table = set(re.findall(r"^\| `(\w+)/` \|", readme, re.MULTILINE))
+    tracked = {p.parent for p in ROOT.rglob("*.py")}
+    hidden = {"build", "dist", "demo_output", "shared"}
+    tops = {p.relative_to(ROOT).parts[0] for p in tracked if p != ROOT}
+    assert in_table == {t for t in tops if t not in hidden and not t.startswith(".")}
+
+
+@pytest.mark.slow
+def test_wheel_works_away_from_the_checkout(tmp_path):
+    """Build the wheel, install it alone into a fresh environment, use it from elsewhere."""
+    source = tmp_path / "source"
+    for folder in SOURCES:
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, source / folder, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", ".", cwd=source)
+    (wheel,) = (source / "dist").glob("*.whl")
+
+    home = tmp_path / "elsewhere"
+    venv.create(home / "venv", with_pip=False)
+    python = home / "venv" / "bin" / "python"
+    # Dependencies come from this environment: a path line lends its packages, and nothing in it
+    # is executed, so the editable install of this checkout stays out.
+    (lib,) = (home / "venv" / "lib").glob("python3*")
+    import torch
+
+    deps = Path(torch.__file__).parents[1]
+    (lib / "site-packages" / "dependencies.pth").write_text(f"{deps}\n")
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=home)
+
+    names = ", ".join(SOURCES.values())
+    code = f"import {names}; print(atlas_blocks.__file__, atlas_blocks.recipes.__file__)"
+    for path in run(python, "-c", code, cwd=home).split():
+        assert Path(path).is_relative_to(home), path
+    package = lib / "site-packages" / "atlas_blocks"
+    assert (package / "py.typed").exists()
+    assert {p.name for p in (lib / "site-packages").iterdir()} == {
+        "atlas_blocks",
+        "dependencies.pth",
+        next((lib / "site-packages").glob("atlas_blocks-*.dist-info")).name,
+    }
+    table = run(home / "venv" / "bin" / "atlas-blocks", "recipes", cwd=home, COLUMNS="160")
+    assert "atlas-mag-tiny" in table
