@@ -1,0 +1,61 @@
+"""Argument checks: one ValueError that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def fail(name: str, expected: str, got: object) -> None:
+    """Raise the one kind of error users see."""
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def choice(name: str, value: object, options: Collection[str]) -> None:
+    """`value` must be one of `options`."""
+    if value not in options:
+        fail(name, "one of " + ", ".join(sorted(options)), repr(value))
+
+
+def at_least(name: str, value: object, minimum: int) -> None:
+    """`value` must be an int (not a bool) of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        fail(name, f"an int >= {minimum}", repr(value))
+
+
+def between(name: str, value: object, low: float, high: float) -> None:
+    """`value` must be a number with low <= value <= high."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        fail(name, f"a number in [{low}, {high}]", repr(value))
+
+
+def tensor(
+    name: str,
+    value: object,
+    axes: str,
+    sizes: Sequence[int | None],
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """`value` must be a tensor of shape `sizes` (None = any), spelt `axes`, with an allowed dtype.
+
+    axes: how the shape is written for people, such as "[B, T, H, Dk]".
+    """
+    if not isinstance(value, Tensor):
+        fail(name, f"a tensor {axes}", type(value).__name__)
+        return
+    shape = tuple(value.shape)
+    fits = len(shape) == len(sizes) and all(
+        w is None or w == g for w, g in zip(sizes, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if s is None else str(s) for s in sizes)
+        fail(name, f"shape {axes} = [{wanted}]", list(shape))
+    if value.dtype not in dtypes:
+        fail(name, "dtype " + " or ".join(str(d) for d in dtypes), value.dtype)
+    if device is not None and value.device != device:
+        fail(name, f"device {device}", value.device)

@@ -1,0 +1,31 @@
+"""The mathematics in plain PyTorch: every operation here is the definition of its op."""
+
+from atlas_blocks.functional.features import (
+    FeatureMap,
+    PolynomialMap,
+    SketchMap,
+    polynomial_features,
+    polynomial_width,
+    sketch_features,
+    sketch_tables,
+    taylor_coefficients,
+)
+from atlas_blocks.functional.newton_schulz import newton_schulz
+from atlas_blocks.functional.omega_rule import omega_rule
+from atlas_blocks.functional.reference import omega_rule_reference
+from atlas_blocks.functional.rule import OmegaState
+
+__all__ = [
+    "FeatureMap",
+    "OmegaState",
+    "PolynomialMap",
+    "SketchMap",
+    "newton_schulz",
+    "omega_rule",
+    "omega_rule_reference",
+    "polynomial_features",
+    "polynomial_width",
+    "sketch_features",
+    "sketch_tables",
+    "taylor_coefficients",
+]

@@ -1,0 +1,194 @@
+"""Feature maps phi with phi(q) . phi(k) = sum_n a_n (q . k)^n (specification section 5).
+
+D width before, W width after, p degree, a coefficients [p + 1].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from atlas_blocks import check
+
+
+def taylor_coefficients(degree: int) -> Tensor:
+    """1 / n! for n = 0..degree: the truncated exponential (phi* cut at p). float32 [p + 1]."""
+    check.at_least("degree", degree, 0)
+    return torch.tensor([1 / math.factorial(n) for n in range(degree + 1)])
+
+
+def polynomial_width(dim: int, degree: int) -> int:
+    """C(D + p, p): how many scaled monomials of degree at most p there are in D variables."""
+    return math.comb(dim + degree, degree)
+
+
+@lru_cache
+def _multinomials(dim: int, degree: int) -> tuple[tuple[float, ...], ...]:
+    """For n = 0..p the multinomial weight of every monomial, in the order `_monomials` makes."""
+    levels: list[list[tuple[int, ...]]] = [[(0,) * dim]]
+    for _ in range(degree):
+        previous, level = levels[-1], []
+        for i in range(dim):
+            for powers in previous[len(previous) - _suffix(dim - i, len(levels) - 1) :]:
+                level.append((*powers[:i], powers[i] + 1, *powers[i + 1 :]))
+        levels.append(level)
+    return tuple(
+        tuple(math.factorial(n) / math.prod(map(math.factorial, m)) for m in level)
+        for n, level in enumerate(levels)
+    )
+
+
+def _suffix(variables: int, degree: int) -> int:
+    """Number of monomials of exactly this degree in the last `variables` variables."""
+    return math.comb(variables + degree - 1, degree)
+
+
+def _monomials(x: Tensor, degree: int) -> list[Tensor]:
+    """For n = 0..p all products of n entries of x [..., D], each unordered choice once.
+
+    Monomials of degree n that use only x_i, x_{i+1}, ... are the tail of their list, so degree
+    n + 1 is x_i times that tail, for every i.
+    """
+    dim = x.shape[-1]
+    levels = [torch.ones_like(x[..., :1])]
+    for n in range(degree):
+        tails = [
+            x[..., i : i + 1] * levels[-1][..., levels[-1].shape[-1] - _suffix(dim - i, n) :]
+            for i in range(dim)
+        ]
+        levels.append(torch.cat(tails, dim=-1))
+    return levels
+
+
+def polynomial_features(x: Tensor, coefficients: Tensor) -> Tensor:
+    """Scaled symmetric monomials (ATLAS section 3.1): the exact polynomial kernel.
+
+        phi(x) . phi(y) = sum_{n=0}^{p} a_n (x . y)^n
+
+    x: [..., D]. coefficients: a [p + 1], each >= 0 (its square root is taken; at exactly 0 the
+    gradient to it is cut to 0). Returns [..., C(D + p, p)] in the dtype of x.
+    Raises ValueError for coefficients of another shape.
+    """
+    check.tensor("coefficients", coefficients, "[p + 1]", (None,))
+    check.at_least("coefficients' length", coefficients.shape[0], 1)
+    degree = coefficients.shape[0] - 1
+    weights = _multinomials(x.shape[-1], degree)
+    root = _safe_sqrt(coefficients).to(x.dtype)
+    levels = [
+        level * (root[n] * torch.tensor(weights[n], dtype=x.dtype, device=x.device).sqrt())
+        for n, level in enumerate(_monomials(x, degree))
+    ]
+    return torch.cat(levels, dim=-1)
+
+
+def sketch_tables(
+    dim: int, width: int, degree: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random tables of `sketch_features`: one hash of the D coordinates for every factor.
+
+    Returns buckets int64 [F, D] and signs float32 [F, D], F = 2 + 3 + ... + p factors.
+    Raises ValueError where `width` leaves a degree without a bucket.
+    """
+    check.at_least("degree", degree, 2)
+    sizes = _sketch_sizes(dim, width, degree)
+    buckets, signs = [], []
+    for n, size in zip(range(2, degree + 1), sizes, strict=True):
+        buckets.append(torch.randint(size, (n, dim), generator=generator))
+        signs.append(torch.randint(2, (n, dim), generator=generator) * 2.0 - 1.0)
+    return torch.cat(buckets), torch.cat(signs)
+
+
+def _sketch_sizes(dim: int, width: int, degree: int) -> list[int]:
+    """Buckets of degrees 2..p: what the constant and the exact linear part leave, shared evenly."""
+    rest = width - 1 - dim
+    if rest < degree - 1:
+        check.fail("sketch width", f"at least 1 + D + (degree - 1) = {dim + degree}", width)
+    share, extra = divmod(rest, degree - 1)
+    return [share + (i < extra) for i in range(degree - 1)]
+
+
+def sketch_features(
+    x: Tensor, coefficients: Tensor, buckets: Tensor, signs: Tensor, width: int
+) -> Tensor:
+    """TensorSketch (Pham & Pagh 2013) of the polynomial kernel; constant and linear part exact.
+
+        E[phi(x) . phi(y)] = sum_{n=0}^{p} a_n (x . y)^n   over the random tables
+
+    Degree n >= 2 is the circular convolution of n count sketches of x, taken by FFT.
+    x: [..., D]; coefficients: a [p + 1], p >= 2; buckets, signs: from `sketch_tables`.
+    Returns [..., width] in the dtype of x (the FFT runs in float32 or float64).
+    """
+    dim, degree = x.shape[-1], coefficients.shape[0] - 1
+    check.tensor(
+        "buckets", buckets, "[F, D]", ((degree + 2) * (degree - 1) // 2, dim), [torch.int64]
+    )
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    root = _safe_sqrt(coefficients).to(wide.dtype)
+    parts = [root[0].expand(*x.shape[:-1], 1), root[1] * wide]
+    first = 0
+    for n, size in zip(range(2, degree + 1), _sketch_sizes(dim, width, degree), strict=True):
+        rows = slice(first, first + n)
+        table = torch.zeros(n, dim, size, dtype=wide.dtype, device=x.device)
+        table.scatter_(2, buckets[rows, :, None], signs[rows, :, None].to(wide.dtype))
+        spectra = torch.fft.rfft(wide.unsqueeze(-2).unsqueeze(-2) @ table)
+        parts.append(root[n] * torch.fft.irfft(spectra.prod(-3).squeeze(-2), n=size))
+        first += n
+    return torch.cat(parts, dim=-1).to(x.dtype)
+
+
+def _safe_sqrt(a: Tensor) -> Tensor:
+    positive = a > 0
+    return torch.where(positive, torch.where(positive, a, 1).sqrt(), 0)
+
+
+@dataclass(frozen=True)
+class PolynomialMap:
+    """`polynomial_features` as the `feature_map` of `omega_rule`. coefficients: a [p + 1] >= 0."""
+
+    coefficients: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., C(D + p, p)]."""
+        return polynomial_features(x, self.coefficients)
+
+    def width_of(self, dim: int) -> int:
+        """Width after the map of vectors of width D."""
+        return polynomial_width(dim, len(self.coefficients) - 1)
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """phi(x) . phi(y) for x [..., m, D], y [..., n, D] -> [..., m, n], without features."""
+        dots = x @ y.mT
+        a = self.coefficients.to(dots.dtype)
+        value = a[-1].expand_as(dots)
+        for n in range(len(a) - 2, -1, -1):
+            value = value * dots + a[n]
+        return value
+
+
+@dataclass(frozen=True)
+class SketchMap:
+    """`sketch_features` as the `feature_map` of `omega_rule`."""
+
+    coefficients: Tensor
+    buckets: Tensor
+    signs: Tensor
+    width: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., width]."""
+        return sketch_features(x, self.coefficients, self.buckets, self.signs, self.width)
+
+    def width_of(self, dim: int) -> int:
+        """Width after the map, whatever D."""
+        return self.width
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """phi(x) . phi(y) for x [..., m, D], y [..., n, D] -> [..., m, n]."""
+        return self(x) @ self(y).mT
+
+
+FeatureMap = PolynomialMap | SketchMap

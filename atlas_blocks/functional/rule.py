@@ -1,0 +1,168 @@
+"""What `omega_rule` and its reference share: the settings, the state and the checks at the door.
+
+B batch, T tokens, H heads, Dk key width, Dv value width, Dphi = width after the feature map,
+c window, b chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atlas_blocks import check
+from atlas_blocks.functional.features import FeatureMap
+from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.state import State
+
+# A momentum decay above this counts as this in the write discount, whose 1 / (1 - theta) it keeps
+# finite (specification 9b).
+MAX_DISCOUNT_THETA = 0.999
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The settings that define the function. See `omega_rule` for each."""
+
+    memory: str
+    objective: str
+    update: str
+    ns_steps: int
+    ns_every: int
+    chunk_size: int
+    write_discount: bool
+    window: int
+
+    def __post_init__(self) -> None:
+        check.choice("memory", self.memory, MEMORIES)
+        check.choice("objective", self.objective, ("l2", "dot"))
+        check.choice("update", self.update, ("gd", "muon"))
+        check.at_least("ns_steps", self.ns_steps, 0)
+        check.at_least("ns_every", self.ns_every, 1)
+        check.at_least("chunk_size", self.chunk_size, 1)
+        check.at_least("window", self.window, 1)
+
+    @property
+    def history(self) -> int:
+        """How many past tokens the rule looks at again: the window's halo, the discount's chunk."""
+        return max(self.window - 1, self.chunk_size - 1 if self.write_discount else 0)
+
+    def steps_at(self, position: int) -> bool:
+        """Whether a Muon step is taken at this position of the chunk (specification section 7)."""
+        return position % self.ns_every == self.ns_every - 1 or position == self.chunk_size - 1
+
+
+@dataclass(frozen=True)
+class OmegaState(State):
+    """The rule's state after some tokens (specification section 11); its size never grows.
+
+    weights: M, a tuple of [B, H, dout, din]. momentum: S of the same shapes, () without momentum.
+    chunk_start: M^(0) of the current chunk. keys, values: the last tokens [B, n, H, Dk | Dv], zero
+    before the sequence begins, n = c - 1, or b - 1 if that is more and writes are discounted.
+    writes: m_s of those tokens [B, n, H] for the discount, n = 0 without it. position: int64 [B].
+    """
+
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    chunk_start: tuple[Tensor, ...]
+    keys: Tensor
+    values: Tensor
+    writes: Tensor
+    position: Tensor
+
+
+def validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    theta: Tensor | None,
+    gamma: Tensor,
+    weights: Sequence[Tensor],
+    feature_map: FeatureMap | None,
+    rule: Rule,
+    state: OmegaState | None,
+) -> None:
+    """Raise ValueError for the first argument that does not fit."""
+    check.tensor("q", q, "[B, T, H, Dk]", (None, None, None, None))
+    batch, length, heads, dk = q.shape
+    check.tensor("k", k, "[B, T, H, Dk]", q.shape, device=q.device)
+    check.tensor("v", v, "[B, T, H, Dv]", (batch, length, heads, None), device=q.device)
+    for name, gate in (("alpha", alpha), ("eta", eta), ("theta", theta)):
+        if gate is not None or name != "theta":
+            check.tensor(name, gate, "[B, T, H]", (batch, length, heads), device=q.device)
+    check.tensor("gamma", gamma, "[B, T, H, c]", (batch, length, heads, None), device=q.device)
+    dv = v.shape[-1]
+    width = dk if feature_map is None else feature_map.width_of(dk)
+    count = MEMORIES[rule.memory].weights
+    if not isinstance(weights, (list, tuple)) or len(weights) != count:
+        got = f"{len(weights)} of them" if isinstance(weights, (list, tuple)) else type(weights)
+        check.fail("weights", f"a list of {count} tensors for memory={rule.memory!r}", got)
+    hidden = weights[0].shape[-1] if weights[0].ndim == 3 else None
+    check.tensor(
+        "weights[0]",
+        weights[0],
+        "[H, Dv, hidden]" if count > 1 else "[H, Dv, Dphi]",
+        (heads, dv, None if count > 1 else width),
+        device=q.device,
+    )
+    for i in range(1, count):
+        check.tensor(
+            f"weights[{i}]",
+            weights[i],
+            "[H, hidden, Dphi]",
+            (heads, hidden, width),
+            device=q.device,
+        )
+    if state is None:
+        return
+    if not isinstance(state, OmegaState):
+        check.fail("state", "an OmegaState or None", type(state).__name__)
+    shapes = [(batch, *w.shape) for w in weights]
+    for name, group in (
+        ("weights", state.weights),
+        ("chunk_start", state.chunk_start),
+        ("momentum", state.momentum),
+    ):
+        wanted = [] if name == "momentum" and theta is None else shapes
+        if [tuple(t.shape) for t in group] != wanted:
+            check.fail(f"state.{name}", f"shapes {wanted}", [list(t.shape) for t in group])
+    past, writes = rule.history, rule.history if rule.write_discount else 0
+    check.tensor("state.keys", state.keys, "[B, n, H, Dk]", (batch, past, heads, dk))
+    check.tensor("state.values", state.values, "[B, n, H, Dv]", (batch, past, heads, dv))
+    check.tensor("state.writes", state.writes, "[B, n, H]", (batch, writes, heads))
+    check.tensor("state.position", state.position, "[B]", (batch,), (torch.int64,))
+
+
+def initial_state(
+    q: Tensor, v: Tensor, weights: Sequence[Tensor], rule: Rule, momentum: bool
+) -> OmegaState:
+    """M = M_0, S = 0, nothing seen; float32, or float64 where an input is."""
+    batch, _, heads, dk = q.shape
+    dtype = state_dtype(q, v, *weights)
+    start = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
+    writes = rule.history if rule.write_discount else 0
+    return OmegaState(
+        weights=start,
+        momentum=tuple(torch.zeros_like(w) for w in start) if momentum else (),
+        chunk_start=start,
+        keys=q.new_zeros(batch, rule.history, heads, dk, dtype=dtype),
+        values=q.new_zeros(batch, rule.history, heads, v.shape[-1], dtype=dtype),
+        writes=q.new_zeros(batch, writes, heads, dtype=dtype),
+        position=torch.zeros(batch, dtype=torch.int64),
+    )
+
+
+def state_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any tensor is, else float32: state and decays are never below float32."""
+    double = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def write_mass(eta: Tensor, theta: Tensor | None, gamma: Tensor) -> Tensor:
+    """m_s = eta_s sum_j gamma[s, j] / (1 - theta_s), what a token will have written in all (9b)."""
+    mass = eta * gamma.sum(-1)
+    return mass if theta is None else mass / (1 - theta.clamp(max=MAX_DISCOUNT_THETA))

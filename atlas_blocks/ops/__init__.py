@@ -1,0 +1,1 @@
+"""Op contracts: what torch.compile, export and FLOP counters see of functional/."""
