@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,11 +56,11 @@ class Block(nn.Module, abc.ABC):
             if state is not None and (n := state.tensors()[0].shape[0]) != x.shape[0]:
                 check.fail("state", f"a batch of {x.shape[0]} (that of x)", n)
             y, state = self.mix(x, state)
-        return y, state.detach() if detach_state else state
+        return y, state.detach() if detach_state and state is not None else state
 
     def _run_packed(self, x: Tensor, state: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
         bounds = document_bounds(cu_seqlens, x)
-        starts, lengths = bounds[:-1], [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        starts, lengths = bounds[:-1], [b - a for a, b in pairwise(bounds)]
         if state is not None and (n := state.tensors()[0].shape[0]) != len(starts):
             check.fail("state", f"a batch of {len(starts)} (documents in cu_seqlens)", n)
         # Documents of equal length share one call; each is a row of its batch.
@@ -74,15 +75,17 @@ class Block(nn.Module, abc.ABC):
             outputs.update(zip(docs, y.split(1), strict=True))
             states.append(after)
             order += docs
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat([outputs[i] for i in range(len(starts))], dim=1), State.cat(states)[back]
+        y = torch.cat([outputs[i] for i in range(len(starts))], dim=1)
+        if states[0] is None:
+            return y, None
+        return y, State.cat(states)[sorted(range(len(order)), key=order.__getitem__)]
 
 
 def document_bounds(cu_seqlens: Tensor, x: Tensor) -> list[int]:
     """Checked document boundaries as a list. Raises ValueError where they do not fit x."""
     check.tensor("cu_seqlens", cu_seqlens, "[N + 1]", (None,), (torch.int32, torch.int64))
     bounds = cu_seqlens.tolist()
-    rising = all(a < b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    rising = all(a < b for a, b in pairwise(bounds))
     if x.shape[0] != 1:
         check.fail("x", "a batch of 1 with cu_seqlens", x.shape[0])
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or not rising:

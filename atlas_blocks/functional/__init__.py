@@ -11,7 +11,7 @@ from atlas_blocks.functional.features import (
     taylor_coefficients,
 )
 from atlas_blocks.functional.newton_schulz import newton_schulz
-from atlas_blocks.functional.omega_rule import omega_rule
+from atlas_blocks.functional.omega_rule import omega_rule, read_memory
 from atlas_blocks.functional.reference import omega_rule_reference
 from atlas_blocks.functional.rule import OmegaState
 
@@ -25,6 +25,7 @@ __all__ = [
     "omega_rule_reference",
     "polynomial_features",
     "polynomial_width",
+    "read_memory",
     "sketch_features",
     "sketch_tables",
     "taylor_coefficients",

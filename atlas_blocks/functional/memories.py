@@ -29,7 +29,7 @@ def gelu_derivative(z: Tensor) -> Tensor:
 
 
 def spectral_bound(w: Tensor) -> Tensor:
-    """||W W^T||_F >= ||W||_2^2 for W [..., dout, din]: the Schatten-4 norm squared. -> [..., 1, 1]."""
+    """||W W^T||_F >= ||W||_2^2, the Schatten-4 norm squared: [..., dout, din] -> [..., 1, 1]."""
     gram = w @ w.mT if w.shape[-2] <= w.shape[-1] else w.mT @ w
     return torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
 

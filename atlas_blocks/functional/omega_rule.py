@@ -191,9 +191,10 @@ def _one_position(
     unflatten = [tuple(w.unflatten(0, (batch, heads)) for w in group) for group in memory]
     return y.to(q.dtype), OmegaState(
         *unflatten,
-        keys=keys[:, keys.shape[1] - n :],
-        values=values[:, values.shape[1] - n :],
-        writes=writes[:, writes.shape[1] - n :] if rule.write_discount else writes,
+        # Cloned: a view would keep the whole call's tokens alive.
+        keys=keys[:, keys.shape[1] - n :].clone(),
+        values=values[:, values.shape[1] - n :].clone(),
+        writes=writes[:, writes.shape[1] - n :].clone() if rule.write_discount else writes,
         position=state.position + length,
     )
 
@@ -204,7 +205,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _pieces(length: int, position: int, chunk: int) -> list[tuple[int, int, int]]:
-    """(first token, tokens a chunk, chunks): the rest of a begun chunk, whole chunks, a begun one."""
+    """(first token, tokens a chunk, chunks): rest of a begun chunk, whole chunks, a begun one."""
     head = min(length, -position % chunk)
     whole, tail = divmod(length - head, chunk)
     pieces = [(0, head, 1), (head, chunk, whole), (length - tail, tail, 1)]
@@ -356,8 +357,8 @@ def _run_chunks(rule: Rule, chunks: _Chunks, memory: _Memory, place: int) -> tup
     return torch.cat(outputs, 1), memory
 
 
-def _factors(rule: Rule, x: _Chunks, memory: _Memory) -> tuple[list[Factor], Tensor, Tensor]:
-    """The chunk's gradient factors at M^(0), P = A diag(eta) [G, L, L], and discounted eta [G, L]."""
+def _factors(rule: Rule, x: _Chunks, memory: _Memory) -> tuple[list[Factor], Tensor]:
+    """The chunk's gradient factors at M^(0), and P = A diag(eta) [G, L, L], eta discounted."""
     structure = MEMORIES[rule.memory]
 
     def error(y: Tensor) -> Tensor:
@@ -372,7 +373,7 @@ def _factors(rule: Rule, x: _Chunks, memory: _Memory) -> tuple[list[Factor], Ten
         rows = x.k[:, -x.writes.shape[-1] :]
         kappa = structure.tangent(memory.chunk_start, rows, x.similarity)
         strength = _discounted(strength, x.writes, kappa)
-    return factors, x.decay * strength.unsqueeze(-2), strength
+    return factors, x.decay * strength.unsqueeze(-2)
 
 
 def _read(rule: Rule, x: _Chunks, linear: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -383,7 +384,7 @@ def _read(rule: Rule, x: _Chunks, linear: Callable[[int, Tensor], Tensor]) -> Te
 
 def _gradient_step(rule: Rule, x: _Chunks, memory: _Memory, place: int) -> tuple[Tensor, _Memory]:
     """One chunk with U = identity: no weight is formed per token (section 6)."""
-    factors, p, _ = _factors(rule, x, memory)
+    factors, p = _factors(rule, x, memory)
     written = p @ x.window  # P C
     carried = None if x.thbar is None else p @ x.thbar  # P thbar
 
@@ -420,7 +421,7 @@ def _last_momentum(x: _Chunks, memory: _Memory, factors: list[Factor]) -> list[T
 
 def _muon_step(rule: Rule, x: _Chunks, memory: _Memory, place: int) -> tuple[Tensor, _Memory]:
     """One chunk with U = Newton-Schulz: S_t is formed where a step is taken, and orthogonalised."""
-    factors, p, _ = _factors(rule, x, memory)
+    factors, p = _factors(rule, x, memory)
     span = x.q.shape[-2]
     taken = [t for t in range(span) if rule.steps_at(place + t)]
     per_token = []  # W_t [G, L, dout, din]
@@ -442,8 +443,31 @@ def _muon_step(rule: Rule, x: _Chunks, memory: _Memory, place: int) -> tuple[Ten
         return (per_token[i] @ z.unsqueeze(-1)).squeeze(-1)
 
     y = _read(rule, x, linear)
-    weights = [w[:, -1] for w in per_token]
+    # Cloned: a view would keep the weights of every token alive.
+    weights = [w[:, -1].clone() for w in per_token]
     return y, _Memory(weights, _last_momentum(x, memory, factors), memory.chunk_start)
+
+
+def read_memory(
+    q: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    memory: str = "matrix",
+    feature_map: FeatureMap | None = None,
+) -> Tensor:
+    """Read one fixed memory without writing: y = M(phi(q)).
+
+    q: [B, T, H, Dk]; weights: as `OmegaState.weights`, [B, H, dout, din] each. Returns
+    [B, T, H, Dv] in the dtype of q.
+    """
+    structure = MEMORIES[memory]
+    x = q.transpose(1, 2).to(weights[0].dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        phi = x if feature_map is None else feature_map(x)
+        y = structure.forward(lambda i, z: z @ weights[i].mT, phi)
+        if structure.residual and x.shape[-1] == y.shape[-1]:
+            y = y + x
+    return y.transpose(1, 2).to(q.dtype)
 
 
 def _checkpointed_muon_step(

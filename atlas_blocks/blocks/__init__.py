@@ -1,0 +1,1 @@
+"""The nn.Modules users compose: y, state = block(x, state=None)."""

@@ -1,0 +1,310 @@
+"""The stacks: one block of a model each (specification section 9; ATLAS Fig. 3, Titans section 4).
+
+B batch, T tokens. Every sublayer is pre-norm and residual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atlas_blocks import check
+from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
+from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.memory import AtlasMemoryConfig, MemoryState
+from atlas_blocks.blocks.swiglu import SwiGLU
+from atlas_blocks.config import Config
+from atlas_blocks.functional.attention import rotary
+from atlas_blocks.state import State
+
+Mixer = AtlasMemoryConfig | SlidingWindowAttentionConfig
+
+
+def _check_mlp_width(width: int | None) -> None:
+    if width is not None:
+        check.at_least("mlp_width", width, 1)
+
+
+def _check_type(name: str, value: object, *types: type) -> None:
+    if not isinstance(value, types):
+        check.fail(name, " or ".join(t.__name__ for t in types), type(value).__name__)
+
+
+@dataclass(frozen=True)
+class StackState(State):
+    """The states of a stack's sublayers, in the order they run."""
+
+    parts: tuple[State, ...]
+
+
+@dataclass(frozen=True)
+class AtlasBlockConfig(Config):
+    """mixer: the token mixer's config; mlp_width: hidden units, None = 8/3 dim."""
+
+    mixer: Mixer = field(default_factory=AtlasMemoryConfig)
+    mlp_width: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_type("mixer", self.mixer, AtlasMemoryConfig, SlidingWindowAttentionConfig)
+        _check_mlp_width(self.mlp_width)
+
+    def build(self, dim: int, heads: int) -> AtlasBlock:
+        return AtlasBlock(dim, heads, self)
+
+
+class AtlasBlock(Block):
+    """x + mixer(norm x); x + SwiGLU(norm x). With attention as the mixer: a Transformer block.
+
+    x [B, T, dim] -> y [B, T, dim]; state StackState of the mixer's.
+    """
+
+    def __init__(self, dim: int, heads: int, config: AtlasBlockConfig = AtlasBlockConfig()) -> None:
+        super().__init__()
+        self.dim, self.config = dim, config
+        self.mixer_norm = nn.RMSNorm(dim)
+        self.mixer = config.mixer.build(dim, heads)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.mlp = SwiGLU(dim, config.mlp_width)
+
+    def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+        mixed, after = self.mixer(self.mixer_norm(x), state and state.parts[0], detach_state=False)
+        x = x + mixed
+        x = x + self.mlp(self.mlp_norm(x))[0]
+        return x, StackState((after,))
+
+
+@dataclass(frozen=True)
+class MemoryAsLayerConfig(Config):
+    """memory, attention: the two mixers' configs; mlp_width: of both MLPs, None = 8/3 dim."""
+
+    memory: AtlasMemoryConfig = field(default_factory=AtlasMemoryConfig)
+    attention: SlidingWindowAttentionConfig = field(default_factory=SlidingWindowAttentionConfig)
+    mlp_width: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_type("memory", self.memory, AtlasMemoryConfig)
+        _check_type("attention", self.attention, SlidingWindowAttentionConfig)
+        _check_mlp_width(self.mlp_width)
+
+    def build(self, dim: int, heads: int) -> MemoryAsLayer:
+        return MemoryAsLayer(dim, heads, self)
+
+
+class MemoryAsLayer(Block):
+    """MAL: memory, MLP, sliding-window attention, MLP.
+
+    x [B, T, dim] -> y [B, T, dim]; state StackState (memory, attention).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, config: MemoryAsLayerConfig = MemoryAsLayerConfig()
+    ) -> None:
+        super().__init__()
+        self.dim, self.config = dim, config
+        self.memory = AtlasBlock(dim, heads, AtlasBlockConfig(config.memory, config.mlp_width))
+        self.attention = AtlasBlock(
+            dim, heads, AtlasBlockConfig(config.attention, config.mlp_width)
+        )
+
+    def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+        memory, attention = state.parts if state else (None, None)
+        x, memory = self.memory(x, memory, detach_state=False)
+        x, attention = self.attention(x, attention, detach_state=False)
+        return x, StackState((memory, attention))
+
+
+@dataclass(frozen=True)
+class MemoryAsGateConfig(Config):
+    """memory, attention: the branches; combine: "sum" (ATLAS Fig. 3) or "product" (Titans)."""
+
+    memory: AtlasMemoryConfig = field(default_factory=AtlasMemoryConfig)
+    attention: SlidingWindowAttentionConfig = field(default_factory=SlidingWindowAttentionConfig)
+    combine: str = "sum"
+    mlp_width: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_type("memory", self.memory, AtlasMemoryConfig)
+        _check_type("attention", self.attention, SlidingWindowAttentionConfig)
+        check.choice("combine", self.combine, ("sum", "product"))
+        _check_mlp_width(self.mlp_width)
+
+    def build(self, dim: int, heads: int) -> MemoryAsGate:
+        return MemoryAsGate(dim, heads, self)
+
+
+class MemoryAsGate(Block):
+    """MAG: x + Norm(memory(norm x)) combined with Norm(attention(norm x)); x + SwiGLU(norm x).
+
+    x [B, T, dim] -> y [B, T, dim]; state StackState (memory, attention).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, config: MemoryAsGateConfig = MemoryAsGateConfig()
+    ) -> None:
+        super().__init__()
+        self.dim, self.config = dim, config
+        self.mixer_norm = nn.RMSNorm(dim)
+        self.memory = config.memory.build(dim, heads)
+        self.attention = config.attention.build(dim, heads)
+        self.memory_norm = nn.RMSNorm(dim)
+        self.attention_norm = nn.RMSNorm(dim)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.mlp = SwiGLU(dim, config.mlp_width)
+
+    def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+        memory, attention = state.parts if state else (None, None)
+        h = self.mixer_norm(x)
+        m, memory = self.memory(h, memory, detach_state=False)
+        a, attention = self.attention(h, attention, detach_state=False)
+        m, a = self.memory_norm(m), self.attention_norm(a)
+        x = x + (m + a if self.config.combine == "sum" else m * a)
+        x = x + self.mlp(self.mlp_norm(x))[0]
+        return x, StackState((memory, attention))
+
+
+@dataclass(frozen=True)
+class MemoryAsContextConfig(Config):
+    """memory: its config; segment: tokens that share one read of the memory; persistent_tokens:
+    learned tokens at the front of every segment's context."""
+
+    memory: AtlasMemoryConfig = field(default_factory=AtlasMemoryConfig)
+    segment: int = 256
+    persistent_tokens: int = 4
+    rope_base: float = 10000.0
+    mlp_width: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_type("memory", self.memory, AtlasMemoryConfig)
+        check.at_least("segment", self.segment, 1)
+        check.at_least("persistent_tokens", self.persistent_tokens, 0)
+        check.between("rope_base", self.rope_base, 1.0, 1e12)
+        _check_mlp_width(self.mlp_width)
+
+    def build(self, dim: int, heads: int) -> MemoryAsContext:
+        return MemoryAsContext(dim, heads, self)
+
+
+@dataclass(frozen=True)
+class ContextState(State):
+    """memory: of the layer; read: its weights at the segment's start; keys, values: of the
+    segment so far, reads then tokens, [B, 2, segment, dim], zero where not yet written;
+    position: int64 [B]."""
+
+    memory: MemoryState
+    read: tuple[Tensor, ...]
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+
+class MemoryAsContext(Block):
+    """MAC (Titans section 4.1): per segment, read, attend over [persistent; read; segment], write.
+
+        h_j = M(q_j), M the memory before the segment
+        a_t = attention of x_t over [persistent; h_{j <= t}; x_{j <= t}]
+        x + norm(a) * norm(memory(a)), which writes a; x + SwiGLU(norm x)
+
+    A read h_j is seen from token j on, so that the block is causal. Rotary positions count from
+    the segment's start. x [B, T, dim] -> y [B, T, dim]; state ContextState.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, config: MemoryAsContextConfig = MemoryAsContextConfig()
+    ) -> None:
+        super().__init__()
+        self.dim, self.heads, self.config = dim, heads, config
+        self.mixer_norm = nn.RMSNorm(dim)
+        self.memory = config.memory.build(dim, heads)
+        if dim // heads % 2:
+            check.fail("heads", f"an even head width for rotary positions, dim = {dim}", heads)
+        self.recall_query = nn.Linear(dim, dim, bias=False)
+        self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, dim))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attention_out = nn.Linear(dim, dim, bias=False)
+        self.attention_norm = nn.RMSNorm(dim)
+        self.memory_norm = nn.RMSNorm(dim)
+        self.mlp_norm = nn.RMSNorm(dim)
+        self.mlp = SwiGLU(dim, config.mlp_width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.persistent, std=1.0)  # the scale of the normed tokens beside them
+
+    def mix(self, x: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
+        h = self.mixer_norm(x)
+        state = state or self._initial_state(h)
+        positions = state.position.tolist()
+        if len(set(positions)) > 1:
+            # Rows at different places of their segments run apart.
+            rows = [self._segments(h[[i]], state[[i]]) for i in range(len(positions))]
+            mixed = torch.cat([y for y, _ in rows])
+            state = State.cat([s for _, s in rows])
+        else:
+            mixed, state = self._segments(h, state)
+        x = x + mixed
+        x = x + self.mlp(self.mlp_norm(x))[0]
+        return x, state
+
+    def _initial_state(self, h: Tensor) -> ContextState:
+        _, memory = self.memory(h[:, :0], detach_state=False)
+        past = h.new_zeros(h.shape[0], 2, self.config.segment, self.dim)
+        return ContextState(
+            memory,
+            memory.rule.weights,
+            past,
+            past,
+            torch.zeros(h.shape[0], dtype=torch.int64),
+        )
+
+    def _segments(self, h: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
+        size, length, done = self.config.segment, h.shape[1], 0
+        outputs = [h[:, :0]]
+        while done < length:
+            offset = int(state.position[0]) % size if len(state.position) else 0
+            span = min(size - offset, length - done)
+            y, state = self._piece(h[:, done : done + span], state, offset)
+            outputs.append(y)
+            done += span
+        return torch.cat(outputs, 1), state
+
+    def _piece(self, x: Tensor, state: ContextState, offset: int) -> tuple[Tensor, ContextState]:
+        """A piece of one segment: x [B, L, dim], normed, `offset` tokens into it."""
+        span, past = x.shape[1], 0 if offset == 0 else offset
+        read = state.memory.rule.weights if offset == 0 else state.read
+        h = self.memory.recall(self.recall_query(x), read).to(x.dtype)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        _, hk, hv = self.qkv(h).chunk(3, -1)
+        _, pk, pv = self.qkv(self.persistent.to(x.dtype).expand(len(x), -1, -1)).chunk(3, -1)
+        new_k, new_v = torch.stack([hk, k], 1), torch.stack([hv, v], 1)
+        keys = torch.cat([state.keys[:, :, :past].to(k.dtype), new_k], 2)
+        values = torch.cat([state.values[:, :, :past].to(v.dtype), new_v], 2)
+
+        # Token t sees every persistent token, and reads and tokens up to its own.
+        places = torch.arange(past + span, device=x.device)
+        seen = places <= places[past:, None]
+        always = seen.new_ones(span, pk.shape[1])
+        a = F.scaled_dot_product_attention(
+            self._rotated(q, places[past:]),
+            torch.cat([self._heads(pk), *(self._rotated(k, places) for k in keys.unbind(1))], 2),
+            self._heads(torch.cat([pv, *values.unbind(1)], 1)),
+            attn_mask=torch.cat([always, seen, seen], 1),
+        )
+        a = self.attention_out(a.transpose(1, 2).flatten(-2))
+        m, memory = self.memory(a, state.memory, detach_state=False)
+        y = self.attention_norm(a) * self.memory_norm(m)
+
+        rest = (0, 0, 0, self.config.segment - past - span)
+        return y, ContextState(
+            memory, read, F.pad(keys, rest), F.pad(values, rest), state.position + span
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> [B, H, T, D]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
+        rows = x.unflatten(-1, (self.heads, -1))
+        return rotary(rows, places, base=self.config.rope_base).transpose(1, 2)

@@ -1,0 +1,34 @@
+"""The feed-forward layer of every stack."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atlas_blocks import check
+from atlas_blocks.blocks.base import Block
+
+
+def default_width(dim: int) -> int:
+    """8/3 dim, rounded up to a multiple of 64."""
+    return -(-8 * dim // 3 // 64) * 64
+
+
+class SwiGLU(Block):
+    """y = W_down (silu(W_gate x) * W_up x) (Shazeer 2020). Stateless: its state is None.
+
+    x [B, T, dim] -> y [B, T, dim]. width: hidden units, None = `default_width(dim)`.
+    """
+
+    def __init__(self, dim: int, width: int | None = None) -> None:
+        super().__init__()
+        check.at_least("dim", dim, 1)
+        width = default_width(dim) if width is None else width
+        check.at_least("width", width, 1)
+        self.dim = dim
+        self.gate = nn.Linear(dim, width, bias=False)
+        self.up = nn.Linear(dim, width, bias=False)
+        self.down = nn.Linear(width, dim, bias=False)
+
+    def mix(self, x: Tensor, state: None) -> tuple[Tensor, None]:
+        return self.down(F.silu(self.gate(x)) * self.up(x)), None
