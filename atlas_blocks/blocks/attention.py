@@ -1,0 +1,177 @@
+"""Sliding-window attention as a block (rotary positions, optional sink tokens), and its state.
+
+B batch, T tokens, H heads, D head width, P sink tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atlas_blocks import check
+from atlas_blocks.blocks.base import Block
+from atlas_blocks.config import Config
+from atlas_blocks.functional.attention import (
+    BACKENDS,
+    choose_backend,
+    rotary,
+    sliding_window_attention,
+)
+from atlas_blocks.state import State
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindowAttentionConfig(Config):
+    """What defines the attention.
+
+    window: keys that a query sees, its own included; None: all before it (a Transformer).
+    sink_tokens: learned keys and values that every query sees (Titans' persistent tokens).
+    backend: "auto" or one of atlas_blocks.functional.attention.BACKENDS.
+    rope_base: base of the rotary frequencies.
+    qk_norm: RMS-normalise each head's queries and keys, with a learned scale.
+    """
+
+    window: int | None = 512
+    sink_tokens: int = 0
+    backend: str = "auto"
+    rope_base: float = 10000.0
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check.at_least("window", self.window, 1)
+        check.at_least("sink_tokens", self.sink_tokens, 0)
+        check.choice("backend", self.backend, ("auto", *BACKENDS))
+        check.between("rope_base", self.rope_base, 1.0, 1e12)
+        if not isinstance(self.qk_norm, bool):
+            check.fail("qk_norm", "True or False", repr(self.qk_norm))
+
+    def build(self, dim: int, heads: int) -> SlidingWindowAttention:
+        """The block. Raises ValueError where `heads` does not divide `dim` into even widths."""
+        return SlidingWindowAttention(dim, heads, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionState(State):
+    """The keys and values that later tokens will see.
+
+    keys, values: [B, window - 1, H, D], the newest last and zeros where nothing has been seen
+    yet, so that the size never changes; with window=None [B, tokens so far, H, D]. They have the
+    dtype they were computed in. Keys are stored rotated by their absolute position.
+    position: int64 [B] on the CPU, tokens seen; rows may differ.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+
+class SlidingWindowAttention(Block):
+    """Causal multi-head attention over the last `window` tokens.
+
+    y, state = block(x, state): x and y [B, T, dim], AttentionState. Under autocast y, the keys
+    and the values have autocast's dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        config: SlidingWindowAttentionConfig = SlidingWindowAttentionConfig(),
+    ) -> None:
+        """Raises ValueError where `heads` does not divide `dim` into heads of even width."""
+        super().__init__()
+        check.at_least("heads", heads, 1)
+        check.at_least("dim", dim, 1)
+        if dim % (2 * heads):
+            check.fail("dim", f"a multiple of 2 * heads = {2 * heads}", dim)
+        self.dim, self.heads, self.config = dim, heads, config
+        width, sinks = dim // heads, config.sink_tokens
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.q_scale = nn.Parameter(torch.empty(width)) if config.qk_norm else None
+        self.k_scale = nn.Parameter(torch.empty(width)) if config.qk_norm else None
+        self.sink_k = nn.Parameter(torch.empty(heads, sinks, width)) if sinks else None
+        self.sink_v = nn.Parameter(torch.empty(heads, sinks, width)) if sinks else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the parameters that this module itself holds."""
+        for scale in (self.q_scale, self.k_scale):
+            if scale is not None:
+                nn.init.ones_(scale)
+        for sink in (self.sink_k, self.sink_v):
+            if sink is not None:
+                nn.init.normal_(sink, std=0.02)
+
+    def mix(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+        """x [B, T, dim] -> y [B, T, dim], state after token T. Raises ValueError: see Block."""
+        tensors, options, position = self._inputs(x, state)
+        y = sliding_window_attention(*tensors, **options, backend=self.config.backend)
+        return self.out(y.flatten(2)), self._remember(*tensors[1:], position)
+
+    def backend_for(self, x: Tensor, state: AttentionState | None = None) -> tuple[str, str]:
+        """Which attention backend a call with these arguments takes, and why.
+
+        Raises ValueError where the configured backend cannot serve them.
+        """
+        check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
+        tensors, options, _ = self._inputs(x, state)
+        return choose_backend(*tensors, **options, backend=self.config.backend)
+
+    def _inputs(
+        self, x: Tensor, state: AttentionState | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], Tensor]:
+        """q [B, T, H, D], cache + own k and v [B, S, H, D]; options; tokens seen after the call."""
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        if self.q_scale is not None and self.k_scale is not None:
+            q, k = _norm(q, self.q_scale), _norm(k, self.k_scale)
+        options: dict[str, Any] = {"window": self.config.window}
+        if self.sink_k is not None and self.sink_v is not None:
+            sinks = {"sink_k": self.sink_k.to(q.dtype), "sink_v": self.sink_v.to(q.dtype)}
+            options |= {"sink_q": q, **sinks}
+        steps = torch.arange(T, device=x.device)
+        if state is None:
+            q, k = (rotary(t, steps, self.config.rope_base) for t in (q, k))
+            return (q, k, v), options, torch.full((B,), T)
+        self._check_state(state, B)
+        # Angles are exact at any position (float64), so keys can be rotated once, when computed,
+        # and rows of one batch may stand at different positions.
+        positions = state.position.to(x.device)[:, None] + steps
+        q, k = (rotary(t, positions, self.config.rope_base) for t in (q, k))
+        options["valid"] = state.position.clamp(max=state.keys.shape[1])
+        k = torch.cat([state.keys.to(k.dtype), k], dim=1)
+        v = torch.cat([state.values.to(v.dtype), v], dim=1)
+        return (q, k, v), options, state.position + T
+
+    def _remember(self, k: Tensor, v: Tensor, position: Tensor) -> AttentionState:
+        """The last window - 1 of k, v [B, S, H, D]."""
+        if self.config.window is None:
+            return AttentionState(k, v, position)
+        size, S = self.config.window - 1, k.shape[1]
+        if size > S:
+            k, v = (F.pad(t, (0, 0, 0, 0, size - S, 0)) for t in (k, v))
+        elif size < S:
+            # Cloned: a slice would keep the whole call's keys alive.
+            k, v = k[:, S - size :].clone(), v[:, S - size :].clone()
+        return AttentionState(k, v, position)
+
+    def _check_state(self, state: AttentionState, B: int) -> None:
+        if not isinstance(state, AttentionState):
+            check.fail("state", "an AttentionState", type(state).__name__)
+        window = self.config.window
+        size = None if window is None else window - 1
+        sizes = (B, size, self.heads, self.dim // self.heads)
+        check.tensor("state.keys", state.keys, "[B, window - 1, H, D]", sizes)
+        check.tensor("state.values", state.values, "[B, window - 1, H, D]", sizes)
+        check.tensor("state.position", state.position, "[B]", (B,), (torch.int64,))
+
+
+def _norm(x: Tensor, scale: Tensor) -> Tensor:
+    """RMS norm of the last axis in the dtype of `scale`, back in that of x."""
+    return F.rms_norm(x.to(scale.dtype), (x.shape[-1],), scale, eps=1e-6).to(x.dtype)
