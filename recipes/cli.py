@@ -1,0 +1,164 @@
+"""The command line: `atlas-blocks recipes | show | demo | train | generate`.
+
+Bad input gets one line on stderr and exit code 2; a run that diverges one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from atlas_blocks.recipes import checkpoint as checkpoints
+from atlas_blocks.recipes import demo as demonstration
+from atlas_blocks.recipes import display, registry, text, training
+from atlas_blocks.recipes.generate import stream
+
+app = typer.Typer(
+    help="ATLAS memory layers and hybrids: recipes, training, generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `atlas-blocks`; exits the process."""
+    try:
+        code = app(arguments, prog_name="atlas-blocks", standalone_mode=False)
+    except (ValueError, FloatingPointError) as error:
+        code = _fail(str(error), 2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        # Typer's usage errors carry a message for people; anything else is a bug and shows itself.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(error.format_message(), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"atlas-blocks: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@app.command()
+def recipes() -> None:
+    """List every recipe: pattern, parameters, memory state."""
+    Console().print(display.recipe_table())
+
+
+@app.command()
+def show(recipe: Annotated[str, typer.Argument(help="A name that `recipes` lists.")]) -> None:
+    """Show how a recipe is assembled."""
+    Console().print(display.module_tree(recipe))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo_output"),
+    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of weights and text crops.")] = 0,
+    compiled: Annotated[bool, typer.Option(help="Also time a step under torch.compile.")] = True,
+) -> None:
+    """Train a tiny hybrid and a Transformer on real text, compare, sample, save."""
+    demonstration.run(Console(), out=out, steps=steps, seed=seed, compiled=compiled)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A name that `recipes` lists.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Crops per step.")] = 8,
+    length: Annotated[int, typer.Option(help="Bytes per crop.")] = 128,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder or file of text; the Python standard library if not given."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run saved in --out, as it was set up.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights and text crops.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Train a recipe on bytes of text; Ctrl-C saves what there is."""
+    console = Console()
+    where = _device(device)
+    corpus = text.load_text(data)
+    if out.exists() and not resume:
+        raise ValueError(f"out: {out} exists; --resume continues it, or name another file")
+    if resume:
+        model = checkpoints.load(out, where)
+        if model.config.name != recipe:
+            raise ValueError(f"recipe: expected {model.config.name} (that of {out}), got {recipe}")
+        run = checkpoints.load_run(out, model)
+    else:
+        settings = training.TrainingConfig(
+            steps=steps, batch=batch, length=length, lr=lr, seed=seed, bf16=bf16
+        )
+        torch.manual_seed(seed)
+        model = registry.build(recipe, vocab_size=text.VOCAB_SIZE).to(where)
+        run = checkpoints.Run(settings, training.make_optimizer(model, settings), 0)
+    with display.TrainingView(console, {recipe: run.config.steps}) as view:
+        result = training.train(
+            model,
+            corpus.train,
+            run.config,
+            optimizer=run.optimizer,
+            start=run.step,
+            on_step=view.callback(recipe),
+        )
+    checkpoints.save(out, model, checkpoints.Run(run.config, run.optimizer, result.step))
+    if result.interrupted:
+        console.print(
+            f"interrupted after step {result.step}; [bold]{out}[/] is whole and "
+            "--resume continues it"
+        )
+        return
+    bits = training.bits_per_byte(model, corpus.held_out, length=run.config.length)
+    console.print(f"held out: [bold]{bits:.3f}[/] bits per byte; saved [bold]{out}[/]")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A file that `train` or `demo` wrote.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    tokens: Annotated[int, typer.Option(help="Bytes to add.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Probability mass kept.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    batch: Annotated[int, typer.Option(help="Number of continuations.")] = 1,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Continue a prompt, byte by byte."""
+    if batch < 1:
+        raise ValueError(f"batch: expected an int >= 1, got {batch}")
+    where = _device(device)
+    model = checkpoints.load(checkpoint, where)
+    rows = torch.tensor([list(prompt.encode())] * batch, dtype=torch.int64, device=where)
+    new = stream(
+        model, rows, max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    written = [bytearray(prompt.encode()) for _ in range(batch)]
+    for column in new:
+        for row, token in zip(written, column.tolist(), strict=True):
+            row.append(token)
+    for index, row in enumerate(written):
+        if batch > 1:
+            print(f"--- {index + 1} ---")
+        print(row.decode(errors="replace"))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error

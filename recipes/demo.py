@@ -1,0 +1,221 @@
+"""The demonstration: a tiny hybrid and a Transformer of equal size learn the same real text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+
+from atlas_blocks.recipes import checkpoint, describe, display, registry, text, training
+from atlas_blocks.recipes.generate import generate
+from atlas_blocks.recipes.model import LanguageModel
+from atlas_blocks.recipes.timing import StepTiming, time_step
+
+HYBRID, BASELINE = "atlas-mag-tiny", "transformer-tiny"
+PROMPT = "def "
+COLOURS = {HYBRID: "tab:blue", BASELINE: "tab:orange"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Learnt:
+    """One trained model and its figures."""
+
+    model: LanguageModel
+    losses: list[float]
+    seconds: float
+    bits_per_byte: float
+
+
+def run(
+    console: Console, *, out: Path, steps: int, seed: int, compiled: bool
+) -> dict[str, Learnt] | None:
+    """Train both, compare, time a step, sample; write the results into the folder `out`.
+
+    Returns None where Ctrl-C ended the training: the hybrid so far is saved.
+    """
+    began = time.perf_counter()
+    settings = training.TrainingConfig(steps=steps, batch=8, length=128, seed=seed)
+    corpus = text.standard_library()
+    out.mkdir(parents=True, exist_ok=True)
+    weights = out / f"{HYBRID}.safetensors"
+    _introduce(console, settings, corpus)
+
+    learnt: dict[str, Learnt] = {}
+    with display.TrainingView(console, dict.fromkeys((HYBRID, BASELINE), steps)) as view:
+        for name in (HYBRID, BASELINE):
+            torch.manual_seed(seed)
+            model = registry.build(name)
+            result = training.train(model, corpus.train, settings, on_step=view.callback(name))
+            if name == HYBRID:
+                checkpoint.save(weights, model)
+            if result.interrupted:
+                break
+            bits = training.bits_per_byte(model, corpus.held_out, length=settings.length)
+            learnt[name] = Learnt(model, result.losses, result.seconds, bits)
+    if len(learnt) < 2:
+        console.print(f"interrupted; the hybrid so far is saved: [bold]{weights}[/]")
+        return None
+
+    console.print(_comparison(learnt, settings))
+    with console.status("timing one training step, eager and compiled"):
+        rows = text.random_batch(corpus.train, settings.batch, settings.length, seed, steps)
+        hybrid = learnt[HYBRID].model
+        timing = time_step(hybrid, rows, settings, repeats=7, compiled=compiled)
+    console.print(_timing_line(timing, compiled))
+    sample = sample_text(hybrid, seed)
+    console.print(Panel(Syntax(sample, "python", word_wrap=True), title=f"{HYBRID} writes"))
+
+    figures = _figures(learnt, settings, corpus, timing)
+    figures["seconds_in_all"] = time.perf_counter() - began
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    written = [weights.name, "figures.json", *_plot(console, out / "loss.png", learnt, settings)]
+    console.print(
+        f"[bold]{out}[/]: {', '.join(written)}   "
+        f"({display.duration(figures['seconds_in_all'])} in all)\n"
+        f"[dim]try: atlas-blocks generate {weights} --prompt 'class '[/]"
+    )
+    return learnt
+
+
+def sample_text(model: LanguageModel, seed: int, count: int = 320) -> str:
+    """A continuation of "def " at temperature 0.7."""
+    prompt = torch.tensor([list(PROMPT.encode())])
+    tokens = generate(model, prompt, max_new_tokens=count, temperature=0.7, top_p=0.9, seed=seed)
+    return bytes(tokens[0].tolist()).decode(errors="replace")
+
+
+def _introduce(console: Console, settings: training.TrainingConfig, corpus: text.Corpus) -> None:
+    lines = [
+        f"[bold cyan]{name}[/]  {describe.pattern(registry.config(name))}, "
+        f"{registry.parameter_count(registry.config(name)):,} parameters"
+        for name in (HYBRID, BASELINE)
+    ]
+    tokens = settings.steps * settings.batch * settings.length
+    lines.append(
+        f"text: {corpus.source}, {len(corpus.train) / 1e6:.1f} MB, "
+        f"{len(corpus.held_out) / 1e6:.1f} MB held out by file"
+    )
+    lines.append(
+        f"each: {settings.steps} steps of {settings.batch} x {settings.length} bytes "
+        f"({tokens:,} in all), on {hardware()['processor']}, {torch.get_num_threads()} threads"
+    )
+    console.print(Panel("\n".join(lines), title="atlas-blocks", border_style="cyan"))
+
+
+def _comparison(learnt: dict[str, Learnt], settings: training.TrainingConfig) -> Table:
+    table = Table(title="held-out text, same parameters and token budget", title_justify="left")
+    for column in ("model", "parameters", "bits per byte", "training", "tokens/s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    best = min(one.bits_per_byte for one in learnt.values())
+    for name, one in learnt.items():
+        style = "bold green" if one.bits_per_byte == best else ""
+        tokens = settings.steps * settings.batch * settings.length
+        table.add_row(
+            f"[cyan]{name}[/]",
+            f"{one.model.parameter_count():,}",
+            f"[{style}]{one.bits_per_byte:.3f}[/]" if style else f"{one.bits_per_byte:.3f}",
+            display.duration(one.seconds),
+            f"{tokens / one.seconds:,.0f}",
+        )
+    return table
+
+
+def _timing_line(timing: StepTiming, asked: bool) -> str:
+    line = f"one training step of {HYBRID}: eager [bold]{timing.eager_ms:.0f} ms[/]"
+    if not asked:
+        return line + ", compiled not asked for"
+    if timing.compiled_ms is None or timing.ratio is None:
+        return line + f"; compiling failed: {timing.problem}"
+    low, middle, high = timing.ratio
+    return (
+        f"{line}, compiled [bold]{timing.compiled_ms:.0f} ms[/] (eager/compiled {middle:.2f}, "
+        f"{low:.2f} to {high:.2f} over pairs; compiling took {timing.compile_seconds:.1f} s)"
+    )
+
+
+def hardware() -> dict[str, object]:
+    """What the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
+        processor = models[0].partition(":")[2].strip() if models else processor
+    return {
+        "processor": processor,
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _figures(
+    learnt: dict[str, Learnt],
+    settings: training.TrainingConfig,
+    corpus: text.Corpus,
+    timing: StepTiming,
+) -> dict[str, object]:
+    return {
+        "versions": {
+            "atlas-blocks": checkpoint.version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": hardware(),
+        "training": settings.to_dict(),
+        "text": {
+            "source": corpus.source,
+            "train_bytes": len(corpus.train),
+            "held_out_bytes": len(corpus.held_out),
+        },
+        "models": {
+            name: {
+                "config": one.model.config.to_dict(),
+                "parameters": one.model.parameter_count(),
+                "held_out_bits_per_byte": one.bits_per_byte,
+                "training_seconds": one.seconds,
+                "losses": [round(loss, 4) for loss in one.losses],
+            }
+            for name, one in learnt.items()
+        },
+        "training_step": dataclasses.asdict(timing),
+    }
+
+
+def _plot(
+    console: Console, path: Path, learnt: dict[str, Learnt], settings: training.TrainingConfig
+) -> list[str]:
+    """Draw the loss curves; returns the file's name, or nothing without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print("no loss.png: matplotlib is missing (pip install 'atlas-blocks[plot]')")
+        return []
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, one in learnt.items():
+        losses = torch.tensor(one.losses) / torch.log(torch.tensor(2.0))
+        tokens = torch.arange(1, len(losses) + 1) * settings.batch * settings.length / 1e3
+        width = max(1, len(losses) // 20)
+        axes.plot(tokens, losses, color=COLOURS[name], alpha=0.2, linewidth=0.8)
+        if len(losses) >= width:
+            means = losses.unfold(0, width, 1).mean(-1)
+            axes.plot(tokens[width - 1 :], means, color=COLOURS[name], label=name)
+        axes.axhline(one.bits_per_byte, color=COLOURS[name], linestyle=":", linewidth=1)
+    axes.set(
+        xlabel="thousand bytes trained on",
+        ylabel="bits per byte (dotted: held out)",
+        title=f"Same text, same {next(iter(learnt.values())).model.parameter_count():,} parameters",
+    )
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    return [path.name]

@@ -1,0 +1,176 @@
+"""What the command line shows: tables, trees and a live view of training, with rich."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+from torch import nn
+
+from atlas_blocks.recipes import describe, registry, training
+
+BARS = "▁▂▃▄▅▆▇█"
+CONTEXT = 4096
+
+
+def recipe_table() -> Group:
+    """Every recipe with its pattern, parameters and state."""
+    table = Table(title="Recipes", title_justify="left", row_styles=["", "dim"])
+    table.add_column("name", style="bold cyan", no_wrap=True)
+    table.add_column("pattern")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("paper", justify="right", no_wrap=True)
+    table.add_column("state", justify="right", no_wrap=True)
+    notes = []
+    for name in registry.names():
+        config = registry.config(name)
+        paper = registry.SIZES[name.rpartition("-")[2]].parameters
+        state = describe.human(describe.state_bytes(config, CONTEXT), "B")
+        table.add_row(
+            name,
+            describe.pattern(config),
+            describe.human(registry.parameter_count(config)),
+            describe.human(paper) if paper else "-",
+            state + ("*" if describe.state_grows(config) else " "),
+            end_section=name.endswith(list(registry.SIZES)[-1]),
+        )
+        if note := registry.size_note(name):
+            notes.append(f"{name}: {note}")
+    notes.append(
+        "state: bytes that one sequence carries in float32; "
+        f"* grows with the text, here after {CONTEXT} tokens."
+    )
+    return Group(table, Text("\n".join(notes), style="dim"))
+
+
+def module_tree(name: str) -> Tree:
+    """The assembled model of a recipe with the parameters of every part."""
+    model = describe.meta_model(registry.config(name))
+
+    def label(title: str, module: nn.Module) -> str:
+        count = describe.parameters_in(module)
+        kind = type(module).__name__
+        size = f" [green]{describe.human(count)}[/]" if count else ""
+        return f"{title} [cyan]{kind}[/]{size}"
+
+    def grow(tree: Tree, module: nn.Module) -> None:
+        own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+        if not isinstance(module, (nn.Linear, nn.Embedding, nn.RMSNorm, nn.Conv1d)):
+            for part, shape in own.items():
+                tree.add(f"[dim]{part} {list(shape)}[/]")
+        for part, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child):
+                # Blocks are alike: one stands for all.
+                branch = tree.add(label(f"{part} ({len(child)} alike)", child))
+                grow(branch.add(label("0", child[0])), child[0])
+            else:
+                grow(tree.add(label(part, child)), child)
+
+    title = f"[bold]{name}[/]  {describe.pattern(model.config)}  "
+    root = Tree(title + label("", model).strip())
+    grow(root, model)
+    return root
+
+
+def sparkline(values: Sequence[float], width: int = 48) -> str:
+    """Means of consecutive stretches of `values` as bars, the lowest value lowest."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    bounds = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+    low, high = min(means), max(means)
+    return "".join(
+        BARS[int((m - low) / (high - low + 1e-9) * (len(BARS) - 1) + 0.5)] for m in means
+    )
+
+
+def duration(seconds: float) -> str:
+    """75.2 -> "1:15"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class _Field(ProgressColumn):
+    """One named value of a task."""
+
+    def __init__(self, name: str, style: str = "") -> None:
+        super().__init__()
+        self.name, self.style = name, style
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get(self.name, "")), style=self.style)
+
+
+class TrainingView:
+    """Live bars for one or more runs: loss, tokens/s, time left and a sketch of the loss.
+
+    with TrainingView(console, {"atlas-mag-tiny": 300}) as view:
+        train(..., on_step=view.callback("atlas-mag-tiny"))
+    On a console that is not a terminal it prints one line per tenth of a run instead.
+    """
+
+    def __init__(self, console: Console, runs: dict[str, int]) -> None:
+        self.console = console
+        self.losses: dict[str, list[float]] = {name: [] for name in runs}
+        self.progress = Progress(
+            TextColumn("[bold cyan]{task.description}"),
+            BarColumn(bar_width=24),
+            _Field("count"),
+            _Field("loss", "bold yellow"),
+            _Field("speed", "green"),
+            _Field("left", "magenta"),
+            console=console,
+        )
+        self.tasks = {name: self.progress.add_task(name, total=n) for name, n in runs.items()}
+        self.live = Live(self._render(), console=console, refresh_per_second=8)
+
+    def __enter__(self) -> TrainingView:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self.live.update(self._render())
+            self.live.stop()
+
+    def callback(self, name: str) -> Callable[[training.Progress], None]:
+        """The on_step callback of one run."""
+
+        def on_step(at: training.Progress) -> None:
+            losses = self.losses[name]
+            losses.append(at.loss)
+            recent = losses[-10:]
+            loss = f"loss {sum(recent) / len(recent):.3f}"
+            speed = f"{at.tokens_per_second:,.0f} tokens/s"
+            left = f"{duration(at.seconds_left)} left"
+            if self.console.is_terminal:
+                self.progress.update(
+                    self.tasks[name],
+                    completed=at.step,
+                    count=f"{at.step}/{at.steps}",
+                    loss=loss,
+                    speed=speed,
+                    left=left,
+                )
+                self.live.update(self._render())
+            elif at.step % max(1, at.steps // 10) == 0:
+                self.console.print(f"{name} {at.step}/{at.steps}  {loss}  {speed}  {left}")
+
+        return on_step
+
+    def _render(self) -> RenderableType:
+        lines = Table.grid(padding=(0, 2))
+        for name, losses in self.losses.items():
+            if losses:
+                first, last = losses[0], sum(losses[-10:]) / len(losses[-10:])
+                curve = f"[yellow]{sparkline(losses)}[/]  {first:.2f} → {last:.2f}"
+                lines.add_row(f"[cyan]{name}[/]", curve)
+        return Panel(Group(self.progress, lines), title="training", border_style="dim")

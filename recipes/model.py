@@ -1,0 +1,140 @@
+"""A language model around any stack of blocks: embedding, blocks, final norm, head.
+
+B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atlas_blocks import (
+    AtlasBlockConfig,
+    AtlasMemory,
+    Config,
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    State,
+    check,
+)
+
+BlockConfig = AtlasBlockConfig | MemoryAsLayerConfig | MemoryAsGateConfig | MemoryAsContextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig(Config):
+    """Everything that defines a model; stored with every checkpoint.
+
+    name: of the recipe, for people. block: one of the block configs, repeated `depth` times.
+    tie_embeddings: the head shares the embedding's weights.
+    """
+
+    name: str
+    vocab_size: int
+    dim: int
+    heads: int
+    depth: int
+    block: BlockConfig
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "dim", "heads", "depth"):
+            check.at_least(field, getattr(self, field), 1)
+        if self.dim % self.heads:
+            check.fail("heads", f"a divisor of dim = {self.dim}", self.heads)
+        if not isinstance(self.block, BlockConfig):
+            check.fail("block", "a block config", type(self.block).__name__)
+
+    def build(self) -> LanguageModel:
+        """The model, initialised."""
+        return LanguageModel(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelState(State):
+    """One state per block, first to last."""
+
+    blocks: tuple[State, ...]
+
+
+class LMOutput(NamedTuple):
+    """logits [B, T, V], and the state after token T."""
+
+    logits: Tensor
+    state: LanguageModelState
+
+
+class LanguageModel(nn.Module):
+    """`model(tokens, state=None) -> LMOutput(logits, state)`."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(
+            config.block.build(config.dim, config.heads) for _ in range(config.depth)
+        )
+        self.norm = nn.RMSNorm(config.dim)
+        # Tied: no second parameter at all, so that the state_dict holds every tensor once.
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, sqrt(2 / (5 dim))) for embeddings and linear layers, biases zero.
+
+        It is 0.02 at dim 1000 and grows as models narrow. Memory layers keep the initialisation
+        they chose themselves: their gates start at particular values.
+        """
+        std = math.sqrt(2 / (5 * self.config.dim))
+        inside_memory = {
+            part
+            for memory in self.modules()
+            if isinstance(memory, AtlasMemory)
+            for part in memory.modules()
+        }
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and module not in inside_memory:
+                nn.init.normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: LanguageModelState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        detach_state: bool = True,
+    ) -> LMOutput:
+        """Logits for the token after each of `tokens`.
+
+        tokens: int [B, T], any T >= 0. state: what the last call returned, to continue it.
+        cu_seqlens: int [N + 1], bounds of packed documents (B = 1), each run as if alone.
+        detach_state: False keeps the returned state in the autograd graph.
+        Returns logits [B, T, V] and the state. Raises ValueError on a wrong shape, dtype or state.
+        """
+        check.tensor("tokens", tokens, "[B, T]", (None, None), (torch.int64, torch.int32))
+        if state is not None and not isinstance(state, LanguageModelState):
+            check.fail("state", "what this model returned, or None", type(state).__name__)
+        if state is not None and len(state.blocks) != len(self.blocks):
+            check.fail("state", f"{len(self.blocks)} block states", len(state.blocks))
+        x = self.embedding(tokens)
+        before = state.blocks if state is not None else (None,) * len(self.blocks)
+        after = []
+        for block, block_state in zip(self.blocks, before, strict=True):
+            x, block_state = block(x, block_state, cu_seqlens=cu_seqlens, detach_state=detach_state)
+            after.append(block_state)
+        x = self.norm(x)
+        logits = x @ self.embedding.weight.mT if self.head is None else self.head(x)
+        return LMOutput(logits, LanguageModelState(tuple(after)))
+
+    def parameter_count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.parameters())
