@@ -33,6 +33,19 @@ def _map(fn: Callable[..., Any], value: Any, *others: Any) -> Any:
     return value
 
 
+def _aligned(values: Sequence[Any]) -> Sequence[Any]:
+    """Corresponding values of several states, every group of states in them aligned."""
+    first = values[0]
+    if isinstance(first, tuple):
+        columns = [_aligned(column) for column in zip(*values, strict=True)]
+        return list(zip(*columns, strict=True)) if columns else values
+    if not isinstance(first, State):
+        return values
+    values = type(first).aligned(values)
+    columns = [_aligned([getattr(v, f.name) for v in values]) for f in dataclasses.fields(first)]
+    return [type(first)(*fields) for fields in zip(*columns, strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class State:
     """Base of every state. Positions are int64 tensors [B] on the CPU; the rest may be moved."""
@@ -78,8 +91,13 @@ class State:
         """States of the same block joined along the batch."""
         if len(states) == 0:
             check.fail("states", "at least one state", "none")
-        first, *rest = states
+        first, *rest = _aligned(states)
         return _map(lambda *ts: torch.cat(ts), first, *rest)
+
+    @classmethod
+    def aligned(cls: type[S], states: Sequence[S]) -> Sequence[S]:
+        """The states brought to one size, where a state grows with its sequence. Used by `cat`."""
+        return states
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of tensors and plain types, safe for torch.save and weights_only loading."""

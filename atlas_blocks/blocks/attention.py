@@ -69,6 +69,16 @@ class AttentionState(State):
     values: Tensor
     position: Tensor
 
+    @classmethod
+    def aligned(cls, states: Sequence[AttentionState]) -> list[AttentionState]:
+        """Caches of unequal length (window=None) padded on the left, where nothing is seen."""
+        longest = max(s.keys.shape[1] for s in states)
+
+        def padded(t: Tensor) -> Tensor:
+            return F.pad(t, (0, 0, 0, 0, longest - t.shape[1], 0))
+
+        return [AttentionState(padded(s.keys), padded(s.values), s.position) for s in states]
+
 
 class SlidingWindowAttention(Block):
     """Causal multi-head attention over the last `window` tokens.

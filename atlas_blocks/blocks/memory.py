@@ -5,6 +5,7 @@ B batch, T tokens, H heads, D head width, c window.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,9 @@ from atlas_blocks.functional.omega_rule import omega_rule, read_memory
 from atlas_blocks.functional.rule import OmegaState
 from atlas_blocks.state import State
 
+# Momentum that never decays (theta = 1) with retention 1 is an undamped oscillator which the chunk's
+# delayed gradients drive apart, so the layer's theta stays below this.
+MAX_THETA = 0.99
 FEATURE_MAPS = ("identity", "polynomial", "sketch", "taylor_exp")
 
 
@@ -87,8 +91,9 @@ class AtlasMemoryConfig(Config):
             check.at_least("degree", self.degree, 2)
         if self.sketch_width is not None:
             check.at_least("sketch_width", self.sketch_width, 1)
-        for name in ("retention_init", "eta_init", "momentum_init", "lag_init"):
+        for name in ("retention_init", "eta_init", "lag_init"):
             check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
+        check.between("momentum_init", self.momentum_init, 1e-6, MAX_THETA - 1e-6)
 
     def build(self, dim: int, heads: int) -> AtlasMemory:
         return AtlasMemory(dim, heads, self)
@@ -103,11 +108,12 @@ class MemoryState(State):
 
 
 class Gate(nn.Sequential):
-    """x [B, T, dim] -> sigmoid(W_2 W_1 x + bias) [B, T, width], starting at `init` everywhere."""
+    """x [B, T, dim] -> top * sigmoid(W_2 W_1 x + bias) [B, T, width], `init` before training."""
 
-    def __init__(self, dim: int, rank: int, init: Tensor) -> None:
-        super().__init__(nn.Linear(dim, rank, bias=False), nn.Linear(rank, init.numel()))
-        self.init = torch.logit(init.double()).tolist()
+    def __init__(self, dim: int, rank: int, init: list[float], top: float = 1.0) -> None:
+        super().__init__(nn.Linear(dim, rank, bias=False), nn.Linear(rank, len(init)))
+        self.top = top
+        self.init = [math.log(y / (top - y)) for y in init]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -119,7 +125,7 @@ class Gate(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         # Decays need float32 whatever autocast makes of the Linears.
         logits = super().forward(x)
-        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return self.top * torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 class AtlasMemory(Block):
@@ -149,14 +155,12 @@ class AtlasMemory(Block):
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, c.conv_width)
-        lags = torch.full((heads, c.window), c.lag_init)
-        lags[:, 0] = 0.98
-        self.alpha = Gate(dim, c.gate_rank, torch.full((heads,), c.retention_init))
-        self.eta = Gate(dim, c.gate_rank, torch.full((heads,), c.eta_init))
+        self.alpha = Gate(dim, c.gate_rank, heads * [c.retention_init])
+        self.eta = Gate(dim, c.gate_rank, heads * [c.eta_init])
         self.theta = None
         if c.momentum:
-            self.theta = Gate(dim, c.gate_rank, torch.full((heads,), c.momentum_init))
-        self.gamma = Gate(dim, c.gate_rank, lags.flatten())
+            self.theta = Gate(dim, c.gate_rank, heads * [c.momentum_init], MAX_THETA)
+        self.gamma = Gate(dim, c.gate_rank, heads * [0.98, *(c.window - 1) * [c.lag_init]])
 
         self._make_feature_map(width)
         features = self.feature_width(width)

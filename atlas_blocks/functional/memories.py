@@ -28,6 +28,12 @@ def gelu_derivative(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
 
 
+# Added to the tangent kernels of the deep memories. Near M^(0) = 0 the kernel vanishes, as if
+# writes did nothing, while all weights are written at once and jump: without it retentions below
+# 0.99 with long momentum end in NaN; at 0.1 and above the memory dies out at ordinary gates.
+TANGENT_FLOOR = 0.03
+
+
 def spectral_bound(w: Tensor) -> Tensor:
     """||W W^T||_F >= ||W||_2^2, the Schatten-4 norm squared: [..., dout, din] -> [..., 1, 1]."""
     gram = w @ w.mT if w.shape[-2] <= w.shape[-1] else w.mT @ w
@@ -87,7 +93,7 @@ def _mlp_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor])
 def _mlp_tangent(weights: Weights, x: Tensor, gram: Tensor) -> Tensor:
     w1, w2 = weights
     h = F.gelu(x @ w2.mT)
-    return (h @ h.mT).abs() + spectral_bound(w1) * gram.abs()
+    return (h @ h.mT).abs() + (spectral_bound(w1) + TANGENT_FLOOR) * gram.abs()
 
 
 # --- gated_mlp (Atlas++): M(x) = r(x) + W1 (gelu(W2 x) * W3 x) --------------------------------
@@ -116,7 +122,7 @@ def _gated_tangent(weights: Weights, x: Tensor, gram: Tensor) -> Tensor:
     gate = (u * gelu_derivative(z)).abs().amax(-1, keepdim=True)
     value = s.abs().amax(-1, keepdim=True)
     inner = gate @ gate.mT + value @ value.mT
-    return (h @ h.mT).abs() + spectral_bound(w1) * gram.abs() * inner
+    return (h @ h.mT).abs() + (spectral_bound(w1) * inner + TANGENT_FLOOR) * gram.abs()
 
 
 MEMORIES: dict[str, Memory] = {

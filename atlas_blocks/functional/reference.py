@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks.functional.features import FeatureMap
+from atlas_blocks.functional.memories import TANGENT_FLOOR
 from atlas_blocks.functional.newton_schulz import COEFFICIENTS, EPS
 from atlas_blocks.functional.rule import (
     OmegaState,
@@ -178,7 +179,7 @@ def _kappa(rule: Rule, m0: Sequence[Tensor], phi: Any, x: Tensor, y: Tensor) -> 
         return F.gelu(a) * u, (u * slope).abs().amax(-1), F.gelu(a).abs().amax(-1)
 
     (hx, px, rx), (hy, py, ry) = hidden(f), hidden(g)
-    return (hx * hy).sum(-1).abs() + bound * dot * (px * py + rx * ry)
+    return (hx * hy).sum(-1).abs() + (bound * (px * py + rx * ry) + TANGENT_FLOOR) * dot
 
 
 def _orthogonal(s: Tensor, steps: int) -> Tensor:

@@ -1,0 +1,216 @@
+"""The part of the dual form that needs no memory, computed for all chunks of a call at once.
+
+B batch, T tokens, H heads, G = B H; Dk, Dv key and value width, Dphi width after the feature map;
+c window, b chunk, N chunks, L tokens of a chunk (b, or less at the ends), E = e + L keys that a
+chunk sees, e of them before it, L' tokens of the chunk so far. Per chunk: A decay matrix,
+C = Theta Gam window weights after momentum, P = A diag(eta), see specification section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atlas_blocks.functional.features import FeatureMap
+from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.functional.rule import Rule
+
+
+class Tokens(NamedTuple):
+    """All tokens of a call. Keys, values and writes begin with the n of the history."""
+
+    q: Tensor  # [B, T, H, Dk]
+    k: Tensor  # [B, n + T, H, Dk]
+    v: Tensor  # [B, n + T, H, Dv]
+    alpha: Tensor  # [B, T, H]
+    eta: Tensor  # [B, T, H]
+    theta: Tensor | None  # [B, T, H]
+    gamma: Tensor  # [B, T, H, c]
+    writes: Tensor | None  # m_s [B, n + T, H] where writes are discounted
+
+
+@dataclass(frozen=True)
+class Discount:
+    """What a discount needs that must wait for M^(0), because the memory is deep."""
+
+    similarity: Tensor  # phi(k_s) . phi(k_t)  [N, G, L', L']
+    writes: Tensor  # m_s  [N, G, L']
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What W_t is made of: W_t = abar_t W - carried_t S - sum_i written[t, i] L_i R_i^T."""
+
+    step: Tensor  # P = A diag(eta)  [N, G, L, L]
+    written: Tensor  # P C  [N, G, L, E]
+    carried: Tensor | None  # P thbar  [N, G, L, 1]
+    scores: Tensor  # (P C) * (phi(q) . phi(k))  [N, G, L, E]
+    written_last: Tensor  # last row of P C as a column  [N, G, E, 1]
+    carried_last: Tensor | None  # [N, G, 1, 1]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """N chunks, the chunk axis first; or, from `unbind`, one chunk without that axis."""
+
+    q: Tensor  # phi(q)  [N, G, L, Dphi]
+    k: Tensor  # phi(k)  [N, G, E, Dphi]
+    v: Tensor  # [N, G, E, Dv]
+    q_residual: Tensor | None  # r(q)  [N, G, L, Dv] where the memory has a residual
+    k_residual: Tensor | None  # [N, G, E, Dv]
+    dots: Tensor  # phi(q) . phi(k)  [N, G, L, E]
+    abar: Tensor  # running product of alpha  [N, G, L, 1]
+    abar_last: Tensor  # [N, G, 1, 1]
+    decay: Tensor  # A  [N, G, L, L]
+    eta: Tensor  # discounted already unless `discount` is there  [N, G, L]
+    thbar: Tensor | None  # running product of theta  [N, G, L, 1]
+    thbar_last: Tensor | None  # [N, G, 1, 1]
+    window: Tensor  # C = Theta Gam  [N, G, L, E]
+    window_last: Tensor  # last row of C as a column  [N, G, E, 1]
+    discount: Discount | None
+    coefficients: Coefficients | None  # known ahead unless `discount` is there
+
+    def unbind(self) -> Iterator[Chunks]:
+        """The chunks one by one. (Indexing would cost a full-size gradient for every chunk.)"""
+        return _unbind(self)
+
+
+def _unbind(record):
+    """A dataclass of stacked tensors -> an iterator over dataclasses of its slices."""
+
+    def slices(value):
+        if isinstance(value, Tensor):
+            return value.unbind(0)
+        return None if value is None else list(_unbind(value))
+
+    columns = {name: slices(value) for name, value in vars(record).items()}
+    count = next(len(c) for c in columns.values() if c is not None)
+    for n in range(count):
+        yield type(record)(**{k: None if c is None else c[n] for k, c in columns.items()})
+
+
+def cut(
+    rule: Rule,
+    feature_map: FeatureMap | None,
+    x: Tokens,
+    first: int,
+    span: int,
+    count: int,
+    place: int,
+) -> Chunks:
+    """Cut `count` chunks of `span` tokens out of a call, from token `first` on, which stands at
+    `place` of its chunk (0 unless the chunk was begun by an earlier call)."""
+    n, stop = rule.history, first + span * count
+    # Keys before the chunk: the window's halo, and the begun chunk where writes are discounted.
+    extra = max(rule.window - 1, place if rule.write_discount else 0)
+
+    def tokens(t: Tensor) -> Tensor:
+        """[B, T, H, ...] -> [N, G, L, ...]."""
+        parts = t[:, first:stop].unflatten(1, (count, span))
+        return parts.transpose(0, 1).transpose(2, 3).flatten(1, 2)
+
+    def with_past(t: Tensor, past: int) -> Tensor:
+        """[B, n + T, H, ...] -> [N, G, past + L, ...], each chunk with the tokens before it."""
+        reach = t[:, n + first - past : n + stop].unfold(1, past + span, span)
+        return reach.transpose(0, 1).movedim(-1, 3).flatten(1, 2)
+
+    q = q_raw = tokens(x.q)
+    k = k_raw = with_past(x.k, extra)
+    if feature_map is not None:
+        q, k = tokens(feature_map(x.q)), with_past(feature_map(x.k), extra)
+
+    def kernel(a: Tensor, b: Tensor, a_raw: Tensor, b_raw: Tensor) -> Tensor:
+        return a @ b.mT if feature_map is None else feature_map.kernel(a_raw, b_raw)
+
+    eta = tokens(x.eta)
+    discount = None
+    if x.writes is not None:
+        so_far = slice(extra - place, None)
+        rows, raw = k[..., so_far, :], k_raw[..., so_far, :]
+        discount = Discount(kernel(rows, rows, raw, raw), with_past(x.writes, place))
+        if rule.memory == "matrix":
+            eta = discounted(eta, discount.writes, discount.similarity.abs())
+            discount = None
+
+    decay, abar = decay_matrix(tokens(x.alpha))
+    window = window_matrix(tokens(x.gamma), extra)
+    thbar = None
+    if x.theta is not None:
+        momentum, thbar = decay_matrix(tokens(x.theta))
+        window = momentum @ window
+    residual = MEMORIES[rule.memory].residual and x.q.shape[-1] == x.v.shape[-1]
+    chunks = Chunks(
+        q=q,
+        k=k,
+        v=with_past(x.v, extra),
+        q_residual=q_raw if residual else None,
+        k_residual=k_raw if residual else None,
+        dots=kernel(q, k, q_raw, k_raw),
+        abar=abar,
+        abar_last=abar[..., -1:, :],
+        decay=decay,
+        eta=eta,
+        thbar=thbar,
+        thbar_last=None if thbar is None else thbar[..., -1:, :],
+        window=window,
+        window_last=window[..., -1:, :].mT,
+        discount=discount,
+        coefficients=None,
+    )
+    return replace(chunks, coefficients=coefficients(chunks, eta)) if discount is None else chunks
+
+
+def coefficients(x: Chunks, eta: Tensor) -> Coefficients:
+    """The coefficients of W_t for a write strength eta [..., L], of one chunk or of all."""
+    step = x.decay * eta.unsqueeze(-2)
+    written = step @ x.window
+    carried = None if x.thbar is None else step @ x.thbar
+    return Coefficients(
+        step=step,
+        written=written,
+        carried=carried,
+        scores=written * x.dots,
+        written_last=written[..., -1:, :].mT,
+        carried_last=None if carried is None else carried[..., -1:, :],
+    )
+
+
+def decay_matrix(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """A[t, s] = prod_{r = s+1..t} gate_r for s <= t, else 0, and the running product.
+
+    gate: [..., L] -> [..., L, L], [..., L, 1]. Products, not logarithms: exact at a gate of 0, and
+    in its gradient there.
+    """
+    span = gate.shape[-1]
+    after = torch.ones(span, span, dtype=torch.bool, device=gate.device).tril(-1)
+    factors = torch.where(after, gate.unsqueeze(-1), 1.0)
+    return factors.cumprod(-2).tril(), gate.cumprod(-1).unsqueeze(-1)
+
+
+def window_matrix(gamma: Tensor, extra: int) -> Tensor:
+    """Gam[t, i] = gamma[t, j] where key i is token t - j; keys begin `extra` before the chunk.
+
+    gamma: [..., L, c] -> [..., L, extra + L].
+    """
+    span, window = gamma.shape[-2:]
+    # Rows one longer than the matrix, laid end to end: each starts one place further right.
+    width = extra + span
+    rows = F.pad(gamma.flip(-1), (extra - (window - 1), span))
+    return rows.flatten(-2)[..., : span * width].unflatten(-1, (span, width))
+
+
+def discounted(eta: Tensor, writes: Tensor, kappa: Tensor) -> Tensor:
+    """eta_t exp(-rho_t) / max(1, m_t kappa(t, t)), rho_t = sum_{s < t} m_s kappa(s, t)  (9b).
+
+    eta: [..., L] of the last L of the chunk's L' tokens so far; writes: m [..., L'];
+    kappa: [..., L', L'].
+    """
+    span = eta.shape[-1]
+    rho = (kappa.tril(-1) @ writes.unsqueeze(-1)).squeeze(-1)
+    own = writes * kappa.diagonal(dim1=-2, dim2=-1)
+    return eta * torch.exp(-rho[..., -span:]) / own[..., -span:].clamp(min=1)
