@@ -36,9 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except Exception as error:
         # Typer's usage errors carry a message for people; anything else is a bug and shows itself.
-        if not hasattr(error, "format_message"):
+        message = getattr(error, "format_message", None)
+        if message is None:
             raise
-        code = _fail(error.format_message(), 2)
+        code = _fail(message(), 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import torch
 from torch import nn
@@ -43,18 +43,16 @@ def _part(config: Config) -> str:
             return type(config).__name__
 
 
-@functools.cache
 def state_bytes(config: LanguageModelConfig, tokens: int) -> int:
     """Bytes of state that one sequence carries after `tokens` tokens, in float32.
 
-    Measured on the shapes of one block after one and after two tokens: a state either keeps its
-    size or grows by the same amount with every token.
+    Measured on one block: before any token, and where the state grows, after one.
     """
-    one, two = _block_state_bytes(config, 1), _block_state_bytes(config, 2)
-    return config.depth * (one + (tokens - 1) * (two - one))
+    start = _block_state_bytes(config, 0)
+    each = _block_state_bytes(config, 1) - start if state_grows(config) else 0
+    return config.depth * (start + tokens * each)
 
 
-@functools.cache
 def _block_state_bytes(config: LanguageModelConfig, tokens: int) -> int:
     # Zeros in place of weights: sizes are all that is asked for, and initialising is slow. The
     # state does not depend on the MLP.
@@ -68,9 +66,12 @@ def _block_state_bytes(config: LanguageModelConfig, tokens: int) -> int:
     return state.nbytes
 
 
-def state_grows(config: LanguageModelConfig) -> bool:
-    """Whether the state grows with the text, as a Transformer's cache does."""
-    return _block_state_bytes(config, 2) > _block_state_bytes(config, 1)
+def state_grows(config: Config) -> bool:
+    """Whether the state grows with the text: attention without a window keeps every key."""
+    if isinstance(config, SlidingWindowAttentionConfig):
+        return config.window is None
+    parts = (getattr(config, field.name) for field in dataclasses.fields(config))
+    return any(isinstance(part, Config) and state_grows(part) for part in parts)
 
 
 def meta_model(config: LanguageModelConfig) -> LanguageModel:
@@ -84,14 +85,10 @@ def parameters_in(module: nn.Module) -> int:
 
 
 def human(count: float, unit: str = "") -> str:
-    """1234567 -> "1.23M": three significant digits."""
-    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """1234567 -> "1.23M", or with a unit "1.23 MB": three significant digits."""
+    for scale, suffix in ((1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
         if count >= scale:
             digits = count / scale
             decimals = 0 if digits >= 100 else 1 if digits >= 10 else 2
-            return (
-                f"{digits:.{decimals}f} {suffix}{unit}"
-                if unit
-                else f"{digits:.{decimals}f}{suffix}"
-            )
+            return f"{digits:.{decimals}f}" + (f" {suffix}{unit}" if unit else suffix)
     return f"{count:.0f} {unit}".strip()

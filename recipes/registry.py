@@ -88,7 +88,7 @@ def _atlas_mac(size: Size) -> BlockConfig:
 
 
 def _transformer(size: Size) -> BlockConfig:
-    return AtlasBlockConfig(mixer=SlidingWindowAttentionConfig())
+    return AtlasBlockConfig(mixer=SlidingWindowAttentionConfig(window=None))
 
 
 ARCHITECTURES: dict[str, Callable[[Size], BlockConfig]] = {

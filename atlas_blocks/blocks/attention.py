@@ -6,6 +6,7 @@ B batch, T tokens, H heads, D head width, P sink tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch

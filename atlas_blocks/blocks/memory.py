@@ -29,7 +29,7 @@ from atlas_blocks.functional.omega_rule import omega_rule, read_memory
 from atlas_blocks.functional.rule import OmegaState
 from atlas_blocks.state import State
 
-# Momentum that never decays (theta = 1) with retention 1 is an undamped oscillator which the chunk's
+# Momentum that never decays (theta = 1) at retention 1 is an undamped oscillator, which the chunk's
 # delayed gradients drive apart, so the layer's theta stays below this.
 MAX_THETA = 0.99
 FEATURE_MAPS = ("identity", "polynomial", "sketch", "taylor_exp")
