@@ -17,15 +17,16 @@ from atlas_blocks.recipes.model import LanguageModel
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """One token per row. logits [B, V] -> [B]. temperature 0 takes the likeliest.
 
-    top_p keeps the smallest set of tokens whose probabilities reach it.
+    top_p keeps the smallest set of tokens whose probabilities reach it, and at least one.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / temperature, -1)
     ranked, order = probabilities.sort(dim=-1, descending=True)
-    # Kept while the likelier tokens have not reached top_p yet: never empty.
-    ranked = ranked * (ranked.cumsum(-1) - ranked < top_p)
-    choice = torch.multinomial(ranked, 1, generator=generator)
+    # Kept while the likelier tokens have not reached top_p yet.
+    kept = ranked.cumsum(-1) - ranked < top_p
+    kept[:, 0] = True
+    choice = torch.multinomial(ranked * kept, 1, generator=generator)
     return order.gather(-1, choice).squeeze(-1)
 
 

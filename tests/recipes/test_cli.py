@@ -1,0 +1,91 @@
+"""The command line: what it prints, and one line with exit code 2 for bad input."""
+
+import json
+
+import pytest
+import torch
+
+from atlas_blocks.recipes import cli, names
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """run("show", "atlas-tiny") -> exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(a) for a in arguments])
+        printed = capsys.readouterr()
+        return left.value.code, printed.out, printed.err
+
+    return call
+
+
+def test_recipes_lists_every_name(run):
+    code, out, _ = run("recipes")
+    assert code == 0
+    assert all(name in out for name in names())
+    assert "12 x MAG(mlp, Muon, c=16 | window 512)" in out
+
+
+def test_show_prints_the_tree(run):
+    code, out, _ = run("show", "atlas-mag-tiny")
+    assert code == 0
+    assert "MemoryAsGate" in out
+    assert "blocks (2 alike)" in out
+
+
+def test_train_resume_generate(run, tmp_path):
+    saved = tmp_path / "model.safetensors"
+    code, out, _ = run(
+        "train", "transformer-tiny", "--out", saved, "--steps", 3, "--batch", 2, "--length", 16
+    )
+    assert code == 0
+    assert "bits per byte" in out
+    assert run("train", "transformer-tiny", "--out", saved)[0] == 2  # would overwrite
+    assert run("train", "atlas-tiny", "--out", saved, "--resume")[0] == 2  # another recipe
+    assert run("train", "transformer-tiny", "--out", saved, "--resume")[0] == 0
+    code, out, _ = run("generate", saved, "--prompt", "abc", "--tokens", 5, "--batch", 2)
+    assert code == 0
+    assert out.count("abc") == 2
+
+
+def test_demo_writes_its_results(run, tmp_path):
+    code, out, _ = run("demo", "--steps", 2, "--out", tmp_path / "demo", "--no-compiled")
+    assert code == 0
+    assert "bits per byte" in out
+    assert "compiled not asked for" in out
+    figures = json.loads((tmp_path / "demo" / "figures.json").read_text())
+    assert figures["versions"]["torch"] == torch.__version__
+    assert set(figures["models"]) == {"atlas-mag-tiny", "transformer-tiny"}
+    assert (tmp_path / "demo" / "loss.png").stat().st_size > 1000
+    assert run("generate", tmp_path / "demo" / "atlas-mag-tiny.safetensors", "--tokens", 2)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "atlas-huge"),
+        ("show",),
+        ("shwo", "atlas-tiny"),
+        ("recipes", "--unknown"),
+        ("train", "atlas-tiny"),
+        ("train", "atlas-tiny", "--out", "x", "--steps", "many"),
+        ("train", "atlas-tiny", "--out", "x", "--steps", "-1"),
+        ("train", "atlas-tiny", "--out", "x", "--data", "/no/such/place"),
+        ("train", "atlas-tiny", "--out", "x", "--device", "abacus"),
+        ("train", "atlas-tiny", "--out", "x", "--resume"),
+        ("generate", "/no/such/file"),
+        ("generate", "/no/such/file", "--batch", "0"),
+        ("demo", "--steps", "0"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("atlas-blocks: ")
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,65 @@
+"""Every recipe: builds on meta at every size, round-trips, and has the parameters it names."""
+
+import pytest
+import torch
+
+from atlas_blocks import Config
+from atlas_blocks.recipes import describe, registry
+
+TINY = [name for name in registry.names() if name.endswith("-tiny")]
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_builds_on_meta_and_counts_agree(name):
+    config = registry.config(name)
+    model = describe.meta_model(config)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert model.parameter_count() == registry.parameter_count(config)
+    assert config.block.mlp_width > 0
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_round_trips_through_json(name):
+    config = registry.config(name)
+    assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_parameters_meet_the_name_or_say_why(name):
+    count, aim = registry.parameter_count(registry.config(name)), registry.target(name)
+    within = abs(count - aim) <= 0.1 * aim
+    assert within == (registry.size_note(name) == "")
+
+
+def test_tiny_recipes_have_one_parameter_count():
+    counts = [registry.parameter_count(registry.config(name)) for name in TINY]
+    assert max(counts) - min(counts) < 0.02 * min(counts)
+
+
+def test_unknown_names_suggest_near_ones():
+    with pytest.raises(ValueError, match="atlas-mag-tiny"):
+        registry.config("atlas-mag-tinny")
+    with pytest.raises(ValueError, match="unknown"):
+        registry.build("")
+
+
+def test_overrides_replace_fields():
+    assert registry.build("omeganet-tiny", depth=1, vocab_size=7).config.depth == 1
+    with pytest.raises(ValueError, match="deepth"):
+        registry.build("omeganet-tiny", deepth=1)
+    with pytest.raises(ValueError, match="heads"):
+        registry.build("omeganet-tiny", heads=5)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_stated_state_size_is_the_real_one(name, tokens):
+    config = registry.config(name)
+    with torch.no_grad():
+        _, state = config.build()(torch.zeros(1, tokens, dtype=torch.int64))
+    assert state.nbytes == describe.state_bytes(config, tokens)
+
+
+def test_numbers_for_people():
+    assert [describe.human(n) for n in (7, 1234, 193_598, 1.3e9)] == ["7", "1.23k", "194k", "1.30B"]
+    assert describe.human(93_700, "B") == "93.7 kB"
