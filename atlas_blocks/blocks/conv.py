@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block
+from atlas_blocks.functional.conv import causal_conv
 from atlas_blocks.state import State
 
 
@@ -43,9 +44,5 @@ class ShortConv(Block):
         else:
             past = state.tail.to(x.dtype)
         reach = torch.cat([past, x], 1)
-        # A sum of shifted products: 3 to 4 times as fast on a CPU as a grouped conv1d.
-        weight, length = self.weight.to(x.dtype), x.shape[1]
-        y = weight[0] * reach[:, :length]
-        for i in range(1, self.width):
-            y = torch.addcmul(y, weight[i], reach[:, i : i + length])
+        y = causal_conv(reach, self.weight.to(x.dtype))
         return y, ConvState(reach[:, reach.shape[1] - self.width + 1 :].clone())

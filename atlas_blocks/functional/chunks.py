@@ -8,13 +8,14 @@ C = Theta Gam window weights after momentum, P = A diag(eta), see specification 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES
@@ -34,8 +35,26 @@ class Tokens(NamedTuple):
     writes: Tensor | None  # m_s [B, n + T, H] where writes are discounted
 
 
+class _Record:
+    """A dataclass of tensors stacked along a chunk axis, or of other such records, or None."""
+
+    def unbind(self) -> Iterator[Self]:
+        """The chunks one by one. (Indexing would cost a full-size gradient for every chunk.)"""
+        columns: dict[str, Sequence[Any] | None] = {}
+        for name, value in vars(self).items():
+            columns[name] = None if value is None else list(value.unbind())
+        count = next(len(c) for c in columns.values() if c is not None)
+        for n in range(count):
+            yield type(self)(**{k: None if c is None else c[n] for k, c in columns.items()})
+
+    def flatten(self) -> Self:
+        """[N, G, ...] -> [N G, ...]."""
+        merge = {k: None if v is None else v.flatten(0, 1) for k, v in vars(self).items()}
+        return type(self)(**merge)
+
+
 @dataclass(frozen=True)
-class Discount:
+class Discount(_Record):
     """What a discount needs that must wait for M^(0), because the memory is deep."""
 
     similarity: Tensor  # phi(k_s) . phi(k_t)  [N, G, L', L']
@@ -43,55 +62,46 @@ class Discount:
 
 
 @dataclass(frozen=True)
-class Coefficients:
-    """What W_t is made of: W_t = abar_t W - carried_t S - sum_i written[t, i] L_i R_i^T."""
+class Last(_Record):
+    """What the weights after a chunk are made of: the last rows of the coefficients of W_t."""
 
-    step: Tensor  # P = A diag(eta)  [N, G, L, L]
-    written: Tensor  # P C  [N, G, L, E]
-    carried: Tensor | None  # P thbar  [N, G, L, 1]
-    scores: Tensor  # (P C) * (phi(q) . phi(k))  [N, G, L, E]
-    written_last: Tensor  # last row of P C as a column  [N, G, E, 1]
-    carried_last: Tensor | None  # [N, G, 1, 1]
+    written: Tensor  # last row of P C as a column  [N, G, E, 1]
+    carried: Tensor | None  # last of P thbar  [N, G, 1, 1]
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """N chunks, the chunk axis first; or, from `unbind`, one chunk without that axis."""
+class Write(_Record):
+    """What takes the memory from a chunk's start to its end."""
 
-    q: Tensor  # phi(q)  [N, G, L, Dphi]
     k: Tensor  # phi(k)  [N, G, E, Dphi]
     v: Tensor  # [N, G, E, Dv]
-    q_residual: Tensor | None  # r(q)  [N, G, L, Dv] where the memory has a residual
-    k_residual: Tensor | None  # [N, G, E, Dv]
-    dots: Tensor  # phi(q) . phi(k)  [N, G, L, E]
-    abar: Tensor  # running product of alpha  [N, G, L, 1]
-    abar_last: Tensor  # [N, G, 1, 1]
-    decay: Tensor  # A  [N, G, L, L]
+    residual: Tensor | None  # r(k)  [N, G, E, Dv] where the memory has a residual
     eta: Tensor  # discounted already unless `discount` is there  [N, G, L]
+    abar: Tensor  # product of all alpha  [N, G, 1, 1]
+    decay: Tensor  # last row of A  [N, G, 1, L]
     thbar: Tensor | None  # running product of theta  [N, G, L, 1]
     thbar_last: Tensor | None  # [N, G, 1, 1]
     window: Tensor  # C = Theta Gam  [N, G, L, E]
     window_last: Tensor  # last row of C as a column  [N, G, E, 1]
     discount: Discount | None
-    coefficients: Coefficients | None  # known ahead unless `discount` is there
+    last: Last | None  # known ahead unless `discount` is there
 
-    def unbind(self) -> Iterator[Chunks]:
-        """The chunks one by one. (Indexing would cost a full-size gradient for every chunk.)"""
-        return _unbind(self)
+    def last_coefficients(self, eta: Tensor) -> Last:
+        """The last rows for a write strength eta [..., L], of one chunk or of all."""
+        step = self.decay * eta.unsqueeze(-2)
+        carried = None if self.thbar is None else step @ self.thbar
+        return Last((step @ self.window).mT, carried)
 
 
-def _unbind(record):
-    """A dataclass of stacked tensors -> an iterator over dataclasses of its slices."""
+@dataclass(frozen=True)
+class Read(_Record):
+    """What reads the memory at every token of a chunk."""
 
-    def slices(value):
-        if isinstance(value, Tensor):
-            return value.unbind(0)
-        return None if value is None else list(_unbind(value))
-
-    columns = {name: slices(value) for name, value in vars(record).items()}
-    count = next(len(c) for c in columns.values() if c is not None)
-    for n in range(count):
-        yield type(record)(**{k: None if c is None else c[n] for k, c in columns.items()})
+    q: Tensor  # phi(q)  [N, G, L, Dphi]
+    residual: Tensor | None  # r(q)  [N, G, L, Dv]
+    dots: Tensor  # phi(q) . phi(k)  [N, G, L, E]
+    abar: Tensor  # running product of alpha  [N, G, L, 1]
+    decay: Tensor  # A  [N, G, L, L]
 
 
 def cut(
@@ -102,7 +112,7 @@ def cut(
     span: int,
     count: int,
     place: int,
-) -> Chunks:
+) -> tuple[Write, Read]:
     """Cut `count` chunks of `span` tokens out of a call, from token `first` on, which stands at
     `place` of its chunk (0 unless the chunk was begun by an earlier call)."""
     n, stop = rule.history, first + span * count
@@ -144,40 +154,24 @@ def cut(
         momentum, thbar = decay_matrix(tokens(x.theta))
         window = momentum @ window
     residual = MEMORIES[rule.memory].residual and x.q.shape[-1] == x.v.shape[-1]
-    chunks = Chunks(
-        q=q,
+    write = Write(
         k=k,
         v=with_past(x.v, extra),
-        q_residual=q_raw if residual else None,
-        k_residual=k_raw if residual else None,
-        dots=kernel(q, k, q_raw, k_raw),
-        abar=abar,
-        abar_last=abar[..., -1:, :],
-        decay=decay,
+        residual=k_raw if residual else None,
         eta=eta,
+        abar=abar[..., -1:, :],
+        decay=decay[..., -1:, :],
         thbar=thbar,
         thbar_last=None if thbar is None else thbar[..., -1:, :],
         window=window,
         window_last=window[..., -1:, :].mT,
         discount=discount,
-        coefficients=None,
+        last=None,
     )
-    return replace(chunks, coefficients=coefficients(chunks, eta)) if discount is None else chunks
-
-
-def coefficients(x: Chunks, eta: Tensor) -> Coefficients:
-    """The coefficients of W_t for a write strength eta [..., L], of one chunk or of all."""
-    step = x.decay * eta.unsqueeze(-2)
-    written = step @ x.window
-    carried = None if x.thbar is None else step @ x.thbar
-    return Coefficients(
-        step=step,
-        written=written,
-        carried=carried,
-        scores=written * x.dots,
-        written_last=written[..., -1:, :].mT,
-        carried_last=None if carried is None else carried[..., -1:, :],
-    )
+    if discount is None:
+        write = replace(write, last=write.last_coefficients(eta))
+    dots = kernel(q, k, q_raw, k_raw)
+    return write, Read(q, q_raw if residual else None, dots, abar, decay)
 
 
 def decay_matrix(gate: Tensor) -> tuple[Tensor, Tensor]:

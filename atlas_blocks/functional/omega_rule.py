@@ -5,21 +5,14 @@ Axes as in chunks.py, which computes what needs no memory; here is what needs it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atlas_blocks.functional.chunks import (
-    Chunks,
-    Coefficients,
-    Tokens,
-    coefficients,
-    cut,
-    discounted,
-)
+from atlas_blocks.functional.chunks import Read, Tokens, Write, cut, discounted
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES, Factor
 from atlas_blocks.functional.newton_schulz import orthogonalise
@@ -156,8 +149,9 @@ def _run(
     outputs = []
     for first, span, count in _pieces(length, position, rule.chunk_size):
         place = (position + first) % rule.chunk_size
-        chunks = cut(rule, feature_map, tokens, first, span, count, place)
-        y, memory = _walk(rule, chunks, memory, place)
+        write, read = cut(rule, feature_map, tokens, first, span, count, place)
+        walk = _walk_gradient if rule.update == "gd" else _walk_muon
+        y, memory = walk(rule, write, read, memory, place)
         outputs.append(y)
     y = torch.cat(outputs, 1).unflatten(0, (batch, heads)).transpose(1, 2)
 
@@ -183,106 +177,143 @@ def _pieces(length: int, position: int, chunk: int) -> list[tuple[int, int, int]
     return [p for p in pieces if p[1] * p[2] > 0]
 
 
-def _walk(rule: Rule, chunks: Chunks, memory: _Memory, place: int) -> tuple[Tensor, _Memory]:
-    """The sequential part, chunk after chunk. Returns y [G, N L, Dv] and the memory after them."""
-    step = _gradient_step if rule.update == "gd" else _checkpointed_muon_step
+def _walk_gradient(
+    rule: Rule, write: Write, read: Read, memory: _Memory, place: int
+) -> tuple[Tensor, _Memory]:
+    """U = identity: only the weights at the chunks' ends are sequential; then all reads at once.
+
+    Returns y [G, N L, Dv] and the memory after the chunks.
+    """
+    groups = len(memory.weights[0])
+    starts, all_factors, strengths = [], [], []
+    for x in write.unbind():
+        memory = _enter(memory, place)
+        factors, eta = _gradients(rule, x, memory)
+        starts.append(memory)
+        all_factors.append(factors)
+        strengths.append(eta)
+        last = x.last or x.last_coefficients(eta)
+        weights = []
+        for i, (left, right) in enumerate(factors):
+            kept = x.abar * memory.weights[i]
+            if last.carried is not None:
+                kept.addcmul_(last.carried, memory.momentum[i], value=-1)
+            weights.append(kept.baddbmm_((left * last.written).mT, right, alpha=-1))
+        memory = _Memory(weights, _next_momentum(x, memory, factors), memory.chunk_start)
+
+    x = read.flatten()
+    step = x.decay * torch.cat(strengths).unsqueeze(-2)  # P
+    written = step @ write.window.flatten(0, 1)  # P C
+    carried = None if write.thbar is None else step @ write.thbar.flatten(0, 1)  # P thbar
+
+    def linear(i: int, z: Tensor) -> Tensor:
+        """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i."""
+        left = torch.cat([factors[i][0] for factors in all_factors])
+        right = torch.cat([factors[i][1] for factors in all_factors])
+        y = x.abar * (z @ torch.cat([m.weights[i] for m in starts]).mT)
+        if carried is not None:
+            momentum = torch.cat([m.momentum[i] for m in starts])
+            y.addcmul_(carried, z @ momentum.mT, value=-1)
+        return y.baddbmm_(written * (x.dots if z is x.q else z @ right.mT), left, alpha=-1)
+
+    y = MEMORIES[rule.memory].forward(linear, x.q)
+    y = y if x.residual is None else y + x.residual
+    return y.unflatten(0, (-1, groups)).transpose(0, 1).flatten(1, 2), _leave(
+        rule, memory, place, len(read.abar[0, 0])
+    )
+
+
+def _walk_muon(
+    rule: Rule, write: Write, read: Read, memory: _Memory, place: int
+) -> tuple[Tensor, _Memory]:
+    """U = Newton-Schulz, chunk by chunk. For the backward nothing is kept per token: only M and S
+    at the chunks' starts. Returns y [G, N L, Dv] and the memory after the chunks."""
     outputs = []
-    for x in chunks.unbind():
-        if place == 0:
-            memory = memory._replace(chunk_start=memory.weights)
-        y, memory = step(rule, x, memory, place)
+    for chunk in zip(write.unbind(), read.unbind(), strict=True):
+        memory = _enter(memory, place)
+        arguments = (rule, *chunk, memory, place)
+        if torch.is_grad_enabled():
+            y, memory = checkpoint(
+                _muon_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, memory = _muon_chunk(*arguments)
         outputs.append(y)
-        if place + y.shape[-2] == rule.chunk_size:
-            memory = memory._replace(chunk_start=memory.weights)
-    return torch.cat(outputs, 1), memory
+    return torch.cat(outputs, 1), _leave(rule, memory, place, outputs[-1].shape[1])
 
 
-def _prepare(rule: Rule, x: Chunks, memory: _Memory) -> tuple[list[Factor], Coefficients]:
-    """The chunk's gradient factors at M^(0), and the coefficients of W_t."""
+def _muon_chunk(
+    rule: Rule, write: Write, read: Read, memory: _Memory, place: int
+) -> tuple[Tensor, _Memory]:
+    """S_t is formed where a step is taken, and orthogonalised; W_t is formed for every token."""
+    factors, eta = _gradients(rule, write, memory)
+    step = read.decay * eta.unsqueeze(-2)  # P
+    span = step.shape[-1]
+    taken = [t for t in range(span) if rule.steps_at(place + t)]
+    rows = slice(None) if len(taken) == span else taken
+    per_token = []  # W_t [G, L, dout, din]
+    for i, (left, right) in enumerate(factors):
+        weight = memory.weights[i]
+        now = read.abar.unsqueeze(-1) * weight.unsqueeze(1)
+        if taken:
+            # S_t = thbar_t S + sum_i C[t, i] L_i R_i^T, all t in one product.
+            lefts = write.window[:, rows].unsqueeze(-2) * left.mT.unsqueeze(1)
+            s = (lefts.flatten(1, 2) @ right).unflatten(1, lefts.shape[1:3])
+            if write.thbar is not None:
+                s = s + write.thbar[:, rows].unsqueeze(-1) * memory.momentum[i].unsqueeze(1)
+            u = orthogonalise(s, rule.ns_steps)
+            now = torch.baddbmm(now.flatten(2), step[:, :, rows], u.flatten(2), alpha=-1)
+            now = now.unflatten(2, weight.shape[1:])
+        per_token.append(now)
+
+    def linear(i: int, z: Tensor) -> Tensor:
+        """W_t z_t."""
+        return (per_token[i] @ z.unsqueeze(-1)).squeeze(-1)
+
+    y = MEMORIES[rule.memory].forward(linear, read.q)
+    y = y if read.residual is None else y + read.residual
+    # Cloned: a view would keep the weights of every token alive.
+    weights = [w[:, -1].clone() for w in per_token]
+    return y, _Memory(weights, _next_momentum(write, memory, factors), memory.chunk_start)
+
+
+def _enter(memory: _Memory, place: int) -> _Memory:
+    """At a chunk's first token M^(0) is the memory so far."""
+    return memory._replace(chunk_start=memory.weights) if place == 0 else memory
+
+
+def _leave(rule: Rule, memory: _Memory, place: int, span: int) -> _Memory:
+    """The state after a whole chunk already has the next chunk's M^(0)."""
+    whole = place + span == rule.chunk_size
+    return memory._replace(chunk_start=memory.weights) if whole else memory
+
+
+def _gradients(rule: Rule, x: Write, memory: _Memory) -> tuple[list[Factor], Tensor]:
+    """The chunk's gradient factors at M^(0), and its write strengths eta [G, L]."""
     structure = MEMORIES[rule.memory]
 
     def error(y: Tensor) -> Tensor:
         """dl/dM(k) for every key: M(k) - v, or -v."""
         if rule.objective == "dot":
             return -x.v
-        return y - x.v if x.k_residual is None else y + x.k_residual - x.v
+        return y - x.v if x.residual is None else y + x.residual - x.v
 
     factors = structure.factors(memory.chunk_start, x.k, error)
-    if x.coefficients is not None:
-        return factors, x.coefficients
-    rows = x.k[:, -x.discount.writes.shape[-1] :]
-    kappa = structure.tangent(memory.chunk_start, rows, x.discount.similarity)
-    return factors, coefficients(x, discounted(x.eta, x.discount.writes, kappa))
+    if x.discount is None:
+        return factors, x.eta
+    so_far = x.k[:, -x.discount.writes.shape[-1] :]
+    kappa = structure.tangent(memory.chunk_start, so_far, x.discount.similarity)
+    return factors, discounted(x.eta, x.discount.writes, kappa)
 
 
-def _read(rule: Rule, x: Chunks, linear: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """y_t = M_t(phi(q_t)): the memory's own forward with every weight the t-th."""
-    y = MEMORIES[rule.memory].forward(linear, x.q)
-    return y if x.q_residual is None else y + x.q_residual
-
-
-def _gradient_step(rule: Rule, x: Chunks, memory: _Memory, place: int) -> tuple[Tensor, _Memory]:
-    """One chunk with U = identity: no weight is formed per token (section 6)."""
-    factors, c = _prepare(rule, x, memory)
-
-    def linear(i: int, z: Tensor) -> Tensor:
-        """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i."""
-        left, right = factors[i]
-        y = x.abar * (z @ memory.weights[i].mT)
-        if c.carried is not None:
-            y = torch.addcmul(y, c.carried, z @ memory.momentum[i].mT, value=-1)
-        scores = c.scores if right is x.k else c.written * (z @ right.mT)
-        return torch.baddbmm(y, scores, left, alpha=-1)
-
-    y = _read(rule, x, linear)
-    # The same at the last token, for the weights themselves.
-    weights = []
-    for i, (left, right) in enumerate(factors):
-        kept = x.abar_last * memory.weights[i]
-        if c.carried_last is not None:
-            kept = torch.addcmul(kept, c.carried_last, memory.momentum[i], value=-1)
-        weights.append(torch.baddbmm(kept, (left * c.written_last).mT, right, alpha=-1))
-    return y, _Memory(weights, _last_momentum(x, memory, factors), memory.chunk_start)
-
-
-def _last_momentum(x: Chunks, memory: _Memory, factors: list[Factor]) -> list[Tensor]:
+def _next_momentum(x: Write, memory: _Memory, factors: list[Factor]) -> list[Tensor]:
     """S after the chunk: thbar S + sum_i C[last, i] L_i R_i^T."""
     if x.thbar_last is None:
         return []
     return [
-        torch.baddbmm(x.thbar_last * s, (left * x.window_last).mT, right)
+        (x.thbar_last * s).baddbmm_((left * x.window_last).mT, right)
         for s, (left, right) in zip(memory.momentum, factors, strict=True)
     ]
-
-
-def _muon_step(rule: Rule, x: Chunks, memory: _Memory, place: int) -> tuple[Tensor, _Memory]:
-    """One chunk with U = Newton-Schulz: S_t is formed where a step is taken, and orthogonalised."""
-    factors, c = _prepare(rule, x, memory)
-    span = x.q.shape[-2]
-    taken = [t for t in range(span) if rule.steps_at(place + t)]
-    rows = slice(None) if len(taken) == span else taken
-    per_token = []  # W_t [G, L, dout, din]
-    for i, (left, right) in enumerate(factors):
-        weight = memory.weights[i]
-        now = x.abar.unsqueeze(-1) * weight.unsqueeze(1)
-        if taken:
-            # S_t = thbar_t S + sum_i C[t, i] L_i R_i^T, all t in one product.
-            lefts = x.window[:, rows].unsqueeze(-2) * left.mT.unsqueeze(1)
-            s = (lefts.flatten(1, 2) @ right).unflatten(1, lefts.shape[1:3])
-            if x.thbar is not None:
-                s = s + x.thbar[:, rows].unsqueeze(-1) * memory.momentum[i].unsqueeze(1)
-            steps = orthogonalise(s, rule.ns_steps)
-            now = torch.baddbmm(now.flatten(2), c.step[:, :, rows], steps.flatten(2), alpha=-1)
-            now = now.unflatten(2, weight.shape[1:])
-        per_token.append(now)
-
-    def linear(i: int, z: Tensor) -> Tensor:
-        return (per_token[i] @ z.unsqueeze(-1)).squeeze(-1)
-
-    y = _read(rule, x, linear)
-    # Cloned: a view would keep the weights of every token alive.
-    weights = [w[:, -1].clone() for w in per_token]
-    return y, _Memory(weights, _last_momentum(x, memory, factors), memory.chunk_start)
 
 
 def read_memory(
@@ -305,14 +336,3 @@ def read_memory(
         if structure.residual and x.shape[-1] == y.shape[-1]:
             y = y + x
     return y.transpose(1, 2).to(q.dtype)
-
-
-def _checkpointed_muon_step(
-    rule: Rule, x: Chunks, memory: _Memory, place: int
-) -> tuple[Tensor, _Memory]:
-    """`_muon_step` that keeps nothing per token for the backward: M and S of the chunk's start."""
-    if not torch.is_grad_enabled():
-        return _muon_step(rule, x, memory, place)
-    return checkpoint(
-        _muon_step, rule, x, memory, place, use_reentrant=False, preserve_rng_state=False
-    )

@@ -1,0 +1,45 @@
+"""Causal depthwise convolution over a few tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def causal_conv(reach: Tensor, weight: Tensor) -> Tensor:
+    """y_t = sum_i weight[i] * reach_{t+i}, a channel at a time.
+
+    reach: [B, width - 1 + T, C], the tokens with the width - 1 before them; weight: [width, C].
+    Returns [B, T, C]. Once differentiable.
+    """
+    return _CausalConv.apply(reach, weight)
+
+
+class _CausalConv(torch.autograd.Function):
+    """Sums of shifted products in place: on a CPU several times as fast as a grouped conv1d."""
+
+    @staticmethod
+    def forward(ctx: Any, reach: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(reach, weight)
+        width = weight.shape[0]
+        length = reach.shape[1] - width + 1
+        y = weight[0] * reach[:, :length]
+        for i in range(1, width):
+            y.addcmul_(weight[i], reach[:, i : i + length])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        reach, weight = ctx.saved_tensors
+        length = grad.shape[1]
+        grad_reach, grad_weight = torch.zeros_like(reach), torch.empty_like(weight)
+        product = torch.empty_like(grad)
+        for i in range(weight.shape[0]):
+            shifted = slice(i, i + length)
+            grad_reach[:, shifted].addcmul_(weight[i], grad)
+            grad_weight[i] = torch.mul(grad, reach[:, shifted], out=product).sum((0, 1))
+        return grad_reach, grad_weight
