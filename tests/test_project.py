@@ -121,6 +121,23 @@ def test_readme_folder_table_matches_the_tree():
     assert in_table == {t for t in tops if t not in hidden and not t.startswith(".")}
 
 
+def test_readme_lists_the_architectures():
+    from atlas_blocks.recipes.registry import ARCHITECTURES, SIZES
+
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Recipes") : readme.index("## Folders")]
+    assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == set(ARCHITECTURES)
+    assert all(f"`{size}`" in section for size in SIZES)
+
+
+README_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", README_EXAMPLES, ids=range(len(README_EXAMPLES)))
+def test_readme_examples_run(example):
+    exec(compile(example, "README.md", "exec"), {})
+
+
 @pytest.mark.slow
 def test_wheel_works_away_from_the_checkout(tmp_path):
     """Build the wheel, install it alone into a fresh environment, use it from elsewhere."""
