@@ -1,6 +1,7 @@
 """The command line: `atlas-blocks recipes | show | demo | train | generate`.
 
-Bad input gets one line on stderr and exit code 2; a run that diverges one line and exit code 1.
+Bad input gets one line on stderr and exit code 2; a run that diverges one line and exit code 1;
+Ctrl-C saves what has been trained and exits with 130.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from atlas_blocks.recipes import demo as demonstration
 from atlas_blocks.recipes import display, registry, text, training
 from atlas_blocks.recipes.generate import stream
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     help="ATLAS memory layers and hybrids: recipes, training, generation.",
     no_args_is_help=True,
@@ -33,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FloatingPointError) as error:
         code = _fail(str(error), 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     except Exception as error:
         # Typer's usage errors carry a message for people; anything else is a bug and shows itself.
         message = getattr(error, "format_message", None)
@@ -68,7 +71,9 @@ def demo(
     compiled: Annotated[bool, typer.Option(help="Also time a step under torch.compile.")] = True,
 ) -> None:
     """Train a tiny hybrid and a Transformer on real text, compare, sample, save."""
-    demonstration.run(Console(), out=out, steps=steps, seed=seed, compiled=compiled)
+    learnt = demonstration.run(Console(), out=out, steps=steps, seed=seed, compiled=compiled)
+    if learnt is None:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -123,7 +128,7 @@ def train(
             f"interrupted after step {result.step}; [bold]{out}[/] is whole and "
             "--resume continues it"
         )
-        return
+        raise typer.Exit(INTERRUPTED)
     bits = training.bits_per_byte(model, corpus.held_out, length=run.config.length)
     console.print(f"held out: [bold]{bits:.3f}[/] bits per byte; saved [bold]{out}[/]")
 
@@ -155,7 +160,7 @@ def generate(
     for index, row in enumerate(written):
         if batch > 1:
             print(f"--- {index + 1} ---")
-        print(row.decode(errors="replace"))
+        print(text.printable(row))
 
 
 def _device(name: str) -> torch.device:

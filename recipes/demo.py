@@ -42,7 +42,7 @@ def run(
     Returns None where Ctrl-C ended the training: the hybrid so far is saved.
     """
     began = time.perf_counter()
-    settings = training.TrainingConfig(steps=steps, batch=8, length=128, seed=seed)
+    settings = training.TrainingConfig(steps=steps, batch=4, length=128, lr=4e-3, seed=seed)
     corpus = text.standard_library()
     out.mkdir(parents=True, exist_ok=True)
     weights = out / f"{HYBRID}.safetensors"
@@ -89,7 +89,7 @@ def sample_text(model: LanguageModel, seed: int, count: int = 320) -> str:
     """A continuation of "def " at temperature 0.7."""
     prompt = torch.tensor([list(PROMPT.encode())])
     tokens = generate(model, prompt, max_new_tokens=count, temperature=0.7, top_p=0.9, seed=seed)
-    return bytes(tokens[0].tolist()).decode(errors="replace")
+    return text.printable(tokens[0].tolist())
 
 
 def _introduce(console: Console, settings: training.TrainingConfig, corpus: text.Corpus) -> None:
@@ -105,7 +105,7 @@ def _introduce(console: Console, settings: training.TrainingConfig, corpus: text
     )
     lines.append(
         f"each: {settings.steps} steps of {settings.batch} x {settings.length} bytes "
-        f"({tokens:,} in all), on {hardware()['processor']}, {torch.get_num_threads()} threads"
+        f"({tokens:,} in all); {hardware()['processor']}, threads: {torch.get_num_threads()}"
     )
     console.print(Panel("\n".join(lines), title="atlas-blocks", border_style="cyan"))
 

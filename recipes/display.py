@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -109,7 +110,7 @@ class _Field(ProgressColumn):
 
 
 class TrainingView:
-    """Live bars for one or more runs: loss, tokens/s, time left and a sketch of the loss.
+    """Live bars for one or more runs: loss in bits per byte, tokens/s, time left, loss so far.
 
     with TrainingView(console, {"atlas-mag-tiny": 300}) as view:
         train(..., on_step=view.callback("atlas-mag-tiny"))
@@ -146,9 +147,9 @@ class TrainingView:
 
         def on_step(at: training.Progress) -> None:
             losses = self.losses[name]
-            losses.append(at.loss)
+            losses.append(at.loss / math.log(2))
             recent = losses[-10:]
-            loss = f"loss {sum(recent) / len(recent):.3f}"
+            loss = f"loss {sum(recent) / len(recent):.3f} bits"
             speed = f"{at.tokens_per_second:,.0f} tokens/s"
             left = f"{duration(at.seconds_left)} left"
             if self.console.is_terminal:

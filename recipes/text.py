@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -68,6 +68,12 @@ def load_text(path: Path | None) -> Corpus:
     data = torch.frombuffer(bytearray(path.read_bytes() or b" "), dtype=torch.uint8)
     cut = len(data) - len(data) // HELD_OUT_ONE_IN
     return Corpus(data[:cut], data[cut:], path.name)
+
+
+def printable(tokens: Iterable[int]) -> str:
+    """Bytes as text that is safe to show: whatever would steer a terminal becomes U+FFFD."""
+    decoded = bytes(tokens).decode(errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decoded)
 
 
 def random_batch(data: Tensor, batch: int, length: int, seed: int, step: int) -> Tensor:

@@ -1,11 +1,12 @@
 """The command line: what it prints, and one line with exit code 2 for bad input."""
 
 import json
+import signal
 
 import pytest
 import torch
 
-from atlas_blocks.recipes import cli, names
+from atlas_blocks.recipes import cli, names, training
 
 
 @pytest.fixture
@@ -61,6 +62,28 @@ def test_demo_writes_its_results(run, tmp_path):
     assert set(figures["models"]) == {"atlas-mag-tiny", "transformer-tiny"}
     assert (tmp_path / "demo" / "loss.png").stat().st_size > 1000
     assert run("generate", tmp_path / "demo" / "atlas-mag-tiny.safetensors", "--tokens", 2)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("demo", "--out"), "atlas-mag-tiny.safetensors"),
+        (("train", "atlas-mag-tiny", "--batch", 1, "--out"), "model"),
+    ],
+)
+def test_ctrl_c_leaves_a_usable_checkpoint(run, tmp_path, monkeypatch, command, file):
+    step = training.train_step
+
+    def interrupted_step(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "train_step", interrupted_step)
+    out = tmp_path if command[0] == "demo" else tmp_path / file
+    code, printed, _ = run(*command, out, "--steps", 50)
+    assert code == 130
+    assert "interrupted" in printed
+    assert run("generate", tmp_path / file, "--tokens", 2)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ def test_batches_are_crops_and_depend_on_seed_and_step_alone():
         text.random_batch(data, 1, 200, 0, 0)
 
 
+def test_printed_text_cannot_steer_a_terminal():
+    assert text.printable(b"a\x1b[2J\n\xc3\xa9\xff\x00") == "a\ufffd[2J\né\ufffd\ufffd"
+
+
 def test_windows_predict_every_byte_once():
     data = torch.arange(100, dtype=torch.uint8)
     rows = torch.cat(list(text.windows(data, 2, 16, limit=1000)))
