@@ -257,8 +257,8 @@ def _muon_chunk(
         now = read.abar.unsqueeze(-1) * weight.unsqueeze(1)
         if taken:
             # S_t = thbar_t S + sum_i C[t, i] L_i R_i^T, all t in one product.
-            lefts = write.window[:, rows].unsqueeze(-2) * left.mT.unsqueeze(1)
-            s = (lefts.flatten(1, 2) @ right).unflatten(1, lefts.shape[1:3])
+            gradients = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(2)
+            s = (write.window[:, rows] @ gradients).unflatten(-1, weight.shape[1:])
             if write.thbar is not None:
                 s = s + write.thbar[:, rows].unsqueeze(-1) * memory.momentum[i].unsqueeze(1)
             u = orthogonalise(s, rule.ns_steps)
