@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import tempfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,14 +54,12 @@ def save(path: Path, model: LanguageModel, run: Run | None = None) -> None:
                 tensors[f"{OPTIMIZER}{index}.{slot}"] = value
         metadata |= {"training": run.config.to_json(), "step": str(run.step)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, name, metadata)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> LanguageModel:

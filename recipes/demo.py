@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,7 +40,7 @@ def run(
 ) -> dict[str, Learnt] | None:
     """Train both, compare, time a step, sample; write the results into the folder `out`.
 
-    Returns None where Ctrl-C ended the training: the hybrid so far is saved.
+    Returns None where Ctrl-C ended it: the hybrid as far as it was trained is saved.
     """
     began = time.perf_counter()
     settings = training.TrainingConfig(steps=steps, batch=4, length=128, lr=4e-3, seed=seed)
@@ -49,29 +50,35 @@ def run(
     _introduce(console, settings, corpus)
 
     learnt: dict[str, Learnt] = {}
-    with display.TrainingView(console, dict.fromkeys((HYBRID, BASELINE), steps)) as view:
-        for name in (HYBRID, BASELINE):
-            torch.manual_seed(seed)
-            model = registry.build(name)
-            result = training.train(model, corpus.train, settings, on_step=view.callback(name))
-            if name == HYBRID:
-                checkpoint.save(weights, model)
-            if result.interrupted:
-                break
-            bits = training.bits_per_byte(model, corpus.held_out, length=settings.length)
-            learnt[name] = Learnt(model, result.losses, result.seconds, bits)
-    if len(learnt) < 2:
+    saved = False
+    try:
+        with display.TrainingView(console, dict.fromkeys((HYBRID, BASELINE), steps)) as view:
+            for name in (HYBRID, BASELINE):
+                torch.manual_seed(seed)
+                model = registry.build(name)
+                result = training.train(model, corpus.train, settings, on_step=view.callback(name))
+                if name == HYBRID:
+                    checkpoint.save(weights, model)
+                    saved = True
+                if result.interrupted:
+                    raise KeyboardInterrupt
+                view.note(name, "reading held-out text")
+                bits = training.bits_per_byte(model, corpus.held_out, length=settings.length)
+                view.note(name, f"held out {bits:.3f}")
+                learnt[name] = Learnt(model, result.losses, result.seconds, bits)
+        console.print(_comparison(learnt, settings))
+        hybrid = learnt[HYBRID].model
+        rows = text.random_batch(corpus.train, settings.batch, settings.length, seed, steps)
+        with console.status("timing one training step, eager and compiled"):
+            timing = time_step(hybrid, rows, settings, repeats=7, compiled=compiled)
+        console.print(_timing_line(timing, compiled))
+        sample = Syntax(sample_text(hybrid, seed), "python", word_wrap=True)
+        console.print(Panel(sample, title=f"{HYBRID} writes"))
+    except KeyboardInterrupt:
+        if not saved:
+            raise
         console.print(f"interrupted; the hybrid so far is saved: [bold]{weights}[/]")
         return None
-
-    console.print(_comparison(learnt, settings))
-    with console.status("timing one training step, eager and compiled"):
-        rows = text.random_batch(corpus.train, settings.batch, settings.length, seed, steps)
-        hybrid = learnt[HYBRID].model
-        timing = time_step(hybrid, rows, settings, repeats=7, compiled=compiled)
-    console.print(_timing_line(timing, compiled))
-    sample = sample_text(hybrid, seed)
-    console.print(Panel(Syntax(sample, "python", word_wrap=True), title=f"{HYBRID} writes"))
 
     figures = _figures(learnt, settings, corpus, timing)
     figures["seconds_in_all"] = time.perf_counter() - began
@@ -160,7 +167,7 @@ def _figures(
     settings: training.TrainingConfig,
     corpus: text.Corpus,
     timing: StepTiming,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     return {
         "versions": {
             "atlas-blocks": checkpoint.version(),

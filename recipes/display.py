@@ -167,6 +167,12 @@ class TrainingView:
 
         return on_step
 
+    def note(self, name: str, words: str) -> None:
+        """Show `words` in the last column of a run."""
+        if self.console.is_terminal:
+            self.progress.update(self.tasks[name], left=words)
+            self.live.update(self._render())
+
     def _render(self) -> RenderableType:
         lines = Table.grid(padding=(0, 2))
         for name, losses in self.losses.items():
