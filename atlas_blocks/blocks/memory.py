@@ -25,8 +25,9 @@ from atlas_blocks.functional.features import (
     taylor_coefficients,
 )
 from atlas_blocks.functional.memories import MEMORIES, weight_shapes
-from atlas_blocks.functional.omega_rule import omega_rule, read_memory
+from atlas_blocks.functional.omega_rule import read_memory
 from atlas_blocks.functional.rule import OmegaState
+from atlas_blocks.ops.omega_rule import omega_rule
 from atlas_blocks.state import State
 
 # Momentum that never decays (theta = 1) at retention 1 is an undamped oscillator, which the chunk's
