@@ -1,0 +1,178 @@
+"""What several test files share: inputs of the rule, comparisons, runs in pieces, small blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atlas_blocks.functional import (
+    OmegaState,
+    PolynomialMap,
+    SketchMap,
+    omega_rule,
+    sketch_tables,
+    taylor_coefficients,
+)
+from atlas_blocks.functional.memories import weight_shapes
+from atlas_blocks.state import State
+
+MEMORIES = ("matrix", "mlp", "gated_mlp")
+OBJECTIVES = ("l2", "dot")
+UPDATES = ("gd", "muon")
+GATES = ("alpha", "eta", "theta", "gamma")
+STREAMS = ("q", "k", "v", *GATES)  # the arguments with a token axis
+HIDDEN = 4
+
+
+def feature_map(name: str, width: int) -> PolynomialMap | SketchMap | None:
+    """The feature map called `name`, float64, its coefficients a leaf of the graph."""
+    if name == "identity":
+        return None
+    coefficients = taylor_coefficients(2).double()
+    if name == "polynomial":
+        return PolynomialMap(coefficients)
+    tables = sketch_tables(width, 7, 2, torch.Generator().manual_seed(5))
+    return SketchMap(coefficients, *tables, 7)
+
+
+def rule_inputs(
+    memory: str = "matrix",
+    *,
+    batch: int = 1,
+    length: int = 9,
+    heads: int = 2,
+    key_width: int = 3,
+    value_width: int = 3,
+    window: int = 2,
+    features: str = "identity",
+    momentum: bool = True,
+    exact_gates: bool = True,
+    update: str = "gd",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Tensor arguments of `omega_rule` in float64, with the feature map.
+
+    exact_gates: every gate is 0 at some tokens and 1 at others (eta 0 only).
+    update="muon" gives inputs for which that rule is well conditioned. Newton-Schulz multiplies a
+    small singular value of S by up to 3.4445 a step, and where weights are no larger than eta the
+    next gradients depend on every rounding error: the rule itself, not an implementation, is then
+    chaotic. So values are large, eta is small, retention is high, and alpha = 0 comes late.
+    """
+    g = torch.Generator().manual_seed(seed)
+    size = (batch, length, heads)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=g, dtype=torch.float64)
+
+    muon = update == "muon"
+    alpha = 1 - (0.02 if muon else 0.2) * uniform(*size)
+    eta, theta = (0.02 if muon else 0.1) * uniform(*size), 0.9 * uniform(*size)
+    gamma = uniform(*size, window) / window
+    if exact_gates:
+        for gate, one in ((alpha, 0.2), (eta, 0.0), (theta, 0.1), (gamma, 0.5 / window)):
+            mark = uniform(*gate.shape)
+            gate[mark < 0.1] = 0.0
+            gate[mark > 1 - one] = 1.0
+        if muon:
+            early = alpha[:, : max(0, length - 4)]
+            early[early == 0] = 1.0
+    phi = feature_map(features, key_width)
+    width = key_width if phi is None else phi.width_of(key_width)
+    shapes = weight_shapes(memory, width, value_width, HIDDEN)
+    return {
+        "q": F.normalize(normal(*size, key_width), dim=-1),
+        "k": F.normalize(normal(*size, key_width), dim=-1),
+        "v": 3 * normal(*size, value_width),
+        "alpha": alpha,
+        "eta": eta,
+        "theta": theta if momentum else None,
+        "gamma": gamma,
+        "weights": [normal(heads, *shape) / shape[-1] ** 0.5 for shape in shapes],
+        "feature_map": phi,
+    }
+
+
+def tokens(inputs: dict[str, Any], first: int, stop: int) -> dict[str, Any]:
+    """The same arguments for tokens first..stop-1 alone."""
+    return {
+        name: x[:, first:stop] if name in STREAMS and x is not None else x
+        for name, x in inputs.items()
+    }
+
+
+def rows(inputs: dict[str, Any], index: Sequence[int]) -> dict[str, Any]:
+    """The same arguments for some rows of the batch."""
+    return {
+        name: x[list(index)] if name in STREAMS and x is not None else x
+        for name, x in inputs.items()
+    }
+
+
+def rule_in_pieces(
+    inputs: dict[str, Any], pieces: Sequence[int], state: OmegaState | None = None, **options: Any
+) -> tuple[Tensor, OmegaState]:
+    """`omega_rule` over a sequence handed in pieces of these lengths."""
+    outputs, first = [], 0
+    for length in pieces:
+        y, state = omega_rule(**tokens(inputs, first, first + length), **options, state=state)
+        outputs.append(y)
+        first += length
+    assert state is not None
+    return torch.cat(outputs, 1), state
+
+
+def difference(ours: Sequence[Tensor], true: Sequence[Tensor]) -> float:
+    """The largest difference of corresponding tensors, each relative to the largest true entry."""
+    assert [tuple(t.shape) for t in ours] == [tuple(t.shape) for t in true]
+    worst = 0.0
+    for a, b in zip(ours, true, strict=True):
+        if b.numel():
+            gap = ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+            worst = gap if not gap <= worst else worst  # a NaN stays
+    return worst
+
+
+def everything(result: tuple[Tensor, State | None]) -> list[Tensor]:
+    """The output and every tensor of the state, in float64."""
+    y, state = result
+    return [t.double() for t in (y, *([] if state is None else state.tensors()))]
+
+
+def assert_close(
+    ours: tuple[Tensor, State | None], true: tuple[Tensor, State | None], tolerance: float = 1e-10
+) -> None:
+    """Same output and same state, every tensor within `tolerance` of its largest entry."""
+    gap = difference(everything(ours), everything(true))
+    assert gap <= tolerance, f"relative difference {gap:.3g} > {tolerance:.3g}"
+
+
+def leaves(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with fresh leaves, coefficients included, for a gradient."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().clone().requires_grad_()
+
+    fresh = {name: leaf(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    fresh["weights"] = [leaf(w) for w in inputs["weights"]]
+    phi = inputs["feature_map"]
+    if isinstance(phi, PolynomialMap):
+        fresh["feature_map"] = PolynomialMap(leaf(phi.coefficients))
+    elif isinstance(phi, SketchMap):
+        fresh["feature_map"] = SketchMap(leaf(phi.coefficients), phi.buckets, phi.signs, phi.width)
+    return fresh
+
+
+def named_leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every differentiable tensor among the arguments by name."""
+    found = {name: inputs[name] for name in STREAMS if inputs[name] is not None}
+    found |= {f"weights[{i}]": w for i, w in enumerate(inputs["weights"])}
+    if inputs["feature_map"] is not None:
+        found["coefficients"] = inputs["feature_map"].coefficients
+    return found
