@@ -104,11 +104,8 @@ def test_chunked_equals_token_by_token_on_the_full_grid(
 ) -> None:
     for i, (chunk, length) in enumerate(itertools.product(CHUNKS, LENGTHS)):
         # Momentum and discount in all four combinations; the longest take two, or one, in turn.
-        if length < 200:
-            chosen = (0, 1, 2, 3)
-        else:
-            chosen = (i % 4,) if window == 100 else (i % 2, 3 - i % 2)
-        for j in chosen:
+        long = (i % 4,) if window == 100 else (i % 2, 3 - i % 2)
+        for j in long if length == 200 else (0, 1, 2, 3):
             assert_equals_reference(*kind, window, chunk, length, j + 4 * i)
 
 

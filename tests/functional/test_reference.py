@@ -50,11 +50,8 @@ def by_hand(x: dict[str, Any], memory: str, objective: str, update: str, chunk: 
             total = torch.zeros((), dtype=torch.float64)
             for i in range(max(0, t - gamma.shape[-1] + 1), t + 1):
                 read = memory_of(memory, at, k[i], same)
-                if objective == "l2":
-                    loss = ((read - v[i]) ** 2).sum() / 2
-                else:
-                    loss = -(read @ v[i])
-                total = total + gamma[t, t - i] * loss
+                square = ((read - v[i]) ** 2).sum() / 2
+                total = total + gamma[t, t - i] * (square if objective == "l2" else -(read @ v[i]))
             return total
 
         g = grad(window_loss)(m0)
