@@ -7,7 +7,6 @@ size of the weight is ever formed per token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,10 +21,9 @@ Factor = tuple[Tensor, Tensor]
 Weights = Sequence[Tensor]
 
 
-def gelu_derivative(z: Tensor) -> Tensor:
-    """d/dz of the exact GELU."""
-    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
+def gelu_slope(z: Tensor, times: Tensor) -> Tensor:
+    """times * d/dz of the exact GELU at z."""
+    return torch.ops.aten.gelu_backward(times, z)
 
 
 # Added to the tangent kernels of the deep memories. Near M^(0) = 0 the kernel vanishes, as if
@@ -47,8 +45,8 @@ class Memory:
     forward(linear, x): M(x) without the residual.
     factors(weights, x, error): [(left, right)] a weight; error(y) is dl/dM(x), given y = M(x)
     without the residual.
-    tangent(weights, x, gram): a bound on the tangent kernel between the n tokens x, [G, n, n],
-    from gram = x x^T.
+    tangent(weights, x, h, gram): a bound on the tangent kernel between the n tokens x, [G, n, n],
+    from the right factor h of W_1 and gram = x x^T.
     residual: whether r(x), the un-lifted key, is added where Dk = Dv.
     """
 
@@ -56,7 +54,7 @@ class Memory:
     residual: bool
     forward: Callable[[Linear, Tensor], Tensor]
     factors: Callable[[Weights, Tensor, Callable[[Tensor], Tensor]], list[Factor]]
-    tangent: Callable[[Weights, Tensor, Tensor], Tensor]
+    tangent: Callable[[Weights, Tensor, Tensor, Tensor], Tensor]
 
 
 # --- matrix: M(x) = W x -----------------------------------------------------------------------
@@ -71,7 +69,7 @@ def _matrix_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tenso
     return [(error(x @ w.mT), x)]
 
 
-def _matrix_tangent(weights: Weights, x: Tensor, gram: Tensor) -> Tensor:
+def _matrix_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
     return gram.abs()
 
 
@@ -87,13 +85,11 @@ def _mlp_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor])
     z = x @ w2.mT
     h = F.gelu(z)
     e = error(h @ w1.mT)
-    return [(e, h), ((e @ w1) * gelu_derivative(z), x)]
+    return [(e, h), (gelu_slope(z, times=e @ w1), x)]
 
 
-def _mlp_tangent(weights: Weights, x: Tensor, gram: Tensor) -> Tensor:
-    w1, w2 = weights
-    h = F.gelu(x @ w2.mT)
-    return (h @ h.mT).abs() + (spectral_bound(w1) + TANGENT_FLOOR) * gram.abs()
+def _mlp_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
+    return (h @ h.mT).abs() + (spectral_bound(weights[0]) + TANGENT_FLOOR) * gram.abs()
 
 
 # --- gated_mlp (Atlas++): M(x) = r(x) + W1 (gelu(W2 x) * W3 x) --------------------------------
@@ -110,16 +106,15 @@ def _gated_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor
     h = s * u
     e = error(h @ w1.mT)
     back = e @ w1
-    return [(e, h), (back * u * gelu_derivative(z), x), (back * s, x)]
+    return [(e, h), (gelu_slope(z, times=back * u), x), (back * s, x)]
 
 
-def _gated_tangent(weights: Weights, x: Tensor, gram: Tensor) -> Tensor:
+def _gated_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
     w1, w2, w3 = weights
     z, u = x @ w2.mT, x @ w3.mT
     s = F.gelu(z)
-    h = s * u
     # |sum_j W1_j a_j b_j W1_j^T| <= ||W1||^2 max|a| max|b| for the two inner weights.
-    gate = (u * gelu_derivative(z)).abs().amax(-1, keepdim=True)
+    gate = gelu_slope(z, times=u).abs().amax(-1, keepdim=True)
     value = s.abs().amax(-1, keepdim=True)
     inner = gate @ gate.mT + value @ value.mT
     return (h @ h.mT).abs() + (spectral_bound(w1) * inner + TANGENT_FLOOR) * gram.abs()

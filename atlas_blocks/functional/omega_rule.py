@@ -301,8 +301,9 @@ def _gradients(rule: Rule, x: Write, memory: _Memory) -> tuple[list[Factor], Ten
     factors = structure.factors(memory.chunk_start, x.k, error)
     if x.discount is None:
         return factors, x.eta
-    so_far = x.k[:, -x.discount.writes.shape[-1] :]
-    kappa = structure.tangent(memory.chunk_start, so_far, x.discount.similarity)
+    so_far = slice(-x.discount.writes.shape[-1], None)
+    hidden = factors[0][1][:, so_far]
+    kappa = structure.tangent(memory.chunk_start, x.k[:, so_far], hidden, x.discount.similarity)
     return factors, discounted(x.eta, x.discount.writes, kappa)
 
 
