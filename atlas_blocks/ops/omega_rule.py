@@ -84,22 +84,42 @@ def omega_rule(
         memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, gamma.shape[-1]
     )
     rules.validate(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
+    tensors, settings = flatten(
+        q, k, v, alpha, eta, theta, gamma, weights, rule, feature_map, state
+    )
+    y, *after = _OmegaRule.apply(settings, *tensors)
+    return y, _state(after, len(weights), theta is not None)
+
+
+def flatten(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    theta: Tensor | None,
+    gamma: Tensor,
+    weights: Sequence[Tensor],
+    rule: Rule,
+    feature_map: FeatureMap | None,
+    state: OmegaState | None,
+) -> tuple[list[Tensor], tuple]:
+    """The arguments as the op's one list of tensors, and its settings in order."""
     kind, width, features = "identity", 0, []
     if isinstance(feature_map, PolynomialMap):
         kind, features = "polynomial", [feature_map.coefficients]
     elif isinstance(feature_map, SketchMap):
         kind, width = "sketch", feature_map.width
         features = [feature_map.coefficients, feature_map.buckets, feature_map.signs]
-    momentum = theta is not None
-    tensors = [q, k, v, alpha, eta, gamma, *([theta] if momentum else []), *weights, *features]
+    momentum = [] if theta is None else [theta]
+    tensors = [q, k, v, alpha, eta, gamma, *momentum, *weights, *features]
     if state is not None:
         # Cloned: M^(0) may be M itself, and one tensor may not stand for two inputs.
         start = tuple(w.clone() for w in state.chunk_start)
         tensors += dataclasses.replace(state, chunk_start=start).tensors()
-    settings = (momentum, memory, objective, kind, width, update)
-    settings += (ns_steps, ns_every, chunk_size, write_discount)
-    y, *after = _OmegaRule.apply(settings, *tensors)
-    return y, _state(after, len(weights), momentum)
+    settings = (len(momentum) == 1, rule.memory, rule.objective, kind, width, rule.update)
+    settings += (rule.ns_steps, rule.ns_every, rule.chunk_size, rule.write_discount)
+    return tensors, settings
 
 
 class _OmegaRule(torch.autograd.Function):
