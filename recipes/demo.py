@@ -69,7 +69,8 @@ def run(
         console.print(_comparison(learnt, settings))
         hybrid = learnt[HYBRID].model
         rows = text.random_batch(corpus.train, settings.batch, settings.length, seed, steps)
-        with console.status("timing one training step, eager and compiled"):
+        # Most of the wait is the C++ compiler, the first time: later runs find its cache.
+        with console.status("compiling, then timing one training step, eager and compiled"):
             timing = time_step(hybrid, rows, settings, repeats=7, compiled=compiled)
         console.print(_timing_line(timing, compiled))
         sample = Syntax(sample_text(hybrid, seed), "python", word_wrap=True)
@@ -208,6 +209,7 @@ def _plot(
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    parameters = describe.human(learnt[HYBRID].model.parameter_count())
     for name, one in learnt.items():
         losses = torch.tensor(one.losses) / torch.log(torch.tensor(2.0))
         tokens = torch.arange(1, len(losses) + 1) * settings.batch * settings.length / 1e3
@@ -220,7 +222,7 @@ def _plot(
     axes.set(
         xlabel="thousand bytes trained on",
         ylabel="bits per byte (dotted: held out)",
-        title=f"Same text, same {next(iter(learnt.values())).model.parameter_count():,} parameters",
+        title=f"Same text, {parameters} parameters each",
     )
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)
