@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,plot]'
 	touch $@
 
-demo: $(STAMP)  ## train a tiny hybrid and a Transformer on real text (under five minutes)
+demo: $(STAMP)  ## train a tiny hybrid and a Transformer on real text
 	OMP_NUM_THREADS=2 $(BIN)/atlas-blocks demo $(DEMO_ARGS)
 
 test: lint types  ## format, lint, types and the default tests
