@@ -100,7 +100,10 @@ def main() -> None:
         packages = {p: version(p) for p in ("torch", "titans-pytorch")}
         record = {
             "what": {"dim": DIM, "heads": HEADS, "T": LENGTH, "chunk": CHUNK, "window": WINDOW},
-            "machine": {"cpu": platform.processor() or platform.machine(), "threads": arguments.threads},
+            "machine": {
+                "cpu": platform.processor() or platform.machine(),
+                "threads": arguments.threads,
+            },
             "versions": {"python": platform.python_version(), **packages},
             "rounds": arguments.rounds,
             "figures": figures,
