@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas_blocks import (
+    AtlasBlockConfig,
+    AtlasMemoryConfig,
+    Block,
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    ShortConv,
+    SlidingWindowAttentionConfig,
+    SwiGLU,
+)
+from atlas_blocks.blocks.memory import Gate
 from atlas_blocks.functional import (
     OmegaState,
     PolynomialMap,
@@ -176,3 +188,77 @@ def named_leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
     if inputs["feature_map"] is not None:
         found["coefficients"] = inputs["feature_map"].coefficients
     return found
+
+
+def small_memory(**changes: Any) -> AtlasMemoryConfig:
+    """A memory layer's config with chunks and windows that a few dozen tokens cross.
+
+    Steps are small because Newton-Schulz magnifies rounding (see `rule_inputs`).
+    """
+    small = AtlasMemoryConfig(
+        expansion=1, window=5, chunk_size=8, gate_rank=4, eta_init=0.02, retention_init=0.98
+    )
+    return small.replace(**changes)
+
+
+_MEMORY, _ATTENTION = small_memory(), SlidingWindowAttentionConfig(window=7, sink_tokens=2)
+_DESCENT = small_memory(update="gd", feature_map="polynomial")
+BLOCKS: dict[str, Callable[[int, int], Block]] = {
+    **{
+        f"memory-{memory}-{update}-{features}": small_memory(
+            memory=memory, update=update, feature_map=features, objective=objective
+        ).build
+        for memory, update, features, objective in (
+            ("matrix", "gd", "polynomial", "l2"),
+            ("matrix", "gd", "identity", "dot"),
+            ("matrix", "muon", "taylor_exp", "l2"),
+            ("mlp", "gd", "sketch", "l2"),
+            ("mlp", "gd", "taylor_exp", "dot"),
+            ("mlp", "muon", "sketch", "l2"),
+            ("mlp", "muon", "identity", "dot"),
+            ("gated_mlp", "gd", "identity", "l2"),
+            ("gated_mlp", "muon", "polynomial", "l2"),
+            ("gated_mlp", "muon", "sketch", "dot"),
+        )
+    },
+    "memory-plain": small_memory(
+        update="gd", momentum=False, window=1, write_discount=False, conv_width=1
+    ).build,
+    "memory-sparse-muon": small_memory(ns_every=4, write_discount=True).build,
+    "block-memory": AtlasBlockConfig(_MEMORY).build,
+    "block-attention": AtlasBlockConfig(_ATTENTION, mlp_width=10).build,
+    "as-layer": MemoryAsLayerConfig(_MEMORY, _ATTENTION).build,
+    "as-gate-sum": MemoryAsGateConfig(_MEMORY, _ATTENTION).build,
+    "as-gate-product": MemoryAsGateConfig(_DESCENT, _ATTENTION, "product").build,
+    "as-context": MemoryAsContextConfig(_DESCENT, segment=12).build,
+    "as-context-muon": MemoryAsContextConfig(_MEMORY, segment=5, persistent_tokens=0).build,
+    "conv": lambda dim, heads: ShortConv(dim),
+    "swiglu": lambda dim, heads: SwiGLU(dim),
+}
+DIM, HEADS = 12, 2
+
+
+def make_block(name: str, dtype: torch.dtype = torch.float64) -> Block:
+    """The small block called `name`, its gates dependent on the token as after training."""
+    torch.manual_seed(0)
+    block = BLOCKS[name](DIM, HEADS)
+    for module in block.modules():
+        if isinstance(module, Gate):
+            torch.nn.init.normal_(module[1].weight, std=0.5)
+    return block.to(dtype)
+
+
+def draw(*size: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+
+def block_in_pieces(
+    block: Block, x: Tensor, pieces: Sequence[int], state: State | None = None, **options: Any
+) -> tuple[Tensor, State | None]:
+    """The block over a sequence handed in pieces of these lengths."""
+    outputs = []
+    for part in x.split(list(pieces), dim=1):
+        y, state = block(part, state, **options)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
