@@ -73,7 +73,7 @@ def run(
         with console.status("compiling, then timing one training step, eager and compiled"):
             timing = time_step(hybrid, rows, settings, repeats=7, compiled=compiled)
         console.print(_timing_line(timing, compiled))
-        sample = Syntax(sample_text(hybrid, seed), "python", word_wrap=True)
+        sample = Syntax(sample_text(hybrid, seed).rstrip(), "python", word_wrap=True)
         console.print(Panel(sample, title=f"{HYBRID} writes"))
     except KeyboardInterrupt:
         if not saved:
@@ -94,9 +94,9 @@ def run(
 
 
 def sample_text(model: LanguageModel, seed: int, count: int = 320) -> str:
-    """A continuation of "def " at temperature 0.7."""
+    """A continuation of "def " at temperature 0.8."""
     prompt = torch.tensor([list(PROMPT.encode())])
-    tokens = generate(model, prompt, max_new_tokens=count, temperature=0.7, top_p=0.9, seed=seed)
+    tokens = generate(model, prompt, max_new_tokens=count, temperature=0.8, top_p=0.95, seed=seed)
     return text.printable(tokens[0].tolist())
 
 
