@@ -22,6 +22,7 @@ from atlas_blocks import (
     State,
     check,
 )
+from atlas_blocks.blocks.norm import RMSNorm
 
 BlockConfig = AtlasBlockConfig | MemoryAsLayerConfig | MemoryAsGateConfig | MemoryAsContextConfig
 
@@ -79,7 +80,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(
             config.block.build(config.dim, config.heads) for _ in range(config.depth)
         )
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = RMSNorm(config.dim)
         # Tied: no second parameter at all, so that the state_dict holds every tensor once.
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)

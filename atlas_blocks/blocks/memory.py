@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ConvState, ShortConv
+from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.config import Config
 from atlas_blocks.functional.features import (
     FeatureMap,
@@ -112,16 +114,18 @@ class Gate(nn.Sequential):
     """x [B, T, dim] -> top * sigmoid(W_2 W_1 x + bias) [B, T, width], `init` before training."""
 
     def __init__(self, dim: int, rank: int, init: list[float], top: float = 1.0) -> None:
-        super().__init__(nn.Linear(dim, rank, bias=False), nn.Linear(rank, len(init)))
+        down, up = nn.Linear(dim, rank, bias=False), nn.Linear(rank, len(init))
+        super().__init__(down, up)
         self.top = top
         self.init = [math.log(y / (top - y)) for y in init]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self[0].reset_parameters()
-        nn.init.zeros_(self[1].weight)
+        down, up = cast("tuple[nn.Linear, nn.Linear]", tuple(self))
+        down.reset_parameters()
+        nn.init.zeros_(up.weight)
         with torch.no_grad():
-            self[1].bias.copy_(torch.tensor(self.init))
+            up.bias.copy_(torch.tensor(self.init))
 
     def forward(self, x: Tensor) -> Tensor:
         # Decays need float32 whatever autocast makes of the Linears.
@@ -140,7 +144,8 @@ class AtlasMemory(Block):
     heads must divide dim. Raises ValueError where it does not, and as `Block.forward` does.
     """
 
-    coefficients: Tensor
+    buckets: Tensor
+    signs: Tensor
 
     def __init__(
         self, dim: int, heads: int, config: AtlasMemoryConfig = AtlasMemoryConfig()
@@ -169,7 +174,7 @@ class AtlasMemory(Block):
             torch.empty(heads, *shape)
             for shape in weight_shapes(c.memory, features, width, c.expansion * width)
         )
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.reset_parameters()

@@ -15,6 +15,7 @@ from atlas_blocks import check
 from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, MemoryState
+from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import rotary
@@ -64,9 +65,9 @@ class AtlasBlock(Block):
     def __init__(self, dim: int, heads: int, config: AtlasBlockConfig = AtlasBlockConfig()) -> None:
         super().__init__()
         self.dim, self.config = dim, config
-        self.mixer_norm = nn.RMSNorm(dim)
+        self.mixer_norm = RMSNorm(dim)
         self.mixer = config.mixer.build(dim, heads)
-        self.mlp_norm = nn.RMSNorm(dim)
+        self.mlp_norm = RMSNorm(dim)
         self.mlp = SwiGLU(dim, config.mlp_width)
 
     def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
@@ -146,12 +147,12 @@ class MemoryAsGate(Block):
     ) -> None:
         super().__init__()
         self.dim, self.config = dim, config
-        self.mixer_norm = nn.RMSNorm(dim)
+        self.mixer_norm = RMSNorm(dim)
         self.memory = config.memory.build(dim, heads)
         self.attention = config.attention.build(dim, heads)
-        self.memory_norm = nn.RMSNorm(dim)
-        self.attention_norm = nn.RMSNorm(dim)
-        self.mlp_norm = nn.RMSNorm(dim)
+        self.memory_norm = RMSNorm(dim)
+        self.attention_norm = RMSNorm(dim)
+        self.mlp_norm = RMSNorm(dim)
         self.mlp = SwiGLU(dim, config.mlp_width)
 
     def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
@@ -216,7 +217,7 @@ class MemoryAsContext(Block):
     ) -> None:
         super().__init__()
         self.dim, self.heads, self.config = dim, heads, config
-        self.mixer_norm = nn.RMSNorm(dim)
+        self.mixer_norm = RMSNorm(dim)
         self.memory = config.memory.build(dim, heads)
         if dim // heads % 2:
             check.fail("heads", f"an even head width for rotary positions, dim = {dim}", heads)
@@ -224,9 +225,9 @@ class MemoryAsContext(Block):
         self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, dim))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attention_out = nn.Linear(dim, dim, bias=False)
-        self.attention_norm = nn.RMSNorm(dim)
-        self.memory_norm = nn.RMSNorm(dim)
-        self.mlp_norm = nn.RMSNorm(dim)
+        self.attention_norm = RMSNorm(dim)
+        self.memory_norm = RMSNorm(dim)
+        self.mlp_norm = RMSNorm(dim)
         self.mlp = SwiGLU(dim, config.mlp_width)
         self.reset_parameters()
 

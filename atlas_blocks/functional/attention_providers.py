@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 TILE = 128
 
 
+# Looked up once, without importing: a constant to torch.compile.
+INSTALLED = {
+    package: importlib.util.find_spec(package) is not None for package in ("flash_attn", "xformers")
+}
+
+
 def refusal(
     name: str, q: Tensor, v: Tensor, training: bool, mixed: bool, sinks: bool
 ) -> str | None:
@@ -53,12 +59,7 @@ def refusal(
         return f"{package} has no mask for rows with different (or, on a GPU, unknown) valid"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"{package} needs compute capability 8.0 or higher"
-    return None if _installed(package) else f"the package {package} is not installed"
-
-
-@torch.compiler.assume_constant_result
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return None if INSTALLED[package] else f"the package {package} is not installed"
 
 
 def _flex(

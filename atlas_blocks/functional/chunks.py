@@ -57,7 +57,7 @@ class _Record:
 class Discount(_Record):
     """What a discount needs that must wait for M^(0), because the memory is deep."""
 
-    similarity: Tensor  # phi(k_s) . phi(k_t)  [N, G, L', L']
+    similarity: Tensor  # |phi(k_s) . phi(k_t)|  [N, G, L', L']
     writes: Tensor  # m_s  [N, G, L']
 
 
@@ -74,8 +74,7 @@ class Write(_Record):
     """What takes the memory from a chunk's start to its end."""
 
     k: Tensor  # phi(k)  [N, G, E, Dphi]
-    v: Tensor  # [N, G, E, Dv]
-    residual: Tensor | None  # r(k)  [N, G, E, Dv] where the memory has a residual
+    target: Tensor  # what M(k) without its residual should be: v - r(k), or v  [N, G, E, Dv]
     eta: Tensor  # discounted already unless `discount` is there  [N, G, L]
     abar: Tensor  # product of all alpha  [N, G, 1, 1]
     decay: Tensor  # last row of A  [N, G, 1, L]
@@ -142,9 +141,9 @@ def cut(
     if x.writes is not None:
         so_far = slice(extra - place, None)
         rows, raw = k[..., so_far, :], k_raw[..., so_far, :]
-        discount = Discount(kernel(rows, rows, raw, raw), with_past(x.writes, place))
+        discount = Discount(kernel(rows, rows, raw, raw).abs(), with_past(x.writes, place))
         if rule.memory == "matrix":
-            eta = discounted(eta, discount.writes, discount.similarity.abs())
+            eta = discounted(eta, discount.writes, discount.similarity)
             discount = None
 
     decay, abar = decay_matrix(tokens(x.alpha))
@@ -154,10 +153,12 @@ def cut(
         momentum, thbar = decay_matrix(tokens(x.theta))
         window = momentum @ window
     residual = MEMORIES[rule.memory].residual and x.q.shape[-1] == x.v.shape[-1]
+    target = with_past(x.v, extra)
+    if residual and rule.objective == "l2":
+        target = target - k_raw
     write = Write(
         k=k,
-        v=with_past(x.v, extra),
-        residual=k_raw if residual else None,
+        target=target,
         eta=eta,
         abar=abar[..., -1:, :],
         decay=decay[..., -1:, :],

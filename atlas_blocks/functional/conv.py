@@ -18,7 +18,8 @@ def causal_conv(reach: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # A compiler fuses the plain sum.
         length = reach.shape[1] - weight.shape[0] + 1
-        return sum(w * reach[:, i : i + length] for i, w in enumerate(weight.unbind()))
+        first, *rest = (w * reach[:, i : i + length] for i, w in enumerate(weight.unbind()))
+        return sum(rest, first)
     return _CausalConv.apply(reach, weight)
 
 

@@ -46,7 +46,7 @@ class Memory:
     factors(weights, x, error): [(left, right)] a weight; error(y) is dl/dM(x), given y = M(x)
     without the residual.
     tangent(weights, x, h, gram): a bound on the tangent kernel between the n tokens x, [G, n, n],
-    from the right factor h of W_1 and gram = x x^T.
+    from the right factor h of W_1 and gram = |x x^T|.
     residual: whether r(x), the un-lifted key, is added where Dk = Dv.
     """
 
@@ -70,7 +70,7 @@ def _matrix_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tenso
 
 
 def _matrix_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
-    return gram.abs()
+    return gram
 
 
 # --- mlp: M(x) = r(x) + W1 gelu(W2 x) ---------------------------------------------------------
@@ -89,7 +89,7 @@ def _mlp_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor])
 
 
 def _mlp_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
-    return (h @ h.mT).abs() + (spectral_bound(weights[0]) + TANGENT_FLOOR) * gram.abs()
+    return (h @ h.mT).abs() + (spectral_bound(weights[0]) + TANGENT_FLOOR) * gram
 
 
 # --- gated_mlp (Atlas++): M(x) = r(x) + W1 (gelu(W2 x) * W3 x) --------------------------------
@@ -117,7 +117,7 @@ def _gated_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tens
     gate = gelu_slope(z, times=u).abs().amax(-1, keepdim=True)
     value = s.abs().amax(-1, keepdim=True)
     inner = gate @ gate.mT + value @ value.mT
-    return (h @ h.mT).abs() + (spectral_bound(w1) * inner + TANGENT_FLOOR) * gram.abs()
+    return (h @ h.mT).abs() + (spectral_bound(w1) * inner + TANGENT_FLOOR) * gram
 
 
 MEMORIES: dict[str, Memory] = {

@@ -84,13 +84,14 @@ def omega_rule(
     with torch.autocast(q.device.type, enabled=False):
         positions = state.position.tolist()
         if len(set(positions)) <= 1:
-            return _run(rule, feature_map, state, q, k, v, alpha, eta, theta, gamma)
+            return _run(rule, feature_map, state, q, k, v, alpha, eta, gamma, theta)
         # Rows at different places of their chunks: those at the same place go together.
         groups = {p: [i for i, x in enumerate(positions) if x == p] for p in set(positions)}
         parts = []
         for rows in groups.values():
-            picked = (None if t is None else t[rows] for t in (q, k, v, alpha, eta, theta, gamma))
-            parts.append(_run(rule, feature_map, state[rows], *picked))
+            streams = (t[rows] for t in (q, k, v, alpha, eta, gamma))
+            momentum = None if theta is None else theta[rows]
+            parts.append(_run(rule, feature_map, state[rows], *streams, theta=momentum))
         order = [i for rows in groups.values() for i in rows]
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat([y for y, _ in parts])[back], OmegaState.cat([s for _, s in parts])[back]
@@ -113,8 +114,8 @@ def _run(
     v: Tensor,
     alpha: Tensor,
     eta: Tensor,
-    theta: Tensor | None,
     gamma: Tensor,
+    theta: Tensor | None,
 ) -> tuple[Tensor, OmegaState]:
     """`omega_rule` for rows that are all at the same position of their sequence."""
     batch, length, heads, _ = q.shape
@@ -294,9 +295,7 @@ def _gradients(rule: Rule, x: Write, memory: _Memory) -> tuple[list[Factor], Ten
 
     def error(y: Tensor) -> Tensor:
         """dl/dM(k) for every key: M(k) - v, or -v."""
-        if rule.objective == "dot":
-            return -x.v
-        return y - x.v if x.residual is None else y + x.residual - x.v
+        return y - x.target if rule.objective == "l2" else -x.target
 
     factors = structure.factors(memory.chunk_start, x.k, error)
     if x.discount is None:

@@ -147,9 +147,13 @@ class _OmegaRule(torch.autograd.Function):
 def _state(tensors: Sequence[Tensor], count: int, momentum: bool) -> OmegaState:
     """The state whose `tensors()` these are; `count` weights."""
     parts = iter(tensors)
-    sizes = (count, count if momentum else 0, count)
-    groups = [tuple(next(parts) for _ in range(size)) for size in sizes]
-    return OmegaState(*groups, *parts)
+
+    def group(size: int) -> tuple[Tensor, ...]:
+        return tuple(next(parts) for _ in range(size))
+
+    weights, momenta, starts = group(count), group(count if momentum else 0), group(count)
+    keys, values, writes, position = parts
+    return OmegaState(weights, momenta, starts, keys, values, writes, position)
 
 
 def _arguments(tensors: Sequence[Tensor], *settings: Any) -> tuple[list[Tensor], dict[str, Any]]:
