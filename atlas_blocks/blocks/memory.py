@@ -50,7 +50,8 @@ class AtlasMemoryConfig(Config):
     write_discount: None turns it on for update="gd".
     conv_width, gate_rank: of the short convolution and of the gates' low-rank Linears.
     retention_init, eta_init, momentum_init, lag_init: what alpha, eta, theta and the gamma of
-    older lags start at; gamma of the token itself starts at 0.98.
+    older lags start at; gamma of the token itself starts at 0.98. eta_init: None is 0.5 for
+    update="gd" and 0.05 for "muon", whose steps all have spectral size 1, whatever the error.
     Raises ValueError naming the bad field.
     """
 
@@ -70,7 +71,7 @@ class AtlasMemoryConfig(Config):
     conv_width: int = 4
     gate_rank: int = 32
     retention_init: float = 0.99
-    eta_init: float = 0.5
+    eta_init: float | None = None
     momentum_init: float = 0.5
     lag_init: float = 0.02
 
@@ -95,7 +96,8 @@ class AtlasMemoryConfig(Config):
         if self.sketch_width is not None:
             check.at_least("sketch_width", self.sketch_width, 1)
         for name in ("retention_init", "eta_init", "lag_init"):
-            check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
+            if getattr(self, name) is not None:
+                check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
         check.between("momentum_init", self.momentum_init, 1e-6, MAX_THETA - 1e-6)
 
     def build(self, dim: int, heads: int) -> AtlasMemory:
@@ -162,7 +164,8 @@ class AtlasMemory(Block):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, c.conv_width)
         self.alpha = Gate(dim, c.gate_rank, heads * [c.retention_init])
-        self.eta = Gate(dim, c.gate_rank, heads * [c.eta_init])
+        eta = c.eta_init or (0.5 if c.update == "gd" else 0.05)
+        self.eta = Gate(dim, c.gate_rank, heads * [eta])
         self.theta = None
         if c.momentum:
             self.theta = Gate(dim, c.gate_rank, heads * [c.momentum_init], MAX_THETA)
