@@ -95,9 +95,10 @@ class AtlasMemoryConfig(Config):
             check.at_least("degree", self.degree, 2)
         if self.sketch_width is not None:
             check.at_least("sketch_width", self.sketch_width, 1)
-        for name in ("retention_init", "eta_init", "lag_init"):
-            if getattr(self, name) is not None:
-                check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
+        for name in ("retention_init", "lag_init"):
+            check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
+        if self.eta_init is not None:
+            check.between("eta_init", self.eta_init, 1e-6, 1 - 1e-6)
         check.between("momentum_init", self.momentum_init, 1e-6, MAX_THETA - 1e-6)
 
     def build(self, dim: int, heads: int) -> AtlasMemory:
