@@ -76,9 +76,7 @@ def omega_rule(
     graph. Differentiable in every tensor argument. Raises ValueError naming a bad argument.
     """
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
-    rule = Rule(
-        memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window
-    )  # fmt: skip
+    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
     validate(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
     state = state or initial_state(q, v, weights, rule, theta is not None)
     with torch.autocast(q.device.type, enabled=False):
@@ -209,19 +207,19 @@ def _walk_gradient(
 
     def linear(i: int, z: Tensor) -> Tensor:
         """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i."""
-        left = torch.cat([factors[i][0] for factors in all_factors])
-        right = torch.cat([factors[i][1] for factors in all_factors])
+        left, right = ([f[i][side] for f in all_factors] for side in (0, 1))
         y = x.abar * (z @ torch.cat([m.weights[i] for m in starts]).mT)
         if carried is not None:
             momentum = torch.cat([m.momentum[i] for m in starts])
             y.addcmul_(carried, z @ momentum.mT, value=-1)
-        return y.baddbmm_(written * (x.dots if z is x.q else z @ right.mT), left, alpha=-1)
+        dots = x.dots if z is x.q else z @ torch.cat(right).mT
+        return y.baddbmm_(written * dots, torch.cat(left), alpha=-1)
 
     y = MEMORIES[rule.memory].forward(linear, x.q)
     y = y if x.residual is None else y + x.residual
-    return y.unflatten(0, (-1, groups)).transpose(0, 1).flatten(1, 2), _leave(
-        rule, memory, place, len(read.abar[0, 0])
-    )
+    span = y.shape[1]
+    y = y.unflatten(0, (-1, groups)).transpose(0, 1).flatten(1, 2)
+    return y, _leave(rule, memory, place, span)
 
 
 def _walk_muon(
