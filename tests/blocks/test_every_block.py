@@ -193,8 +193,6 @@ def test_float32_is_as_near_as_float32_is(name: str) -> None:
     assert (y.double() - true).norm() < 1e-3 * true.norm()
 
 
-# torch says once that its RMSNorm is not fused for bfloat16 input and float32 scale.
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @every_block
 def test_bfloat16_autocast_is_finite_and_near_in_both_directions(name: str) -> None:
     block, x = make_block(name, torch.float32), draw(2, 45, DIM, dtype=torch.float32)
