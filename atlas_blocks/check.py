@@ -17,8 +17,14 @@ def fail(name: str, expected: str, got: object) -> None:
 
 def choice(name: str, value: object, options: Collection[str]) -> None:
     """`value` must be one of `options`."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         fail(name, "one of " + ", ".join(sorted(options)), repr(value))
+
+
+def boolean(name: str, value: object) -> None:
+    """`value` must be True or False."""
+    if not isinstance(value, bool):
+        fail(name, "True or False", repr(value))
 
 
 def at_least(name: str, value: object, minimum: int) -> None:

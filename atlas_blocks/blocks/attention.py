@@ -88,6 +88,8 @@ class SlidingWindowAttention(Block):
     and the values have autocast's dtype.
     """
 
+    state_type = AttentionState
+
     def __init__(
         self,
         dim: int,

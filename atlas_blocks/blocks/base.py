@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections import defaultdict
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from atlas_blocks.state import State
 class Block(nn.Module, abc.ABC):
     """A causal sequence block whose state is an argument and a result.
 
-    A subclass sets `self.dim`, and computes `mix(x, state)`; this class checks the input, runs
-    packed documents apart and detaches the state.
+    A subclass sets `self.dim` and the class of its state, and computes `mix(x, state)`; this class
+    checks the input, runs packed documents apart and detaches the state.
     """
 
     dim: int
+    state_type: ClassVar[type[State] | None] = None  # None: stateless
 
     @abc.abstractmethod
     def mix(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -48,8 +49,11 @@ class Block(nn.Module, abc.ABC):
         Returns y [B, T, dim] and the state. Raises ValueError on a wrong shape, dtype or state.
         """
         check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
-        if state is not None and not isinstance(state, State):
-            check.fail("state", "a State that this block returned, or None", type(state).__name__)
+        if state is not None and (
+            self.state_type is None or not isinstance(state, self.state_type)
+        ):
+            kind = "" if self.state_type is None else f"{self.state_type.__name__} or "
+            check.fail("state", f"{kind}None", type(state).__name__)
         if cu_seqlens is not None:
             y, state = self._run_packed(x, state, cu_seqlens)
         else:

@@ -26,6 +26,8 @@ class ShortConv(Block):
     x [B, T, dim] -> y [B, T, dim]; state ConvState. Raises ValueError for dim or width below 1.
     """
 
+    state_type = ConvState
+
     def __init__(self, dim: int, width: int = 4) -> None:
         super().__init__()
         check.at_least("dim", dim, 1)
@@ -39,9 +41,11 @@ class ShortConv(Block):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def mix(self, x: Tensor, state: ConvState | None) -> tuple[Tensor, ConvState]:
+        size = (x.shape[0], self.width - 1, self.dim)
         if state is None:
-            past = x.new_zeros(x.shape[0], self.width - 1, self.dim)
+            past = x.new_zeros(size)
         else:
+            check.tensor("state.tail", state.tail, "[B, width - 1, dim]", size)
             past = state.tail.to(x.dtype)
         reach = torch.cat([past, x], 1)
         y = causal_conv(reach, self.weight.to(x.dtype))

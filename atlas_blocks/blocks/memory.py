@@ -77,6 +77,9 @@ class AtlasMemoryConfig(Config):
 
     def __post_init__(self) -> None:
         check.choice("memory", self.memory, MEMORIES)
+        check.boolean("momentum", self.momentum)
+        if self.write_discount is not None:
+            check.boolean("write_discount", self.write_discount)
         check.choice("objective", self.objective, ("l2", "dot"))
         check.choice("update", self.update, ("gd", "muon"))
         check.choice("feature_map", self.feature_map, FEATURE_MAPS)
@@ -147,6 +150,7 @@ class AtlasMemory(Block):
     heads must divide dim. Raises ValueError where it does not, and as `Block.forward` does.
     """
 
+    state_type = MemoryState
     buckets: Tensor
     signs: Tensor
 

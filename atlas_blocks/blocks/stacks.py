@@ -6,6 +6,7 @@ B batch, T tokens. Every sublayer is pre-norm and residual.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +57,22 @@ class AtlasBlockConfig(Config):
         return AtlasBlock(dim, heads, self)
 
 
+def _parts(state: StackState | None, count: int) -> tuple[Any, ...]:
+    """The sublayers' states, or as many None."""
+    if state is None:
+        return (None,) * count
+    if len(state.parts) != count:
+        check.fail("state", f"a StackState of {count} parts", f"{len(state.parts)} parts")
+    return state.parts
+
+
 class AtlasBlock(Block):
     """x + mixer(norm x); x + SwiGLU(norm x). With attention as the mixer: a Transformer block.
 
     x [B, T, dim] -> y [B, T, dim]; state StackState of the mixer's.
     """
+
+    state_type = StackState
 
     def __init__(self, dim: int, heads: int, config: AtlasBlockConfig = AtlasBlockConfig()) -> None:
         super().__init__()
@@ -71,7 +83,8 @@ class AtlasBlock(Block):
         self.mlp = SwiGLU(dim, config.mlp_width)
 
     def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
-        mixed, after = self.mixer(self.mixer_norm(x), state and state.parts[0], detach_state=False)
+        (before,) = _parts(state, 1)
+        mixed, after = self.mixer(self.mixer_norm(x), before, detach_state=False)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))[0]
         return x, StackState((after,))
@@ -100,6 +113,8 @@ class MemoryAsLayer(Block):
     x [B, T, dim] -> y [B, T, dim]; state StackState (memory, attention).
     """
 
+    state_type = StackState
+
     def __init__(
         self, dim: int, heads: int, config: MemoryAsLayerConfig = MemoryAsLayerConfig()
     ) -> None:
@@ -111,7 +126,7 @@ class MemoryAsLayer(Block):
         )
 
     def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
-        memory, attention = state.parts if state else (None, None)
+        memory, attention = _parts(state, 2)
         x, memory = self.memory(x, memory, detach_state=False)
         x, attention = self.attention(x, attention, detach_state=False)
         return x, StackState((memory, attention))
@@ -142,6 +157,8 @@ class MemoryAsGate(Block):
     x [B, T, dim] -> y [B, T, dim]; state StackState (memory, attention).
     """
 
+    state_type = StackState
+
     def __init__(
         self, dim: int, heads: int, config: MemoryAsGateConfig = MemoryAsGateConfig()
     ) -> None:
@@ -156,7 +173,7 @@ class MemoryAsGate(Block):
         self.mlp = SwiGLU(dim, config.mlp_width)
 
     def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
-        memory, attention = state.parts if state else (None, None)
+        memory, attention = _parts(state, 2)
         h = self.mixer_norm(x)
         m, memory = self.memory(h, memory, detach_state=False)
         a, attention = self.attention(h, attention, detach_state=False)
@@ -212,6 +229,8 @@ class MemoryAsContext(Block):
     the segment's start. x [B, T, dim] -> y [B, T, dim]; state ContextState.
     """
 
+    state_type = ContextState
+
     def __init__(
         self, dim: int, heads: int, config: MemoryAsContextConfig = MemoryAsContextConfig()
     ) -> None:
@@ -237,6 +256,8 @@ class MemoryAsContext(Block):
     def mix(self, x: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
         h = self.mixer_norm(x)
         state = state or self._initial_state(h)
+        size = (len(x), 2, self.config.segment, self.dim)
+        check.tensor("state.keys", state.keys, "[B, 2, segment, dim]", size)
         positions = state.position.tolist()
         if len(set(positions)) > 1:
             # Rows at different places of their segments run apart.

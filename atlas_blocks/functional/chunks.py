@@ -61,6 +61,7 @@ class Discount(_Record):
 
     similarity: Tensor  # |phi(k_s) . phi(k_t)|  [N, G, L', L']
     writes: Tensor  # m_s  [N, G, L']
+    momentum: Tensor | None  # Theta  [N, G, L, L]
 
 
 @dataclass(frozen=True)
@@ -138,22 +139,22 @@ def cut(
     def kernel(a: Tensor, b: Tensor, a_raw: Tensor, b_raw: Tensor) -> Tensor:
         return a @ b.mT if feature_map is None else feature_map.kernel(a_raw, b_raw)
 
-    eta = tokens(x.eta)
-    discount = None
-    if x.writes is not None:
-        so_far = slice(extra - place, None)
-        rows, raw = k[..., so_far, :], k_raw[..., so_far, :]
-        discount = Discount(kernel(rows, rows, raw, raw).abs(), with_past(x.writes, place))
-        if rule.memory == "matrix":
-            eta = discounted(eta, discount.writes, discount.similarity)
-            discount = None
-
     decay, abar = decay_matrix(tokens(x.alpha))
     window = window_matrix(tokens(x.gamma), extra)
-    thbar = None
+    momentum = thbar = None
     if x.theta is not None:
         momentum, thbar = decay_matrix(tokens(x.theta))
         window = momentum @ window
+    eta, discount = tokens(x.eta), None
+    if x.writes is not None:
+        so_far = slice(extra - place, None)
+        rows, raw = k[..., so_far, :], k_raw[..., so_far, :]
+        writes = with_past(x.writes, place)
+        discount = Discount(kernel(rows, rows, raw, raw).abs(), writes, momentum)
+        if rule.memory == "matrix":
+            kappa = discount.similarity
+            eta = discounted(eta, writes, kappa, kappa.diagonal(dim1=-2, dim2=-1)[..., -span:])
+            discount = None
     residual = MEMORIES[rule.memory].residual and x.q.shape[-1] == x.v.shape[-1]
     target = with_past(x.v, extra)
     if residual and rule.objective == "l2":
@@ -201,13 +202,26 @@ def window_matrix(gamma: Tensor, extra: int) -> Tensor:
     return rows.flatten(-2)[..., : span * width].unflatten(-1, (span, width))
 
 
-def discounted(eta: Tensor, writes: Tensor, kappa: Tensor) -> Tensor:
-    """eta_t exp(-rho_t) / max(1, m_t kappa(t, t)), rho_t = sum_{s < t} m_s kappa(s, t)  (9b).
+def discounted(eta: Tensor, writes: Tensor, kappa: Tensor, scale: Tensor) -> Tensor:
+    """eta_t exp(-rho_t) / max(1, m_t scale_t), rho_t = sum_{s < t} m_s kappa(s, t)  (9b).
 
-    eta: [..., L] of the last L of the chunk's L' tokens so far; writes: m [..., L'];
-    kappa: [..., L', L'].
+    eta, scale: [..., L] of the last L of the chunk's L' tokens so far; writes: m [..., L'];
+    kappa: [..., L', L']. scale is kappa(t, t), or for a deep memory `running_scale` of it.
     """
     span = eta.shape[-1]
     rho = (kappa.tril(-1) @ writes.unsqueeze(-1)).squeeze(-1)
-    own = writes * kappa.diagonal(dim1=-2, dim2=-1)
-    return eta * torch.exp(-rho[..., -span:]) / own[..., -span:].clamp(min=1)
+    return eta * torch.exp(-rho[..., -span:]) / (writes[..., -span:] * scale).clamp(min=1)
+
+
+def running_scale(
+    own: Tensor, momentum: Tensor | None, thbar: Tensor | None, before: Tensor
+) -> Tensor:
+    """scale_t = max(kappa(t, t), theta_t scale_{t-1}): the largest kappa of what S_t still holds.
+
+    Tokens of a deep memory differ in kappa(t, t), and a write of S_t writes earlier tokens too.
+    own: kappa(t, t) [G, L]; momentum: Theta [G, L, L]; thbar: [G, L, 1]; before: [G]. -> [G, L].
+    """
+    if momentum is None or thbar is None:
+        return own
+    held = (momentum * own.unsqueeze(-2)).amax(-1)
+    return torch.maximum(held, thbar.squeeze(-1) * before.unsqueeze(-1))

@@ -77,7 +77,7 @@ def polynomial_features(x: Tensor, coefficients: Tensor) -> Tensor:
     check.at_least("coefficients' length", coefficients.shape[0], 1)
     degree = coefficients.shape[0] - 1
     weights = _multinomials(x.shape[-1], degree)
-    root = _safe_sqrt(coefficients).to(x.dtype)
+    root = _safe_sqrt(coefficients.to(x.dtype))
     levels = [
         level * (root[n] * torch.tensor(weights[n], dtype=x.dtype, device=x.device).sqrt())
         for n, level in enumerate(_monomials(x, degree))
@@ -126,8 +126,10 @@ def sketch_features(
     check.tensor(
         "buckets", buckets, "[F, D]", ((degree + 2) * (degree - 1) // 2, dim), [torch.int64]
     )
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:-1], width)  # an FFT takes no empty batch
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    root = _safe_sqrt(coefficients).to(wide.dtype)
+    root = _safe_sqrt(coefficients.to(wide.dtype))
     parts = [root[0].expand(*x.shape[:-1], 1), root[1] * wide]
     first = 0
     for n, size in zip(range(2, degree + 1), _sketch_sizes(dim, width, degree), strict=True):

@@ -26,16 +26,22 @@ def gelu_slope(z: Tensor, times: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(times, z)
 
 
-# Added to the tangent kernels of the deep memories. Near M^(0) = 0 the kernel vanishes, as if
-# writes did nothing, while all weights are written at once and jump: without it retentions below
-# 0.99 with long momentum end in NaN; at 0.1 and above the memory dies out at ordinary gates.
-TANGENT_FLOOR = 0.03
+# Under the roots of the higher orders below, so that their gradients stay finite at 0.
+BOUND_FLOOR, SECOND_FLOOR, THIRD_FLOOR = 1e-12, 1e-5, 1e-8
 
 
 def spectral_bound(w: Tensor) -> Tensor:
     """||W W^T||_F >= ||W||_2^2, the Schatten-4 norm squared: [..., dout, din] -> [..., 1, 1]."""
     gram = w @ w.mT if w.shape[-2] <= w.shape[-1] else w.mT @ w
-    return torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
+    return torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True) + BOUND_FLOOR
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().amax(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,12 @@ class Memory:
     forward(linear, x): M(x) without the residual.
     factors(weights, x, error): [(left, right)] a weight; error(y) is dl/dM(x), given y = M(x)
     without the residual.
-    tangent(weights, x, h, gram): a bound on the tangent kernel between the n tokens x, [G, n, n],
-    from the right factor h of W_1 and gram = |x x^T|.
+    tangent(weights, x, outer, gram): kappa of the write discount between the n tokens x,
+    [G, n, n], from the factors (error e, hidden h) of W_1 and gram = |x x^T|. It is a bound on the
+    tangent kernel plus its higher orders: all weights of a deep memory are written at once, and
+    where |e| is large against them the products of their changes outweigh the changes. A step eta
+    changes M(x) by at most eta K1 |e| + (eta K2)^2 |e| + (eta K3)^3 |e|; kappa is K1 + K2 + K3,
+    the latter two with each token's share of them.
     residual: whether r(x), the un-lifted key, is added where Dk = Dv.
     """
 
@@ -54,7 +64,7 @@ class Memory:
     residual: bool
     forward: Callable[[Linear, Tensor], Tensor]
     factors: Callable[[Weights, Tensor, Callable[[Tensor], Tensor]], list[Factor]]
-    tangent: Callable[[Weights, Tensor, Tensor, Tensor], Tensor]
+    tangent: Callable[[Weights, Tensor, Factor, Tensor], Tensor]
 
 
 # --- matrix: M(x) = W x -----------------------------------------------------------------------
@@ -69,7 +79,7 @@ def _matrix_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tenso
     return [(error(x @ w.mT), x)]
 
 
-def _matrix_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
+def _matrix_tangent(weights: Weights, x: Tensor, outer: Factor, gram: Tensor) -> Tensor:
     return gram
 
 
@@ -88,8 +98,12 @@ def _mlp_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor])
     return [(e, h), (gelu_slope(z, times=e @ w1), x)]
 
 
-def _mlp_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
-    return (h @ h.mT).abs() + (spectral_bound(weights[0]) + TANGENT_FLOOR) * gram
+def _mlp_tangent(weights: Weights, x: Tensor, outer: Factor, gram: Tensor) -> Tensor:
+    e, h = outer
+    w = spectral_bound(weights[0])
+    # (dW1 applied to dh): eta^2 |e| |h| ||W1|| |e|.
+    second = (_norm(e) * _norm(h) * w.sqrt() + SECOND_FLOOR) ** (1 / 4)
+    return (h @ h.mT).abs() + (w + second @ second.mT) * gram
 
 
 # --- gated_mlp (Atlas++): M(x) = r(x) + W1 (gelu(W2 x) * W3 x) --------------------------------
@@ -109,15 +123,21 @@ def _gated_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor
     return [(e, h), (gelu_slope(z, times=back * u), x), (back * s, x)]
 
 
-def _gated_tangent(weights: Weights, x: Tensor, h: Tensor, gram: Tensor) -> Tensor:
+def _gated_tangent(weights: Weights, x: Tensor, outer: Factor, gram: Tensor) -> Tensor:
+    e, h = outer
     w1, w2, w3 = weights
     z, u = x @ w2.mT, x @ w3.mT
     s = F.gelu(z)
-    # |sum_j W1_j a_j b_j W1_j^T| <= ||W1||^2 max|a| max|b| for the two inner weights.
-    gate = gelu_slope(z, times=u).abs().amax(-1, keepdim=True)
-    value = s.abs().amax(-1, keepdim=True)
-    inner = gate @ gate.mT + value @ value.mT
-    return (h @ h.mT).abs() + (spectral_bound(w1) * inner + TANGENT_FLOOR) * gram
+    w = spectral_bound(w1)
+    norm_e, norm_h = _norm(e), _norm(h)
+    # The largest |dh / d(W2 x)|, |dh / d(W3 x)| and |W3 x| of any hidden unit.
+    gate, value, upper = _largest(gelu_slope(z, times=u)), _largest(s), _largest(u)
+    first = w * (gate @ gate.mT + value @ value.mT)
+    # dW1 with either inner change, and the two inner changes with one another; then all three.
+    pairs = norm_h * (gate * upper + value.square()) * w.sqrt() + w**1.5 * gate * value
+    second = (norm_e * pairs + SECOND_FLOOR) ** (1 / 4)
+    third = (norm_e.square() * norm_h * gate * value * w + THIRD_FLOOR) ** (1 / 6)
+    return (h @ h.mT).abs() + (first + second @ second.mT + third @ third.mT) * gram
 
 
 MEMORIES: dict[str, Memory] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atlas_blocks.functional.chunks import Read, Tokens, Write, cut, discounted
+from atlas_blocks.functional.chunks import Read, Tokens, Write, cut, discounted, running_scale
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES, Factor
 from atlas_blocks.functional.newton_schulz import orthogonalise
@@ -101,6 +101,7 @@ class _Memory(NamedTuple):
     weights: list[Tensor]
     momentum: list[Tensor]
     chunk_start: list[Tensor]
+    scale: Tensor  # [G], see `running_scale`
 
 
 def _run(
@@ -139,12 +140,8 @@ def _run(
         gamma=gamma,
         writes=writes if rule.write_discount else None,
     )
-    memory = _Memory(
-        *(
-            [w.flatten(0, 1) for w in group]
-            for group in (state.weights, state.momentum, state.chunk_start)
-        )
-    )
+    groups = (state.weights, state.momentum, state.chunk_start)
+    memory = _Memory(*([w.flatten(0, 1) for w in group] for group in groups), state.scale.flatten())
     outputs = []
     for first, span, count in _pieces(length, position, rule.chunk_size):
         place = (position + first) % rule.chunk_size
@@ -158,12 +155,13 @@ def _run(
         # Cloned: a view would keep the whole call's tokens alive.
         return t[:, t.shape[1] - rule.history :].clone()
 
-    groups = [tuple(w.unflatten(0, (batch, heads)) for w in group) for group in memory]
+    *groups, scale = memory
     return y.to(q.dtype), OmegaState(
-        *groups,
+        *(tuple(w.unflatten(0, (batch, heads)) for w in group) for group in groups),
         keys=last(tokens.k),
         values=last(tokens.v),
         writes=last(writes) if rule.write_discount else writes,
+        scale=scale.unflatten(0, (batch, heads)).clone(),
         position=state.position + length,
     )
 
@@ -187,7 +185,7 @@ def _walk_gradient(
     starts, all_factors, strengths = [], [], []
     for x in write.unbind():
         memory = _enter(memory, place)
-        factors, eta = _gradients(rule, x, memory)
+        factors, eta, scale = _gradients(rule, x, memory)
         starts.append(memory)
         all_factors.append(factors)
         strengths.append(eta)
@@ -198,7 +196,8 @@ def _walk_gradient(
             if last.carried is not None:
                 kept.addcmul_(last.carried, memory.momentum[i], value=-1)
             weights.append(kept.baddbmm_((left * last.written).mT, right, alpha=-1))
-        memory = _Memory(weights, _next_momentum(x, memory, factors), memory.chunk_start)
+        momentum = _next_momentum(x, memory, factors)
+        memory = _Memory(weights, momentum, memory.chunk_start, scale)
 
     x = read.flatten()
     step = x.decay * torch.cat(strengths).unsqueeze(-2)  # P
@@ -245,7 +244,7 @@ def _muon_chunk(
     rule: Rule, write: Write, read: Read, memory: _Memory, place: int
 ) -> tuple[Tensor, _Memory]:
     """S_t is formed where a step is taken, and orthogonalised; W_t is formed for every token."""
-    factors, eta = _gradients(rule, write, memory)
+    factors, eta, scale = _gradients(rule, write, memory)
     step = read.decay * eta.unsqueeze(-2)  # P
     span = step.shape[-1]
     taken = [t for t in range(span) if rule.steps_at(place + t)]
@@ -273,7 +272,8 @@ def _muon_chunk(
     y = y if read.residual is None else y + read.residual
     # Cloned: a view would keep the weights of every token alive.
     weights = [w[:, -1].clone() for w in per_token]
-    return y, _Memory(weights, _next_momentum(write, memory, factors), memory.chunk_start)
+    momentum = _next_momentum(write, memory, factors)
+    return y, _Memory(weights, momentum, memory.chunk_start, scale)
 
 
 def _enter(memory: _Memory, place: int) -> _Memory:
@@ -287,8 +287,8 @@ def _leave(rule: Rule, memory: _Memory, place: int, span: int) -> _Memory:
     return memory._replace(chunk_start=memory.weights) if whole else memory
 
 
-def _gradients(rule: Rule, x: Write, memory: _Memory) -> tuple[list[Factor], Tensor]:
-    """The chunk's gradient factors at M^(0), and its write strengths eta [G, L]."""
+def _gradients(rule: Rule, x: Write, memory: _Memory) -> tuple[list[Factor], Tensor, Tensor]:
+    """The chunk's gradient factors at M^(0), its write strengths eta [G, L], the last scale [G]."""
     structure = MEMORIES[rule.memory]
 
     def error(y: Tensor) -> Tensor:
@@ -297,11 +297,19 @@ def _gradients(rule: Rule, x: Write, memory: _Memory) -> tuple[list[Factor], Ten
 
     factors = structure.factors(memory.chunk_start, x.k, error)
     if x.discount is None:
-        return factors, x.eta
-    so_far = slice(-x.discount.writes.shape[-1], None)
-    hidden = factors[0][1][:, so_far]
-    kappa = structure.tangent(memory.chunk_start, x.k[:, so_far], hidden, x.discount.similarity)
-    return factors, discounted(x.eta, x.discount.writes, kappa)
+        return factors, x.eta, memory.scale
+    writes, span = x.discount.writes, x.eta.shape[-1]
+    so_far = slice(-writes.shape[-1], None)
+    left, right = factors[0]
+    kappa = structure.tangent(
+        memory.chunk_start,
+        x.k[:, so_far],
+        (left[:, so_far], right[:, so_far]),
+        x.discount.similarity,
+    )
+    own = kappa.diagonal(dim1=-2, dim2=-1)[:, -span:]
+    scale = running_scale(own, x.discount.momentum, x.thbar, memory.scale)
+    return factors, discounted(x.eta, writes, kappa, scale), scale[:, -1]
 
 
 def _next_momentum(x: Write, memory: _Memory, factors: list[Factor]) -> list[Tensor]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks.functional.features import FeatureMap
-from atlas_blocks.functional.memories import TANGENT_FLOOR
+from atlas_blocks.functional.memories import BOUND_FLOOR, SECOND_FLOOR, THIRD_FLOOR
 from atlas_blocks.functional.newton_schulz import COEFFICIENTS, EPS
 from atlas_blocks.functional.rule import (
     OmegaState,
@@ -97,6 +97,7 @@ def _one_sequence(
     w = [x[0] for x in state.weights]
     s = [x[0] for x in state.momentum] or [torch.zeros_like(x) for x in w]
     m0 = [x[0] for x in state.chunk_start]
+    scale = state.scale[0]
     position = int(state.position)
     outputs = []
     for t in range(q.shape[0]):
@@ -121,12 +122,17 @@ def _one_sequence(
         strength = eta[t]
         if rule.write_discount:
             mass = write_mass(eta[t], None if theta is None else theta[t], gamma[t, :, : len(lags)])
+            here = _probe(rule, m0, phi, keys[n + t], values[n + t], residual)
             rho = torch.zeros_like(mass)
             for back in range(1, place + 1):
-                similarity = _kappa(rule, m0, phi, keys[n + t - back], keys[n + t])
-                rho = rho + writes[len(writes) - back] * similarity
-            own = mass * _kappa(rule, m0, phi, keys[n + t], keys[n + t])
-            strength = strength * torch.exp(-rho) / own.clamp(min=1)
+                there = _probe(rule, m0, phi, keys[n + t - back], values[n + t - back], residual)
+                rho = rho + writes[len(writes) - back] * _kappa(here, there)
+            own = _kappa(here, here)
+            if rule.memory != "matrix":
+                own = scale = (
+                    own if theta is None else torch.maximum(own, theta[t].to(dtype) * scale)
+                )
+            strength = strength * torch.exp(-rho) / (mass * own).clamp(min=1)
             writes.append(mass)
 
         decay = torch.zeros_like(strength) if theta is None else theta[t].to(dtype)
@@ -155,31 +161,55 @@ def _one_sequence(
         keys=last(keys, state.keys),
         values=last(values, state.values),
         writes=last(writes, state.writes) if rule.write_discount else state.writes,
+        scale=scale[None],
         position=torch.tensor([position]),
     )
 
 
-def _kappa(rule: Rule, m0: Sequence[Tensor], phi: Any, x: Tensor, y: Tensor) -> Tensor:
-    """kappa(x, y) of section 9b for two tokens [H, Dk] -> [H]."""
-    f, g = phi(x), phi(y)
-    dot = (f * g).sum(-1).abs()
+class _Probe(NamedTuple):
+    """What one token [H, ...] brings to kappa: parts whose products with another's are summed."""
+
+    features: Tensor  # phi(x)
+    hidden: Tensor | None  # h; None for a matrix memory
+    inner: list[Tensor]  # factors [H] of the terms that multiply |phi(x) . phi(y)|
+
+
+def _probe(
+    rule: Rule, m0: Sequence[Tensor], phi: Any, key: Tensor, value: Tensor, residual: bool
+) -> _Probe:
+    f = phi(key)
     if rule.memory == "matrix":
-        return dot
+        return _Probe(f, None, [torch.ones_like(f[:, 0])])
     gram = m0[0] @ m0[0].mT
-    bound = torch.linalg.vector_norm(gram, dim=(-2, -1))
+    w = (torch.linalg.vector_norm(gram, dim=(-2, -1)) + BOUND_FLOOR).sqrt()  # >= ||W1||
+    z = torch.einsum("hoi,hi->ho", m0[1], f)
+    s = F.gelu(z)
+    if rule.memory == "mlp":
+        h = s
+    else:
+        u = torch.einsum("hoi,hi->ho", m0[2], f)
+        h = s * u
+    y = torch.einsum("hoi,hi->ho", m0[0], h)
+    e = (y + key if residual else y) - value if rule.objective == "l2" else -value
+    e_norm, h_norm = (torch.linalg.vector_norm(t, dim=-1) for t in (e, h))
+    if rule.memory == "mlp":
+        return _Probe(f, h, [w, (e_norm * h_norm * w + SECOND_FLOOR) ** (1 / 4)])
+    normal = torch.distributions.Normal(torch.zeros_like(z), torch.ones_like(z))
+    slope = normal.cdf(z) + z * normal.log_prob(z).exp()
+    gate, level, upper = (t.abs().amax(-1) for t in (u * slope, s, u))
+    pairs = h_norm * (gate * upper + level**2) * w + w**3 * gate * level
+    second = (e_norm * pairs + SECOND_FLOOR) ** (1 / 4)
+    third = (e_norm**2 * h_norm * gate * level * w**2 + THIRD_FLOOR) ** (1 / 6)
+    return _Probe(f, h, [w * gate, w * level, second, third])
 
-    def hidden(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h, and the largest |dh / d(W2 x)|, |dh / d(W3 x)| (1 for an mlp, as 9b has it)."""
-        a = torch.einsum("hoi,hi->ho", m0[1], z)
-        if rule.memory == "mlp":
-            return F.gelu(a), torch.ones_like(a[:, 0]), torch.zeros_like(a[:, 0])
-        u = torch.einsum("hoi,hi->ho", m0[2], z)
-        normal = torch.distributions.Normal(torch.zeros_like(a), torch.ones_like(a))
-        slope = normal.cdf(a) + a * normal.log_prob(a).exp()
-        return F.gelu(a) * u, (u * slope).abs().amax(-1), F.gelu(a).abs().amax(-1)
 
-    (hx, px, rx), (hy, py, ry) = hidden(f), hidden(g)
-    return (hx * hy).sum(-1).abs() + (bound * (px * py + rx * ry) + TANGENT_FLOOR) * dot
+def _kappa(x: _Probe, y: _Probe) -> Tensor:
+    """kappa(x, y) of section 9b for two tokens -> [H]; for deep memories with higher orders."""
+    dot = (x.features * y.features).sum(-1).abs()
+    inner = sum(a * b for a, b in zip(x.inner, y.inner, strict=True)) * dot
+    if x.hidden is None or y.hidden is None:
+        return inner
+    return (x.hidden * y.hidden).sum(-1).abs() + inner
 
 
 def _orthogonal(s: Tensor, steps: int) -> Tensor:

@@ -61,7 +61,8 @@ class OmegaState(State):
     weights: M, a tuple of [B, H, dout, din]. momentum: S of the same shapes, () without momentum.
     chunk_start: M^(0) of the current chunk. keys, values: the last tokens [B, n, H, Dk | Dv], zero
     before the sequence begins, n = c - 1, or b - 1 if that is more and writes are discounted.
-    writes: m_s of those tokens [B, n, H] for the discount, n = 0 without it. position: int64 [B].
+    writes: m_s of those tokens [B, n, H] for the discount, n = 0 without it. scale: [B, H], the
+    largest kappa of what S holds, for the discount of a deep memory (else 0). position: int64 [B].
     """
 
     weights: tuple[Tensor, ...]
@@ -70,6 +71,7 @@ class OmegaState(State):
     keys: Tensor
     values: Tensor
     writes: Tensor
+    scale: Tensor
     position: Tensor
 
 
@@ -134,6 +136,7 @@ def validate(
     check.tensor("state.keys", state.keys, "[B, n, H, Dk]", (batch, past, heads, dk))
     check.tensor("state.values", state.values, "[B, n, H, Dv]", (batch, past, heads, dv))
     check.tensor("state.writes", state.writes, "[B, n, H]", (batch, writes, heads))
+    check.tensor("state.scale", state.scale, "[B, H]", (batch, heads))
     check.tensor("state.position", state.position, "[B]", (batch,), (torch.int64,))
 
 
@@ -152,6 +155,7 @@ def initial_state(
         keys=q.new_zeros(batch, rule.history, heads, dk, dtype=dtype),
         values=q.new_zeros(batch, rule.history, heads, v.shape[-1], dtype=dtype),
         writes=q.new_zeros(batch, writes, heads, dtype=dtype),
+        scale=q.new_zeros(batch, heads, dtype=dtype),
         position=torch.zeros(batch, dtype=torch.int64),
     )
 

@@ -152,8 +152,8 @@ def _state(tensors: Sequence[Tensor], count: int, momentum: bool) -> OmegaState:
         return tuple(next(parts) for _ in range(size))
 
     weights, momenta, starts = group(count), group(count if momentum else 0), group(count)
-    keys, values, writes, position = parts
-    return OmegaState(weights, momenta, starts, keys, values, writes, position)
+    keys, values, writes, scale, position = parts
+    return OmegaState(weights, momenta, starts, keys, values, writes, scale, position)
 
 
 def _arguments(tensors: Sequence[Tensor], *settings: Any) -> tuple[list[Tensor], dict[str, Any]]:

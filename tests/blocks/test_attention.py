@@ -284,5 +284,5 @@ def test_wrong_inputs_are_named() -> None:
         block(x[:1], state)
     with pytest.raises(ValueError, match=r"state.keys: expected shape \[B, window - 1, H, D\]"):
         block(x, build(9)(x)[1])
-    with pytest.raises(ValueError, match="state: expected a State"):
+    with pytest.raises(ValueError, match="state: expected AttentionState or None, got Tensor"):
         block(x, x)
