@@ -141,7 +141,8 @@ def _run(
         writes=writes if rule.write_discount else None,
     )
     groups = (state.weights, state.momentum, state.chunk_start)
-    memory = _Memory(*([w.flatten(0, 1) for w in group] for group in groups), state.scale.flatten())
+    weights, momenta, starts = ([w.flatten(0, 1) for w in group] for group in groups)
+    memory = _Memory(weights, momenta, starts, state.scale.flatten())
     outputs = []
     for first, span, count in _pieces(length, position, rule.chunk_size):
         place = (position + first) % rule.chunk_size
