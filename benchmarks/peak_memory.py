@@ -9,6 +9,7 @@ before the forward. Linear growth doubles it with T.
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import platform
@@ -16,6 +17,8 @@ import resource
 import subprocess
 import sys
 from importlib.metadata import version
+
+from atlas_blocks.recipes.demo import hardware
 
 LENGTHS = (4096, 8192, 16384)
 LAYERS = {
@@ -71,7 +74,8 @@ def main() -> None:
     if arguments.json:
         record = {
             "what": {"dim": arguments.dim, "heads": arguments.heads, "lengths": LENGTHS},
-            "machine": platform.processor() or platform.machine(),
+            "date": datetime.date.today().isoformat(),
+            "machine": hardware(),
             "versions": {"python": platform.python_version(), "torch": version("torch")},
             "figures": figures,
         }
