@@ -68,9 +68,9 @@ def omega_rule(
     feature_map: phi, a PolynomialMap or SketchMap; None is the identity.
     update: "gd" U(S) = S, or "muon" U(S) = Newton-Schulz of `ns_steps` steps; taken only at every
     `ns_every`-th token of the chunk and at its last.
-    write_discount: weaken each write by what its chunk has written in its direction already, against
-    divergence on repetitive input (specification 9b). Proven for no memory; a gated_mlp with "gd"
-    and identity features still diverges at eta near 1.
+    write_discount: weaken each write by what its chunk has written in its direction already,
+    against divergence on repetitive input (specification 9b). Proven for no memory; a gated_mlp
+    with "gd" and identity features still diverges at eta near 1.
     state: what an earlier call returned, to go on from there; None begins a sequence.
 
     Returns y [B, T, H, Dv] in the dtype of q, and the state after T tokens, still in the autograd
