@@ -60,6 +60,8 @@ class Discount(_Record):
     """What a discount needs that must wait for M^(0), because the memory is deep."""
 
     similarity: Tensor  # |phi(k_s) . phi(k_t)|  [N, G, L', L']
+    squares: Tensor  # |phi(k_i)|^2  [N, G, E]
+    held: Tensor  # whether the window of t weighs key i  [N, G, L, E]
     writes: Tensor  # m_s  [N, G, L']
     momentum: Tensor | None  # Theta  [N, G, L, L]
 
@@ -140,7 +142,7 @@ def cut(
         return a @ b.mT if feature_map is None else feature_map.kernel(a_raw, b_raw)
 
     decay, abar = decay_matrix(tokens(x.alpha))
-    window = window_matrix(tokens(x.gamma), extra)
+    window = weighed = window_matrix(tokens(x.gamma), extra)
     momentum = thbar = None
     if x.theta is not None:
         momentum, thbar = decay_matrix(tokens(x.theta))
@@ -149,12 +151,13 @@ def cut(
     if x.writes is not None:
         so_far = slice(extra - place, None)
         rows, raw = k[..., so_far, :], k_raw[..., so_far, :]
-        writes = with_past(x.writes, place)
-        discount = Discount(kernel(rows, rows, raw, raw).abs(), writes, momentum)
+        similarity, writes = kernel(rows, rows, raw, raw).abs(), with_past(x.writes, place)
         if rule.memory == "matrix":
-            kappa = discount.similarity
-            eta = discounted(eta, writes, kappa, kappa.diagonal(dim1=-2, dim2=-1)[..., -span:])
-            discount = None
+            own = similarity.diagonal(dim1=-2, dim2=-1)[..., -span:]
+            eta = discounted(eta, writes, similarity, own)
+        else:
+            squares = k.square().sum(-1)
+            discount = Discount(similarity, squares, weighed > 0, writes, momentum)
     residual = MEMORIES[rule.memory].residual and x.q.shape[-1] == x.v.shape[-1]
     target = with_past(x.v, extra)
     if residual and rule.objective == "l2":
@@ -206,7 +209,7 @@ def discounted(eta: Tensor, writes: Tensor, kappa: Tensor, scale: Tensor) -> Ten
     """eta_t exp(-rho_t) / max(1, m_t scale_t), rho_t = sum_{s < t} m_s kappa(s, t)  (9b).
 
     eta, scale: [..., L] of the last L of the chunk's L' tokens so far; writes: m [..., L'];
-    kappa: [..., L', L']. scale is kappa(t, t), or for a deep memory `running_scale` of it.
+    kappa: [..., L', L']. scale is kappa(t, t), or for a deep memory `running_scale`.
     """
     span = eta.shape[-1]
     rho = (kappa.tril(-1) @ writes.unsqueeze(-1)).squeeze(-1)
@@ -214,14 +217,18 @@ def discounted(eta: Tensor, writes: Tensor, kappa: Tensor, scale: Tensor) -> Ten
 
 
 def running_scale(
-    own: Tensor, momentum: Tensor | None, thbar: Tensor | None, before: Tensor
+    own: Tensor, held: Tensor, momentum: Tensor | None, thbar: Tensor | None, before: Tensor
 ) -> Tensor:
-    """scale_t = max(kappa(t, t), theta_t scale_{t-1}): the largest kappa of what S_t still holds.
+    """scale_t: the largest kappa(i, i) of what S_t still holds, G_t's whole window included.
 
-    Tokens of a deep memory differ in kappa(t, t), and a write of S_t writes earlier tokens too.
-    own: kappa(t, t) [G, L]; momentum: Theta [G, L, L]; thbar: [G, L, 1]; before: [G]. -> [G, L].
+        scale_t = max(max_{i in the window of t} kappa(i, i), theta_t scale_{t-1})
+
+    Tokens of a deep memory differ in kappa(i, i), and a write of S_t writes earlier tokens too.
+    own: kappa(i, i) [G, E]; held: [G, L, E]; momentum: Theta [G, L, L]; thbar: [G, L, 1]; before:
+    [G]. -> [G, L].
     """
+    scale = torch.where(held, own.unsqueeze(-2), 0.0).amax(-1)
     if momentum is None or thbar is None:
-        return own
-    held = (momentum * own.unsqueeze(-2)).amax(-1)
-    return torch.maximum(held, thbar.squeeze(-1) * before.unsqueeze(-1))
+        return scale
+    scale = (momentum * scale.unsqueeze(-2)).amax(-1)
+    return torch.maximum(scale, thbar.squeeze(-1) * before.unsqueeze(-1))

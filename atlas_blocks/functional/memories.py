@@ -51,12 +51,13 @@ class Memory:
     forward(linear, x): M(x) without the residual.
     factors(weights, x, error): [(left, right)] a weight; error(y) is dl/dM(x), given y = M(x)
     without the residual.
-    tangent(weights, x, outer, gram): kappa of the write discount between the n tokens x,
-    [G, n, n], from the factors (error e, hidden h) of W_1 and gram = |x x^T|. It is a bound on the
-    tangent kernel plus its higher orders: all weights of a deep memory are written at once, and
-    where |e| is large against them the products of their changes outweigh the changes. A step eta
-    changes M(x) by at most eta K1 |e| + (eta K2)^2 |e| + (eta K3)^3 |e|; kappa is K1 + K2 + K3,
-    the latter two with each token's share of them.
+    tangent(weights, x, outer): f [G, n, r], from which kappa of the write discount between two of
+    the n tokens is |h . h'| + (f . f') |x . x'|; outer is the factors (error e, hidden h) of W_1.
+    It is a bound on the tangent kernel plus its higher orders: all weights of a deep memory are
+    written at once, and where |e| is large against them the products of their changes outweigh the
+    changes. A step eta changes M(x) by at most eta K1 |e| + (eta K2)^2 |e| + (eta K3)^3 |e|; kappa
+    is K1 + K2 + K3, the latter two with each token's share of them. None for a matrix memory,
+    whose kappa is |x . x'|.
     residual: whether r(x), the un-lifted key, is added where Dk = Dv.
     """
 
@@ -64,7 +65,7 @@ class Memory:
     residual: bool
     forward: Callable[[Linear, Tensor], Tensor]
     factors: Callable[[Weights, Tensor, Callable[[Tensor], Tensor]], list[Factor]]
-    tangent: Callable[[Weights, Tensor, Factor, Tensor], Tensor]
+    tangent: Callable[[Weights, Tensor, Factor], Tensor] | None
 
 
 # --- matrix: M(x) = W x -----------------------------------------------------------------------
@@ -77,10 +78,6 @@ def _matrix_forward(linear: Linear, x: Tensor) -> Tensor:
 def _matrix_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor]) -> list[Factor]:
     (w,) = weights
     return [(error(x @ w.mT), x)]
-
-
-def _matrix_tangent(weights: Weights, x: Tensor, outer: Factor, gram: Tensor) -> Tensor:
-    return gram
 
 
 # --- mlp: M(x) = r(x) + W1 gelu(W2 x) ---------------------------------------------------------
@@ -98,12 +95,12 @@ def _mlp_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor])
     return [(e, h), (gelu_slope(z, times=e @ w1), x)]
 
 
-def _mlp_tangent(weights: Weights, x: Tensor, outer: Factor, gram: Tensor) -> Tensor:
+def _mlp_tangent(weights: Weights, x: Tensor, outer: Factor) -> Tensor:
     e, h = outer
-    w = spectral_bound(weights[0])
+    w = spectral_bound(weights[0]).sqrt()
     # (dW1 applied to dh): eta^2 |e| |h| ||W1|| |e|.
-    second = (_norm(e) * _norm(h) * w.sqrt() + SECOND_FLOOR) ** (1 / 4)
-    return (h @ h.mT).abs() + (w + second @ second.mT) * gram
+    second = (_norm(e) * _norm(h) * w + SECOND_FLOOR) ** (1 / 4)
+    return torch.cat([w.expand_as(second), second], -1)
 
 
 # --- gated_mlp (Atlas++): M(x) = r(x) + W1 (gelu(W2 x) * W3 x) --------------------------------
@@ -123,25 +120,24 @@ def _gated_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor
     return [(e, h), (gelu_slope(z, times=back * u), x), (back * s, x)]
 
 
-def _gated_tangent(weights: Weights, x: Tensor, outer: Factor, gram: Tensor) -> Tensor:
+def _gated_tangent(weights: Weights, x: Tensor, outer: Factor) -> Tensor:
     e, h = outer
     w1, w2, w3 = weights
     z, u = x @ w2.mT, x @ w3.mT
     s = F.gelu(z)
-    w = spectral_bound(w1)
+    w = spectral_bound(w1).sqrt()
     norm_e, norm_h = _norm(e), _norm(h)
     # The largest |dh / d(W2 x)|, |dh / d(W3 x)| and |W3 x| of any hidden unit.
     gate, value, upper = _largest(gelu_slope(z, times=u)), _largest(s), _largest(u)
-    first = w * (gate @ gate.mT + value @ value.mT)
     # dW1 with either inner change, and the two inner changes with one another; then all three.
-    pairs = norm_h * (gate * upper + value.square()) * w.sqrt() + w**1.5 * gate * value
+    pairs = norm_h * (gate * upper + value.square()) * w + w**3 * gate * value
     second = (norm_e * pairs + SECOND_FLOOR) ** (1 / 4)
-    third = (norm_e.square() * norm_h * gate * value * w + THIRD_FLOOR) ** (1 / 6)
-    return (h @ h.mT).abs() + (first + second @ second.mT + third @ third.mT) * gram
+    third = (norm_e.square() * norm_h * gate * value * w.square() + THIRD_FLOOR) ** (1 / 6)
+    return torch.cat([w * gate, w * value, second, third], -1)
 
 
 MEMORIES: dict[str, Memory] = {
-    "matrix": Memory(1, False, _matrix_forward, _matrix_factors, _matrix_tangent),
+    "matrix": Memory(1, False, _matrix_forward, _matrix_factors, None),
     "mlp": Memory(2, True, _mlp_forward, _mlp_factors, _mlp_tangent),
     "gated_mlp": Memory(3, True, _gated_forward, _gated_factors, _gated_tangent),
 }

@@ -129,9 +129,15 @@ def _one_sequence(
                 rho = rho + writes[len(writes) - back] * _kappa(here, there)
             own = _kappa(here, here)
             if rule.memory != "matrix":
-                own = scale = (
-                    own if theta is None else torch.maximum(own, theta[t].to(dtype) * scale)
-                )
+                # The largest kappa that S_t holds: of the window, and of what momentum keeps.
+                own = torch.zeros_like(mass)
+                for j in lags:
+                    there = _probe(rule, m0, phi, keys[n + t - j], values[n + t - j], residual)
+                    weighed = torch.where(gamma[t, :, j] > 0, _kappa(there, there), 0)
+                    own = torch.maximum(own, weighed)
+                if theta is not None:
+                    own = torch.maximum(own, theta[t].to(dtype) * scale)
+                scale = own
             strength = strength * torch.exp(-rho) / (mass * own).clamp(min=1)
             writes.append(mass)
 

@@ -104,12 +104,35 @@ def test_a_hundred_thousand_repetitive_tokens_leave_every_memory_bounded(
     assert (end <= 2 * middle.clamp(min=0.1)).all(), (end / middle).max()
 
 
-@pytest.mark.parametrize("gates", ["extreme", "moderate"])
-@pytest.mark.parametrize("features", ["identity", "sketch", "polynomial", "taylor_exp"])
+FEATURES = ("identity", "sketch", "polynomial", "taylor_exp")
+SETTINGS = {"extreme": GATES, "moderate": MODERATE}
+
+
+@pytest.mark.parametrize("gates", SETTINGS)
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_every_feature_map_is_bounded(memory: str, features: str, gates: str) -> None:
-    block = layer(memory, "gd", features, GATES if gates == "extreme" else MODERATE)
+    block = layer(memory, "gd", features, SETTINGS[gates])
     assert_bounded(largest_along_the_stream(block, 2000, 5), "gd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", SETTINGS)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_feature_map_is_bounded_over_twenty_thousand_tokens(
+    memory: str, update: str, features: str, gates: str
+) -> None:
+    block = layer(memory, update, features, SETTINGS[gates])
+    assert_bounded(largest_along_the_stream(block, 20_000, 10), update)
+
+
+def test_a_write_is_limited_by_everything_it_writes() -> None:
+    """Without momentum to speak of, a gated memory once went to NaN: S_t holds the whole window,
+    and the limit on the write knew only its newest token."""
+    block = layer("gated_mlp", "gd", "identity", MODERATE)
+    assert_bounded(largest_along_the_stream(block, 20_000, 10), "gd")
 
 
 def test_without_the_discount_repetition_does_diverge() -> None:
