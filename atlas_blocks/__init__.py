@@ -17,6 +17,7 @@ from atlas_blocks.blocks.stacks import (
 )
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
+from atlas_blocks.ops import ProviderWarning, use_provider
 from atlas_blocks.state import State
 
 __all__ = [
@@ -32,10 +33,12 @@ __all__ = [
     "MemoryAsGateConfig",
     "MemoryAsLayer",
     "MemoryAsLayerConfig",
+    "ProviderWarning",
     "ShortConv",
     "SlidingWindowAttention",
     "SlidingWindowAttentionConfig",
     "State",
     "SwiGLU",
     "functional",
+    "use_provider",
 ]

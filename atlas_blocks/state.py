@@ -48,7 +48,7 @@ def _aligned(values: Sequence[Any]) -> Sequence[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Base of every state. Positions are int64 tensors [B] on the CPU; the rest may be moved."""
+    """Base of every state. Positions are int64 tensors [B]; `to` moves everything but them."""
 
     _classes: ClassVar[dict[str, type[State]]] = {}
 
@@ -76,7 +76,7 @@ class State:
         return self.map(Tensor.detach)
 
     def to(self: S, device: torch.device | str) -> S:
-        """Moved to `device`; int64 positions stay on the CPU."""
+        """Moved to `device`; int64 positions stay where they are."""
         return self.map(lambda t: t.to(device) if t.is_floating_point() else t)
 
     def __getitem__(self: S, index: slice | Sequence[int] | Tensor) -> S:

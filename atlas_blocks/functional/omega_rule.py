@@ -17,6 +17,7 @@ from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES, Factor
 from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import (
+    Arguments,
     OmegaState,
     Rule,
     initial_state,
@@ -78,22 +79,44 @@ def omega_rule(
     """
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
-    validate(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
-    state = state or initial_state(q, v, weights, rule, theta is not None)
-    with torch.autocast(q.device.type, enabled=False):
-        positions = state.position.tolist()
-        if len(set(positions)) <= 1:
-            return _run(rule, feature_map, state, q, k, v, alpha, eta, gamma, theta)
-        # Rows at different places of their chunks: those at the same place go together.
-        groups = {p: [i for i, x in enumerate(positions) if x == p] for p in set(positions)}
-        parts = []
-        for rows in groups.values():
-            streams = (t[rows] for t in (q, k, v, alpha, eta, gamma))
-            momentum = None if theta is None else theta[rows]
-            parts.append(_run(rule, feature_map, state[rows], *streams, theta=momentum))
-        order = [i for rows in groups.values() for i in rows]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat([y for y, _ in parts])[back], OmegaState.cat([s for _, s in parts])[back]
+    a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
+    validate(*a)
+    return run(a)
+
+
+def chunk_count(length: int, chunk: int, begun: bool) -> int:
+    """N: the most chunks that `length` tokens touch; `begun` where they may start inside one."""
+    return (length + chunk - 1 + (chunk - 1 if begun else 0)) // chunk
+
+
+def run(a: Arguments, starts: Sequence[Tensor] | None = None) -> tuple[Tensor, OmegaState]:
+    """`omega_rule` on validated arguments.
+
+    starts: zeros to write the memory at every chunk's start to (for a chunk that an earlier call
+    began: at this call's): each weight [B, N, H, dout, din], each momentum likewise, then the
+    discount's scale [B, N, H]; N from `chunk_count`.
+    """
+    positions = None if a.state is None else a.state.position.tolist()
+    a = a._replace(state=a.state or initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None))
+    if a.q.shape[0] == 0 or a.q.shape[1] == 0:
+        return a.q.new_zeros(a.v.shape), a.state
+    # Rows at different places of their chunks: those at the same place go together.
+    groups: dict[int, list[int]] = {}
+    for row, position in enumerate(positions or [0] * len(a.q)):
+        groups.setdefault(position, []).append(row)
+    parts = []
+    with torch.autocast(a.q.device.type, enabled=False):
+        for position, rows in groups.items():
+            kept: list[_Memory] | None = None if starts is None else []
+            parts.append(_run(a if len(groups) == 1 else a.rows(rows), position, kept))
+            for n, memory in enumerate(kept or ()):
+                for out, t in zip(starts or (), memory.start(), strict=True):
+                    out[rows, n] = t.unflatten(0, (len(rows), -1))
+    if len(parts) == 1:
+        return parts[0]
+    order = [i for rows in groups.values() for i in rows]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat([y for y, _ in parts])[back], OmegaState.cat([s for _, s in parts])[back]
 
 
 class _Memory(NamedTuple):
@@ -104,25 +127,17 @@ class _Memory(NamedTuple):
     chunk_start: list[Tensor]
     scale: Tensor  # [G], see `running_scale`
 
+    def start(self) -> list[Tensor]:
+        """What a whole chunk starts from: there M^(0) is M."""
+        return [*self.weights, *self.momentum, self.scale]
 
-def _run(
-    rule: Rule,
-    feature_map: FeatureMap | None,
-    state: OmegaState,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    gamma: Tensor,
-    theta: Tensor | None,
-) -> tuple[Tensor, OmegaState]:
-    """`omega_rule` for rows that are all at the same position of their sequence."""
+
+def _run(a: Arguments, position: int, kept: list[_Memory] | None) -> tuple[Tensor, OmegaState]:
+    """`run` for rows that are all at this position of their sequence; chunk starts to `kept`."""
+    q, k, v, alpha, eta, theta, gamma, _, feature_map, rule, state = a
+    assert state is not None
     batch, length, heads, _ = q.shape
-    if batch == 0 or length == 0:
-        return q.new_zeros(v.shape), state
     dtype = state_dtype(q, v, *state.weights)
-    position = int(state.position[0])
     # The window does not reach back over the start of the sequence.
     lags = torch.arange(rule.window, device=q.device)
     times = position + torch.arange(length, device=q.device)
@@ -149,7 +164,7 @@ def _run(
         place = (position + first) % rule.chunk_size
         write, read = cut(rule, feature_map, tokens, first, span, count, place)
         walk = _walk_gradient if rule.update == "gd" else _walk_muon
-        y, memory = walk(rule, write, read, memory, place)
+        y, memory = walk(rule, write, read, memory, place, kept)
         outputs.append(y)
     y = torch.cat(outputs, 1).unflatten(0, (batch, heads)).transpose(1, 2)
 
@@ -177,7 +192,12 @@ def _pieces(length: int, position: int, chunk: int) -> list[tuple[int, int, int]
 
 
 def _walk_gradient(
-    rule: Rule, write: Write, read: Read, memory: _Memory, place: int
+    rule: Rule,
+    write: Write,
+    read: Read,
+    memory: _Memory,
+    place: int,
+    kept: list[_Memory] | None,
 ) -> tuple[Tensor, _Memory]:
     """U = identity: only the weights at the chunks' ends are sequential; then all reads at once.
 
@@ -194,12 +214,14 @@ def _walk_gradient(
         last = x.last or x.last_coefficients(eta)
         weights = []
         for i, (left, right) in enumerate(factors):
-            kept = x.abar * memory.weights[i]
+            now = x.abar * memory.weights[i]
             if last.carried is not None:
-                kept.addcmul_(last.carried, memory.momentum[i], value=-1)
-            weights.append(kept.baddbmm_((left * last.written).mT, right, alpha=-1))
+                now.addcmul_(last.carried, memory.momentum[i], value=-1)
+            weights.append(now.baddbmm_((left * last.written).mT, right, alpha=-1))
         momentum = _next_momentum(x, memory, factors)
         memory = _Memory(weights, momentum, memory.chunk_start, scale)
+    if kept is not None:
+        kept.extend(starts)
 
     x = read.flatten()
     step = x.decay * torch.cat(strengths).unsqueeze(-2)  # P
@@ -224,13 +246,20 @@ def _walk_gradient(
 
 
 def _walk_muon(
-    rule: Rule, write: Write, read: Read, memory: _Memory, place: int
+    rule: Rule,
+    write: Write,
+    read: Read,
+    memory: _Memory,
+    place: int,
+    kept: list[_Memory] | None,
 ) -> tuple[Tensor, _Memory]:
     """U = Newton-Schulz, chunk by chunk. For the backward nothing is kept per token: only M and S
     at the chunks' starts. Returns y [G, N L, Dv] and the memory after the chunks."""
     outputs = []
     for chunk in zip(write.unbind(), read.unbind(), strict=True):
         memory = _enter(memory, place)
+        if kept is not None:
+            kept.append(memory)
         arguments = (rule, *chunk, memory, place)
         if torch.is_grad_enabled():
             y, memory = checkpoint(

@@ -7,7 +7,8 @@ c window, b chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ class OmegaState(State):
     chunk_start: M^(0) of the current chunk. keys, values: the last tokens [B, n, H, Dk | Dv], zero
     before the sequence begins, n = c - 1, or b - 1 if that is more and writes are discounted.
     writes: m_s of those tokens [B, n, H] for the discount, n = 0 without it. scale: [B, H], the
-    largest kappa of what S holds, for the discount of a deep memory (else 0). position: int64 [B].
+    largest kappa of what S holds, for the discount of a deep memory (else 0). position: int64 [B],
+    on the device of the inputs that began the sequence.
     """
 
     weights: tuple[Tensor, ...]
@@ -73,6 +75,34 @@ class OmegaState(State):
     writes: Tensor
     scale: Tensor
     position: Tensor
+
+    @classmethod
+    def aligned(cls, states: Sequence[OmegaState]) -> Sequence[OmegaState]:
+        """Positions brought to one device: they stay where they are when a state moves."""
+        device = states[0].position.device
+        return [replace(s, position=s.position.to(device)) for s in states]
+
+
+class Arguments(NamedTuple):
+    """The arguments of `omega_rule`, in the order of `validate`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor | None
+    gamma: Tensor
+    weights: Sequence[Tensor]
+    feature_map: FeatureMap | None
+    rule: Rule
+    state: OmegaState | None
+
+    def rows(self, index: list[int]) -> Arguments:
+        """The arguments of some rows of the batch."""
+        streams = (None if t is None else t[index] for t in self[:7])
+        state = None if self.state is None else self.state[index]
+        return Arguments(*streams, *self[7:10], state=state)
 
 
 def validate(
@@ -156,7 +186,7 @@ def initial_state(
         values=q.new_zeros(batch, rule.history, heads, v.shape[-1], dtype=dtype),
         writes=q.new_zeros(batch, writes, heads, dtype=dtype),
         scale=q.new_zeros(batch, heads, dtype=dtype),
-        position=torch.zeros(batch, dtype=torch.int64),
+        position=torch.zeros(batch, dtype=torch.int64, device=q.device),
     )
 
 

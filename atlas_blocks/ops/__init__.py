@@ -1,1 +1,21 @@
 """Op contracts: what torch.compile, export and FLOP counters see of functional/."""
+
+from atlas_blocks.ops.omega_rule import omega_rule
+from atlas_blocks.ops.providers import (
+    Choice,
+    Provider,
+    ProviderWarning,
+    explain_choice,
+    register_provider,
+    use_provider,
+)
+
+__all__ = [
+    "Choice",
+    "Provider",
+    "ProviderWarning",
+    "explain_choice",
+    "omega_rule",
+    "register_provider",
+    "use_provider",
+]

@@ -1,15 +1,20 @@
 """The Omega rule as one node of a compiled graph, forward and backward.
 
-Outside torch.compile the definition runs under plain autograd. Inside, a loop over chunks would be
-unrolled, so the rule is an op: `atlas::omega_rule`, and `atlas::omega_rule_backward`, which runs
-the definition again and differentiates it.
+`atlas::omega_rule` and `atlas::omega_rule_backward` are served by a provider, whose name is among
+their arguments (see providers.py). Where that is the definition and nothing is compiled, no op is
+called: the definition runs under plain autograd. In a graph its loop over chunks would be unrolled.
+
+B batch, T tokens, H heads, Dk, Dv key and value width, Dphi width after the feature map, c window,
+b chunk, N chunks that a call touches at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +22,61 @@ from torch import Tensor
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.omega_rule import omega_rule as definition
-from atlas_blocks.functional.rule import OmegaState, Rule
+from atlas_blocks.functional.omega_rule import chunk_count, run
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
+from atlas_blocks.ops import providers
 
-# Tensors travel as one list: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state.
+
+class Settings(NamedTuple):
+    """What the ops take besides tensors, in the order of their schemas."""
+
+    momentum: bool
+    memory: str
+    objective: str
+    feature_map: str  # "identity", "polynomial" or "sketch"
+    sketch_width: int  # 0 without a sketch
+    update: str
+    ns_steps: int
+    ns_every: int
+    chunk_size: int
+    write_discount: bool
+
+
 _SETTINGS = (
     "bool momentum, str memory, str objective, str feature_map, int sketch_width, str update, "
     "int ns_steps, int ns_every, int chunk_size, bool write_discount"
 )
-_RULE_FIELDS = (
-    "memory",
-    "objective",
-    "update",
-    "ns_steps",
-    "ns_every",
-    "chunk_size",
-    "write_discount",
-)
 _LIBRARY = torch.library.Library("atlas", "FRAGMENT")
-_LIBRARY.define(f"omega_rule(Tensor[] tensors, {_SETTINGS}) -> Tensor[]")
-_LIBRARY.define(f"omega_rule_backward(Tensor[] grads, Tensor[] tensors, {_SETTINGS}) -> Tensor[]")
+# tensors: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state (see `unflatten`).
+# -> y, the state's tensors and, with `save`, what the backward takes as `saved`: the memory at the
+# start of every chunk as `functional.omega_rule.run` describes it, the same for every provider.
+_LIBRARY.define(f"omega_rule(Tensor[] tensors, {_SETTINGS}, str provider, bool save) -> Tensor[]")
+# grads: of y and of the state's tensors but its position. -> those of all floating tensors.
+_LIBRARY.define(
+    "omega_rule_backward(Tensor[] grads, Tensor[] tensors, Tensor[] saved, "
+    f"{_SETTINGS}, str provider) -> Tensor[]"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a provider's `supports` learns of a call. No lengths: one graph serves all of them."""
+
+    device: str  # the device's type
+    dtype: torch.dtype  # of q and y
+    dtypes: frozenset[torch.dtype]  # of all floating tensors but a sketch's signs
+    state_dtype: torch.dtype  # of the state and of the definition's arithmetic
+    heads: int
+    key_width: int
+    value_width: int
+    feature_width: int  # Dphi
+    weight_shapes: tuple[tuple[int, int], ...]  # [dout, din] of every weight
+    rule: Rule  # with its window and chunk
+    feature_map: str  # as in Settings
+    degree: int  # p of the feature map, 0 for the identity
+    momentum: bool
+    has_state: bool
+    needs_grad: bool
 
 
 def omega_rule(
@@ -58,90 +98,164 @@ def omega_rule(
     chunk_size: int = 64,
     write_discount: bool = False,
     state: OmegaState | None = None,
+    provider: str = "auto",
 ) -> tuple[Tensor, OmegaState]:
-    """`functional.omega_rule`: same arguments, results and errors; one graph node when compiled."""
-    if not torch.compiler.is_compiling():
-        return definition(
-            q,
-            k,
-            v,
-            alpha=alpha,
-            eta=eta,
-            theta=theta,
-            gamma=gamma,
-            weights=weights,
-            memory=memory,
-            objective=objective,
-            feature_map=feature_map,
-            update=update,
-            ns_steps=ns_steps,
-            ns_every=ns_every,
-            chunk_size=chunk_size,
-            write_discount=write_discount,
-            state=state,
-        )
-    rule = Rule(
-        memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, gamma.shape[-1]
-    )
-    rules.validate(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
-    tensors, settings = flatten(
-        q, k, v, alpha, eta, theta, gamma, weights, rule, feature_map, state
-    )
-    y, *after = _OmegaRule.apply(settings, *tensors)
+    """`functional.omega_rule` by a provider: same arguments, results and errors.
+
+    provider: who computes it, "definition" or such as "triton"; "auto" leaves it to `use_provider`,
+    or takes the fastest of the device that supports the call. Raises ValueError where the one asked
+    for cannot serve. One graph node when compiled.
+    """
+    window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
+    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
+    a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
+    rules.validate(*a)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
+    chosen = _choose(provider, providers.context(), *_facts(a, needs_grad))
+    if chosen == providers.DEFINITION and not torch.compiler.is_compiling():
+        return run(a)
+    tensors, settings = flatten(a)
+    if needs_grad:
+        y, *after = _OmegaRule.apply(settings, chosen, *tensors)
+    else:
+        y, *after = torch.ops.atlas.omega_rule.default(tensors, *settings, chosen, False)
     return y, _state(after, len(weights), theta is not None)
 
 
-def flatten(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor | None,
-    gamma: Tensor,
-    weights: Sequence[Tensor],
-    rule: Rule,
-    feature_map: FeatureMap | None,
-    state: OmegaState | None,
-) -> tuple[list[Tensor], tuple]:
-    """The arguments as the op's one list of tensors, and its settings in order."""
-    kind, width, features = "identity", 0, []
-    if isinstance(feature_map, PolynomialMap):
-        kind, features = "polynomial", [feature_map.coefficients]
-    elif isinstance(feature_map, SketchMap):
-        kind, width = "sketch", feature_map.width
-        features = [feature_map.coefficients, feature_map.buckets, feature_map.signs]
-    momentum = [] if theta is None else [theta]
-    tensors = [q, k, v, alpha, eta, gamma, *momentum, *weights, *features]
-    if state is not None:
+def describe(a: Arguments, needs_grad: bool) -> Call:
+    """What providers learn of a call with these arguments."""
+    return _call(*_facts(a, needs_grad))
+
+
+def _facts(a: Arguments, needs_grad: bool) -> tuple:
+    """`Call` as plain values: Dynamo hands no dataclass to a function that it does not trace."""
+    rule, phi = a.rule, a.feature_map
+    signs = phi.signs if isinstance(phi, SketchMap) else None
+
+    # operator.index: a graph serves one width, where sizes are symbolic.
+    def sizes(*shape: int) -> tuple[int, ...]:
+        return tuple(operator.index(n) for n in shape)
+
+    return (
+        a.q.device.type,
+        tuple(t.dtype for t in _tensors(a) if t.is_floating_point() and t is not signs),
+        _state_dtype(a),
+        sizes(a.q.shape[2], a.q.shape[3], a.v.shape[3]),
+        tuple(sizes(*w.shape[1:]) for w in a.weights),
+        (rule.memory, rule.objective, rule.update, rule.ns_steps, rule.ns_every),
+        (rule.chunk_size, rule.write_discount, operator.index(rule.window)),
+        _kind(phi),
+        0 if phi is None else operator.index(phi.coefficients.shape[0]) - 1,
+        a.theta is not None,
+        a.state is not None,
+        needs_grad,
+    )
+
+
+def _call(
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    state_dtype: torch.dtype,
+    widths: tuple[int, int, int],
+    shapes: tuple[tuple[int, int], ...],
+    how: tuple[str, str, str, int, int],
+    chunks: tuple[int, bool, int],
+    feature_map: str,
+    degree: int,
+    momentum: bool,
+    has_state: bool,
+    needs_grad: bool,
+) -> Call:
+    return Call(
+        device=device,
+        dtype=dtypes[0],
+        dtypes=frozenset(dtypes),
+        state_dtype=state_dtype,
+        heads=widths[0],
+        key_width=widths[1],
+        value_width=widths[2],
+        feature_width=shapes[-1][1],
+        weight_shapes=shapes,
+        rule=Rule(*how, *chunks),
+        feature_map=feature_map,
+        degree=degree,
+        momentum=momentum,
+        has_state=has_state,
+        needs_grad=needs_grad,
+    )
+
+
+@torch.compiler.assume_constant_result
+def _choose(provider: str, context: str, *facts: Any) -> str:
+    """Not traced: providers are imported here, may look at the device, and warn."""
+    call = _call(*facts)
+    return providers.choose("omega_rule", provider, context, call.device, call)
+
+
+def _kind(phi: FeatureMap | None) -> str:
+    if phi is None:
+        return "identity"
+    return "polynomial" if isinstance(phi, PolynomialMap) else "sketch"
+
+
+def _tensors(a: Arguments) -> list[Tensor]:
+    """Every tensor among the arguments, in the order of the ops."""
+    phi, features = a.feature_map, []
+    if phi is not None:
+        features = [phi.coefficients]
+    if isinstance(phi, SketchMap):
+        features += [phi.buckets, phi.signs]
+    momentum = [] if a.theta is None else [a.theta]
+    state = [] if a.state is None else a.state.tensors()
+    return [a.q, a.k, a.v, a.alpha, a.eta, a.gamma, *momentum, *a.weights, *features, *state]
+
+
+def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
+    """The arguments as the ops take them."""
+    if a.state is not None:
         # Cloned: M^(0) may be M itself, and one tensor may not stand for two inputs.
-        start = tuple(w.clone() for w in state.chunk_start)
-        tensors += dataclasses.replace(state, chunk_start=start).tensors()
-    settings = (len(momentum) == 1, rule.memory, rule.objective, kind, width, rule.update)
-    settings += (rule.ns_steps, rule.ns_every, rule.chunk_size, rule.write_discount)
-    return tensors, settings
+        start = tuple(w.clone() for w in a.state.chunk_start)
+        a = a._replace(state=dataclasses.replace(a.state, chunk_start=start))
+    rule, phi = a.rule, a.feature_map
+    return _tensors(a), Settings(
+        momentum=a.theta is not None,
+        memory=rule.memory,
+        objective=rule.objective,
+        feature_map=_kind(phi),
+        sketch_width=phi.width if isinstance(phi, SketchMap) else 0,
+        update=rule.update,
+        ns_steps=rule.ns_steps,
+        ns_every=rule.ns_every,
+        chunk_size=rule.chunk_size,
+        write_discount=rule.write_discount,
+    )
 
 
-class _OmegaRule(torch.autograd.Function):
-    """Both directions are ops, so that a pass can lower each."""
-
-    @staticmethod
-    def forward(ctx: Any, settings: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.settings = settings
-        ctx.save_for_backward(*tensors)
-        outputs = torch.ops.atlas.omega_rule.default(list(tensors), *settings)
-        ctx.mark_non_differentiable(outputs[-1])  # the position
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = list(ctx.saved_tensors)
-        found = torch.ops.atlas.omega_rule_backward.default(
-            list(grads[:-1]), tensors, *ctx.settings
-        )
-        floats = [t.is_floating_point() for t in tensors]
-        gradients = iter(found)
-        return None, *(next(gradients) if is_float else None for is_float in floats)
+def unflatten(tensors: Sequence[Tensor], settings: Settings) -> Arguments:
+    """The arguments whose `flatten` these are."""
+    s, parts = settings, iter(tensors)
+    q, k, v, alpha, eta, gamma = (next(parts) for _ in range(6))
+    theta = next(parts) if s.momentum else None
+    count = MEMORIES[s.memory].weights
+    weights = [next(parts) for _ in range(count)]
+    feature_map: FeatureMap | None = None
+    if s.feature_map == "polynomial":
+        feature_map = PolynomialMap(next(parts))
+    elif s.feature_map == "sketch":
+        feature_map = SketchMap(next(parts), next(parts), next(parts), s.sketch_width)
+    rest = list(parts)
+    state = _state(rest, count, s.momentum) if rest else None
+    rule = Rule(
+        memory=s.memory,
+        objective=s.objective,
+        update=s.update,
+        ns_steps=s.ns_steps,
+        ns_every=s.ns_every,
+        chunk_size=s.chunk_size,
+        write_discount=s.write_discount,
+        window=operator.index(gamma.shape[-1]),
+    )
+    return Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
 
 
 def _state(tensors: Sequence[Tensor], count: int, momentum: bool) -> OmegaState:
@@ -156,61 +270,72 @@ def _state(tensors: Sequence[Tensor], count: int, momentum: bool) -> OmegaState:
     return OmegaState(weights, momenta, starts, keys, values, writes, scale, position)
 
 
-def _arguments(tensors: Sequence[Tensor], *settings: Any) -> tuple[list[Tensor], dict[str, Any]]:
-    """The op's flat arguments -> q, k, v and the keyword arguments of the definition."""
-    momentum, memory, objective, kind, width, update, *rest = settings
-    ns_steps, ns_every, chunk_size, write_discount = rest
-    parts = iter(tensors)
-    q, k, v, alpha, eta, gamma = (next(parts) for _ in range(6))
-    theta = next(parts) if momentum else None
-    count = MEMORIES[memory].weights
-    weights = [next(parts) for _ in range(count)]
-    feature_map: FeatureMap | None = None
-    if kind == "polynomial":
-        feature_map = PolynomialMap(next(parts))
-    elif kind == "sketch":
-        feature_map = SketchMap(next(parts), next(parts), next(parts), width)
-    state = list(parts)
-    return [q, k, v], {
-        "alpha": alpha,
-        "eta": eta,
-        "theta": theta,
-        "gamma": gamma,
-        "weights": weights,
-        "memory": memory,
-        "objective": objective,
-        "feature_map": feature_map,
-        "update": update,
-        "ns_steps": ns_steps,
-        "ns_every": ns_every,
-        "chunk_size": chunk_size,
-        "write_discount": write_discount,
-        "state": _state(state, count, momentum) if state else None,
-    }
+class _OmegaRule(torch.autograd.Function):
+    """Both directions are ops, so that a pass can lower each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, provider: str, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = torch.ops.atlas.omega_rule.default(list(tensors), *settings, provider, True)
+        count = MEMORIES[settings.memory].weights
+        # y, the state (M, S, M^(0) of every weight, then five tensors), chunk starts.
+        results = 1 + count * (3 if settings.momentum else 2) + 5
+        ctx.settings, ctx.provider, ctx.inputs = settings, provider, len(tensors)
+        ctx.save_for_backward(*tensors, *outputs[results:])
+        ctx.mark_non_differentiable(outputs[results - 1])  # the position
+        return tuple(outputs[:results])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        found = torch.ops.atlas.omega_rule_backward.default(
+            list(grads[:-1]), list(tensors), list(saved), *ctx.settings, ctx.provider
+        )
+        gradients = iter(found)
+        inputs = (next(gradients) if t.is_floating_point() else None for t in tensors)
+        return None, None, *inputs
 
 
-def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
-    """The definition on the op's flat arguments -> y and the state's tensors."""
-    qkv, keywords = _arguments(tensors, *settings)
-    y, state = definition(*qkv, **keywords)
-    return [y, *state.tensors()]
+# --- the ops: what each provider does, and what a fake tensor becomes -------------------------
+
+
+def starts_like(a: Arguments) -> list[Tensor]:
+    """Zeros for the memory at the start of every chunk, as `functional.omega_rule.run` fills."""
+    batch, length, heads, _ = a.q.shape
+    chunks = chunk_count(length, a.rule.chunk_size, a.state is not None)
+    groups = 1 if a.theta is None else 2
+    shapes = [w.shape[1:] for _ in range(groups) for w in a.weights]
+    dtype = _state_dtype(a)
+    return [a.q.new_zeros(batch, chunks, heads, *shape, dtype=dtype) for shape in [*shapes, ()]]
+
+
+def _state_dtype(a: Arguments) -> torch.dtype:
+    weights = a.weights if a.state is None else a.state.weights
+    return rules.state_dtype(a.q, a.v, *weights)
 
 
 def _own(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _forward(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
+def _definition(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
+    a = unflatten(tensors, settings)
     with torch.no_grad():
+        starts = starts_like(a) if save else []
+        y, state = run(a, starts if save else None)
         # Cloned: an op may not return its inputs or two views of one tensor.
-        return [_own(t) for t in _run(tensors, *settings)]
+        return [*(_own(t) for t in (y, *state.tensors())), *starts]
 
 
-def _backward(grads: list[Tensor], tensors: list[Tensor], *settings: Any) -> list[Tensor]:
+def _definition_backward(
+    grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
+) -> list[Tensor]:
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
     with torch.enable_grad():
-        outputs = _run(leaves, *settings)[:-1]
+        y, state = run(unflatten(leaves, settings))
+        outputs = [y, *state.tensors()[:-1]]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         found = torch.autograd.grad(
             [o for o, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True
@@ -218,27 +343,40 @@ def _backward(grads: list[Tensor], tensors: list[Tensor], *settings: Any) -> lis
     return [_own(g) for g in found]
 
 
-def _forward_fake(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
-    (q, _, v), a = _arguments(tensors, *settings)
-    state = a["state"]
+def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    *settings, provider, save = rest
+    return providers.find("omega_rule", provider).forward(tensors, Settings(*settings), save)
+
+
+def _backward(
+    grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], *rest: Any
+) -> list[Tensor]:
+    *settings, provider = rest
+    serve = providers.find("omega_rule", provider).backward
+    return serve(grads, tensors, saved, Settings(*settings))
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _forward_fake(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    *settings, _, save = rest
+    a = unflatten(tensors, Settings(*settings))
+    state = a.state
     if state is None:
-        rule = Rule(
-            **{name: a[name] for name in _RULE_FIELDS},
-            window=a["gamma"].shape[-1],
-        )
-        state = rules.initial_state(q, v, a["weights"], rule, a["theta"] is not None)
-    empty = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in state.tensors()]
-    return [q.new_empty(v.shape), *empty]
+        state = rules.initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None)
+    saved = starts_like(a) if save else []
+    return [a.q.new_empty(a.v.shape), *(_empty_like(t) for t in state.tensors()), *saved]
 
 
-def _backward_fake(grads: list[Tensor], tensors: list[Tensor], *settings: Any) -> list[Tensor]:
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in tensors
-        if t.is_floating_point()
-    ]
+def _backward_fake(
+    grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], *rest: Any
+) -> list[Tensor]:
+    return [_empty_like(t) for t in tensors if t.is_floating_point()]
 
 
+providers.define("omega_rule", _definition, _definition_backward)
 for _name, _implementation, _fake in (
     ("omega_rule", _forward, _forward_fake),
     ("omega_rule_backward", _backward, _backward_fake),

@@ -1,0 +1,202 @@
+"""Which implementation serves an op: the definition or a faster provider, asked for or by itself.
+
+The choice is made in Python before the op is called, from the device, dtypes and widths of a call
+(never from its lengths: one compiled graph serves them all), and the name of the chosen provider is
+an argument of the op. A compiler pass can read it in the graph and change it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from atlas_blocks import check
+
+DEFINITION = "definition"
+
+
+class ProviderWarning(UserWarning):
+    """A call is served by a slower provider than its device has."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of one op.
+
+    supports(call): None where it can serve the call, else why not, in one sentence. `call` is what
+    the op says of a call, such as `ops.omega_rule.Call`.
+    forward, backward: serve the op and its backward; their arguments are the ops' without the
+    provider's name, the settings as one tuple.
+    """
+
+    name: str
+    supports: Callable[[Any], str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who serves a call, and why not the others: their names and reasons, the fastest first."""
+
+    op: str
+    provider: str
+    refusals: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    automatic_on: tuple[str, ...]  # device types where it is chosen without being asked for
+    load: Callable[[], Provider]  # raises ImportError where it cannot be
+
+
+@functools.cache
+def _imported(module: str) -> Provider:
+    return importlib.import_module(module).PROVIDER
+
+
+# Every op's providers but the definition, by name, the fastest first. A module named here is
+# imported when its provider is first needed and has it as PROVIDER.
+_PROVIDERS: dict[str, dict[str, _Entry]] = {
+    "omega_rule": {
+        "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule"))
+    },
+}
+_DEFINITIONS: dict[str, Provider] = {}
+
+
+def define(op: str, forward: Callable[..., Any], backward: Callable[..., list[Tensor]]) -> None:
+    """Make `op` known by its definition, which serves every call."""
+    _DEFINITIONS[op] = Provider(DEFINITION, lambda call: None, forward, backward)
+    _PROVIDERS.setdefault(op, {})
+
+
+def register_provider(
+    op: str, provider: Provider, *, automatic_on: tuple[str, ...] = ("cuda",)
+) -> None:
+    """Add a provider, taken to be faster than those there are.
+
+    automatic_on: device types where it is chosen without being asked for; () for none. Raises
+    ValueError for an op that is not there or a name that is taken.
+    """
+    check.choice("op", op, _PROVIDERS)
+    if provider.name in ("auto", DEFINITION, *_PROVIDERS[op]):
+        check.fail("provider.name", f"a name that {op} does not have yet", repr(provider.name))
+    _PROVIDERS[op] = {provider.name: _Entry(automatic_on, lambda: provider), **_PROVIDERS[op]}
+
+
+class _Asked(threading.local):
+    # Set here and not on the class: torch.compile guards on what the instance holds, so that a
+    # graph is compiled anew where another provider is asked for. It cannot trace a ContextVar.
+    def __init__(self) -> None:
+        self.name = "auto"
+
+
+_asked = _Asked()
+
+
+class use_provider:
+    """`with use_provider("triton"):` ops inside are served by that provider, or raise ValueError.
+
+    name: a provider's name, "definition", or "auto" to let every op choose. An op that has no
+    provider of this name chooses for itself. Contexts nest; a `provider=` argument beats them. Each
+    thread has its own; do not hold one across an `await`. A compiled function is compiled anew
+    where it is called in another context. Raises ValueError for a name that no op has.
+    """
+
+    def __init__(self, name: str) -> None:
+        known = {provider for entries in _PROVIDERS.values() for provider in entries}
+        check.choice("provider", name, {"auto", DEFINITION} | known)
+        self.name = name
+        self._before: list[str] = []
+
+    def __enter__(self) -> None:
+        self._before.append(_asked.name)
+        _asked.name = self.name
+
+    def __exit__(self, *error: object) -> None:
+        _asked.name = self._before.pop()
+
+
+def context() -> str:
+    """The name given to the innermost `use_provider`, or "auto"."""
+    return _asked.name
+
+
+def refusal(op: str, name: str, call: Any) -> str | None:
+    """Why the provider cannot serve the call of `op`, or None where it can."""
+    try:
+        return find(op, name).supports(call)
+    except ImportError as error:
+        return f"it cannot be imported: {error}"
+
+
+def find(op: str, name: str) -> Provider:
+    """The provider of `op` with this name. Raises ImportError where it cannot be imported."""
+    return _DEFINITIONS[op] if name == DEFINITION else _PROVIDERS[op][name].load()
+
+
+def choose(op: str, argument: str, context: str, device: str, call: Any) -> str:
+    """The name of the provider that serves a call on a device type.
+
+    argument: what the op was given as `provider`; context: the name in force around it. Raises
+    ValueError where the one that was asked for cannot serve. Warns, once for each op and reason,
+    where the device has a faster provider that cannot.
+    """
+    names = (DEFINITION, *_PROVIDERS[op])
+    check.choice("provider", argument, ("auto", *names))
+    asked = context if argument == "auto" and context in names else argument
+    if asked == "auto":
+        chosen, refusals = _automatic(op, device, call)
+        for name, reason in refusals.items():
+            _warn_once(op, chosen, name, reason)
+        return chosen
+    reason = refusal(op, asked, call)
+    if reason is not None:
+        raise ValueError(f"provider: {asked!r} cannot serve this call of {op}: {reason}")
+    return asked
+
+
+def _automatic(op: str, device: str, call: Any) -> tuple[str, dict[str, str]]:
+    """The fastest provider of this device type that can serve, and why faster ones cannot."""
+    refusals = {}
+    for name, entry in _PROVIDERS[op].items():
+        if device in entry.automatic_on:
+            reason = refusal(op, name, call)
+            if reason is None:
+                return name, refusals
+            refusals[name] = reason
+    return DEFINITION, refusals
+
+
+@functools.cache
+def _warn_once(op: str, chosen: str, name: str, reason: str) -> None:
+    message = f"{op} is served by {chosen!r}, not by the faster {name!r}: {reason}"
+    warnings.warn(message, ProviderWarning, stacklevel=4)
+
+
+def explain_choice(op: str, call: Any) -> Choice:
+    """Who serves a call when nothing is asked for, and why every other provider does not.
+
+    call: what the op says of a call, such as `ops.omega_rule.Call`; its `device` is a device type.
+    Imports the providers. Raises ValueError for an op that is not there.
+    """
+    check.choice("op", op, _PROVIDERS)
+    chosen, _ = _automatic(op, call.device, call)
+    reasons = {}
+    for name, entry in _PROVIDERS[op].items():
+        reason = refusal(op, name, call)
+        if reason is None and call.device not in entry.automatic_on:
+            reason = f"on {call.device} it serves only where it is asked for"
+        elif reason is None and name != chosen:
+            reason = f"{chosen!r} is faster"
+        if reason is not None:
+            reasons[name] = reason
+    return Choice(op, chosen, reasons)
