@@ -8,7 +8,7 @@ C = Theta Gam window weights after momentum, P = A diag(eta), see specification 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +37,15 @@ class Tokens(NamedTuple):
     writes: Tensor | None  # m_s [B, n + T, H] where writes are discounted
 
 
+class Piece(NamedTuple):
+    """Consecutive chunks of one size."""
+
+    first: int  # their first token
+    span: int  # tokens a chunk
+    count: int
+    place: int  # where they begin in their chunk: 0, unless an earlier call began it
+
+
 class _Record:
     """A dataclass of tensors stacked along a chunk axis, or of other such records, or None."""
 
@@ -49,10 +58,24 @@ class _Record:
         for n in range(count):
             yield type(self)(**{k: None if c is None else c[n] for k, c in columns.items()})
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """The same record with `fn` applied to every tensor."""
+
+        def one(value: Any) -> Any:
+            return value.map(fn) if isinstance(value, _Record) else fn(value)
+
+        fields = {k: None if v is None else one(v) for k, v in vars(self).items()}
+        return type(self)(**fields)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in field order."""
+        found: list[Tensor] = []
+        self.map(lambda t: found.append(t) or t)
+        return found
+
     def flatten(self) -> Self:
         """[N, G, ...] -> [N G, ...]."""
-        merge = {k: None if v is None else v.flatten(0, 1) for k, v in vars(self).items()}
-        return type(self)(**merge)
+        return self.map(lambda t: t.flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -108,17 +131,9 @@ class Read(_Record):
     decay: Tensor  # A  [N, G, L, L]
 
 
-def cut(
-    rule: Rule,
-    feature_map: FeatureMap | None,
-    x: Tokens,
-    first: int,
-    span: int,
-    count: int,
-    place: int,
-) -> tuple[Write, Read]:
-    """Cut `count` chunks of `span` tokens out of a call, from token `first` on, which stands at
-    `place` of its chunk (0 unless the chunk was begun by an earlier call)."""
+def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> tuple[Write, Read]:
+    """Cut a piece's chunks out of a call."""
+    first, span, count, place = piece
     n, stop = rule.history, first + span * count
     # Keys before the chunk: the window's halo, and the begun chunk where writes are discounted.
     extra = max(rule.window - 1, place if rule.write_discount else 0)

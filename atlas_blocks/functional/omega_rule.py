@@ -1,21 +1,18 @@
 """The Omega rule in its dual form: whole chunks at a time, exactly the token-by-token rule.
 
-Axes as in chunks.py, which computes what needs no memory; here is what needs it.
+Axes as in chunks.py, which computes what needs no memory; walk.py computes what needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from atlas_blocks.functional.chunks import Read, Tokens, Write, cut, discounted, running_scale
+from atlas_blocks.functional.chunks import Piece, Tokens, cut
 from atlas_blocks.functional.features import FeatureMap
-from atlas_blocks.functional.memories import MEMORIES, Factor
-from atlas_blocks.functional.newton_schulz import orthogonalise
+from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import (
     Arguments,
     OmegaState,
@@ -25,6 +22,7 @@ from atlas_blocks.functional.rule import (
     validate,
     write_mass,
 )
+from atlas_blocks.functional.walk import ChunkMemory, walk_gradient, walk_muon
 
 
 def omega_rule(
@@ -96,51 +94,70 @@ def run(a: Arguments, starts: Sequence[Tensor] | None = None) -> tuple[Tensor, O
     began: at this call's): each weight [B, N, H, dout, din], each momentum likewise, then the
     discount's scale [B, N, H]; N from `chunk_count`.
     """
-    positions = None if a.state is None else a.state.position.tolist()
-    a = a._replace(state=a.state or initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None))
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
-        return a.q.new_zeros(a.v.shape), a.state
-    # Rows at different places of their chunks: those at the same place go together.
-    groups: dict[int, list[int]] = {}
-    for row, position in enumerate(positions or [0] * len(a.q)):
-        groups.setdefault(position, []).append(row)
-    parts = []
+        return a.q.new_zeros(a.v.shape), a.state or first_state(a)
+    parts, order = [], []
     with torch.autocast(a.q.device.type, enabled=False):
-        for position, rows in groups.items():
-            kept: list[_Memory] | None = None if starts is None else []
-            parts.append(_run(a if len(groups) == 1 else a.rows(rows), position, kept))
+        for position, rows, part in by_position(a):
+            kept: list[ChunkMemory] | None = None if starts is None else []
+            parts.append(_run(part, position, kept))
+            order += rows
             for n, memory in enumerate(kept or ()):
                 for out, t in zip(starts or (), memory.start(), strict=True):
                     out[rows, n] = t.unflatten(0, (len(rows), -1))
     if len(parts) == 1:
         return parts[0]
-    order = [i for rows in groups.values() for i in rows]
     back = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat([y for y, _ in parts])[back], OmegaState.cat([s for _, s in parts])[back]
 
 
-class _Memory(NamedTuple):
-    """M, S and M^(0), each a list of [G, dout, din]; S is empty without momentum."""
-
-    weights: list[Tensor]
-    momentum: list[Tensor]
-    chunk_start: list[Tensor]
-    scale: Tensor  # [G], see `running_scale`
-
-    def start(self) -> list[Tensor]:
-        """What a whole chunk starts from: there M^(0) is M."""
-        return [*self.weights, *self.momentum, self.scale]
+def first_state(a: Arguments) -> OmegaState:
+    """The state before the first token."""
+    return initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None)
 
 
-def _run(a: Arguments, position: int, kept: list[_Memory] | None) -> tuple[Tensor, OmegaState]:
+def by_position(a: Arguments) -> list[tuple[int, list[int], Arguments]]:
+    """(position, rows, their arguments with a state) for rows at one position of their sequence."""
+    if a.state is None:
+        return [(0, list(range(len(a.q))), a._replace(state=first_state(a)))]
+    groups: dict[int, list[int]] = {}
+    for row, position in enumerate(a.state.position.tolist()):
+        groups.setdefault(position, []).append(row)
+    whole = len(groups) == 1
+    return [(position, rows, a if whole else a.rows(rows)) for position, rows in groups.items()]
+
+
+def _run(a: Arguments, position: int, kept: list[ChunkMemory] | None) -> tuple[Tensor, OmegaState]:
     """`run` for rows that are all at this position of their sequence; chunk starts to `kept`."""
-    q, k, v, alpha, eta, theta, gamma, _, feature_map, rule, state = a
+    tokens, memory, history = prepare(a, position)
+    walk = walk_gradient if a.rule.update == "gd" else walk_muon
+    outputs = []
+    for piece in pieces(a.q.shape[1], position, a.rule.chunk_size):
+        write, read = cut(a.rule, a.feature_map, tokens, piece)
+        y, memory = walk(a.rule, write, read, memory, piece.place, kept)
+        outputs.append(y)
+
+    def rows(t: Tensor) -> Tensor:
+        """[G, ...] -> [B, H, ...]."""
+        return t.unflatten(0, (a.q.shape[0], a.q.shape[2]))
+
+    y = rows(torch.cat(outputs, 1)).transpose(1, 2).to(a.q.dtype)
+    *groups, scale = memory
+    weights, momentum, start = (tuple(rows(w) for w in group) for group in groups)
+    assert a.state is not None
+    keys, values, writes = history
+    after = a.state.position + a.q.shape[1]
+    return y, OmegaState(weights, momentum, start, keys, values, writes, rows(scale).clone(), after)
+
+
+def prepare(a: Arguments, position: int) -> tuple[Tokens, ChunkMemory, list[Tensor]]:
+    """What the chunks are cut from, the memory before them, and the next state's last tokens."""
+    q, k, v, alpha, eta, theta, gamma, _, _, rule, state = a
     assert state is not None
-    batch, length, heads, _ = q.shape
     dtype = state_dtype(q, v, *state.weights)
     # The window does not reach back over the start of the sequence.
     lags = torch.arange(rule.window, device=q.device)
-    times = position + torch.arange(length, device=q.device)
+    times = position + torch.arange(q.shape[1], device=q.device)
     gamma = gamma.to(dtype) * (lags <= times[:, None])[:, None]
     eta, theta = eta.to(dtype), None if theta is None else theta.to(dtype)
     writes = state.writes
@@ -157,196 +174,27 @@ def _run(a: Arguments, position: int, kept: list[_Memory] | None) -> tuple[Tenso
         writes=writes if rule.write_discount else None,
     )
     groups = (state.weights, state.momentum, state.chunk_start)
-    weights, momenta, starts = ([w.flatten(0, 1) for w in group] for group in groups)
-    memory = _Memory(weights, momenta, starts, state.scale.flatten())
-    outputs = []
-    for first, span, count in _pieces(length, position, rule.chunk_size):
-        place = (position + first) % rule.chunk_size
-        write, read = cut(rule, feature_map, tokens, first, span, count, place)
-        walk = _walk_gradient if rule.update == "gd" else _walk_muon
-        y, memory = walk(rule, write, read, memory, place, kept)
-        outputs.append(y)
-    y = torch.cat(outputs, 1).unflatten(0, (batch, heads)).transpose(1, 2)
+    weights, momentum, start = ([w.flatten(0, 1) for w in group] for group in groups)
+    memory = ChunkMemory(weights, momentum, start, state.scale.flatten())
 
     def last(t: Tensor) -> Tensor:
         # Cloned: a view would keep the whole call's tokens alive.
         return t[:, t.shape[1] - rule.history :].clone()
 
-    *groups, scale = memory
-    return y.to(q.dtype), OmegaState(
-        *(tuple(w.unflatten(0, (batch, heads)) for w in group) for group in groups),
-        keys=last(tokens.k),
-        values=last(tokens.v),
-        writes=last(writes) if rule.write_discount else writes,
-        scale=scale.unflatten(0, (batch, heads)).clone(),
-        position=state.position + length,
-    )
+    history = [last(tokens.k), last(tokens.v), last(writes) if rule.write_discount else writes]
+    return tokens, memory, history
 
 
-def _pieces(length: int, position: int, chunk: int) -> list[tuple[int, int, int]]:
-    """(first token, tokens a chunk, chunks): rest of a begun chunk, whole chunks, a begun one."""
+def pieces(length: int, position: int, chunk: int) -> list[Piece]:
+    """The rest of a begun chunk, whole chunks, a begun one."""
     head = min(length, -position % chunk)
     whole, tail = divmod(length - head, chunk)
-    pieces = [(0, head, 1), (head, chunk, whole), (length - tail, tail, 1)]
-    return [p for p in pieces if p[1] * p[2] > 0]
-
-
-def _walk_gradient(
-    rule: Rule,
-    write: Write,
-    read: Read,
-    memory: _Memory,
-    place: int,
-    kept: list[_Memory] | None,
-) -> tuple[Tensor, _Memory]:
-    """U = identity: only the weights at the chunks' ends are sequential; then all reads at once.
-
-    Returns y [G, N L, Dv] and the memory after the chunks.
-    """
-    groups = len(memory.weights[0])
-    starts, all_factors, strengths = [], [], []
-    for x in write.unbind():
-        memory = _enter(memory, place)
-        factors, eta, scale = _gradients(rule, x, memory)
-        starts.append(memory)
-        all_factors.append(factors)
-        strengths.append(eta)
-        last = x.last or x.last_coefficients(eta)
-        weights = []
-        for i, (left, right) in enumerate(factors):
-            now = x.abar * memory.weights[i]
-            if last.carried is not None:
-                now.addcmul_(last.carried, memory.momentum[i], value=-1)
-            weights.append(now.baddbmm_((left * last.written).mT, right, alpha=-1))
-        momentum = _next_momentum(x, memory, factors)
-        memory = _Memory(weights, momentum, memory.chunk_start, scale)
-    if kept is not None:
-        kept.extend(starts)
-
-    x = read.flatten()
-    step = x.decay * torch.cat(strengths).unsqueeze(-2)  # P
-    written = step @ write.window.flatten(0, 1)  # P C
-    carried = None if write.thbar is None else step @ write.thbar.flatten(0, 1)  # P thbar
-
-    def linear(i: int, z: Tensor) -> Tensor:
-        """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i."""
-        left, right = ([f[i][side] for f in all_factors] for side in (0, 1))
-        y = x.abar * (z @ torch.cat([m.weights[i] for m in starts]).mT)
-        if carried is not None:
-            momentum = torch.cat([m.momentum[i] for m in starts])
-            y.addcmul_(carried, z @ momentum.mT, value=-1)
-        dots = x.dots if z is x.q else z @ torch.cat(right).mT
-        return y.baddbmm_(written * dots, torch.cat(left), alpha=-1)
-
-    y = MEMORIES[rule.memory].forward(linear, x.q)
-    y = y if x.residual is None else y + x.residual
-    span = y.shape[1]
-    y = y.unflatten(0, (-1, groups)).transpose(0, 1).flatten(1, 2)
-    return y, _leave(rule, memory, place, span)
-
-
-def _walk_muon(
-    rule: Rule,
-    write: Write,
-    read: Read,
-    memory: _Memory,
-    place: int,
-    kept: list[_Memory] | None,
-) -> tuple[Tensor, _Memory]:
-    """U = Newton-Schulz, chunk by chunk. For the backward nothing is kept per token: only M and S
-    at the chunks' starts. Returns y [G, N L, Dv] and the memory after the chunks."""
-    outputs = []
-    for chunk in zip(write.unbind(), read.unbind(), strict=True):
-        memory = _enter(memory, place)
-        if kept is not None:
-            kept.append(memory)
-        arguments = (rule, *chunk, memory, place)
-        if torch.is_grad_enabled():
-            y, memory = checkpoint(
-                _muon_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            y, memory = _muon_chunk(*arguments)
-        outputs.append(y)
-    return torch.cat(outputs, 1), _leave(rule, memory, place, outputs[-1].shape[1])
-
-
-def _muon_chunk(
-    rule: Rule, write: Write, read: Read, memory: _Memory, place: int
-) -> tuple[Tensor, _Memory]:
-    """S_t is formed where a step is taken, and orthogonalised; W_t is formed for every token."""
-    factors, eta, scale = _gradients(rule, write, memory)
-    step = read.decay * eta.unsqueeze(-2)  # P
-    span = step.shape[-1]
-    taken = [t for t in range(span) if rule.steps_at(place + t)]
-    rows = slice(None) if len(taken) == span else taken
-    per_token = []  # W_t [G, L, dout, din]
-    for i, (left, right) in enumerate(factors):
-        weight = memory.weights[i]
-        now = read.abar.unsqueeze(-1) * weight.unsqueeze(1)
-        if taken:
-            # S_t = thbar_t S + sum_i C[t, i] L_i R_i^T, all t in one product.
-            gradients = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(2)
-            s = (write.window[:, rows] @ gradients).unflatten(-1, weight.shape[1:])
-            if write.thbar is not None:
-                s = s + write.thbar[:, rows].unsqueeze(-1) * memory.momentum[i].unsqueeze(1)
-            u = orthogonalise(s, rule.ns_steps)
-            now = torch.baddbmm(now.flatten(2), step[:, :, rows], u.flatten(2), alpha=-1)
-            now = now.unflatten(2, weight.shape[1:])
-        per_token.append(now)
-
-    def linear(i: int, z: Tensor) -> Tensor:
-        """W_t z_t."""
-        return (per_token[i] @ z.unsqueeze(-1)).squeeze(-1)
-
-    y = MEMORIES[rule.memory].forward(linear, read.q)
-    y = y if read.residual is None else y + read.residual
-    # Cloned: a view would keep the weights of every token alive.
-    weights = [w[:, -1].clone() for w in per_token]
-    momentum = _next_momentum(write, memory, factors)
-    return y, _Memory(weights, momentum, memory.chunk_start, scale)
-
-
-def _enter(memory: _Memory, place: int) -> _Memory:
-    """At a chunk's first token M^(0) is the memory so far."""
-    return memory._replace(chunk_start=memory.weights) if place == 0 else memory
-
-
-def _leave(rule: Rule, memory: _Memory, place: int, span: int) -> _Memory:
-    """The state after a whole chunk already has the next chunk's M^(0)."""
-    whole = place + span == rule.chunk_size
-    return memory._replace(chunk_start=memory.weights) if whole else memory
-
-
-def _gradients(rule: Rule, x: Write, memory: _Memory) -> tuple[list[Factor], Tensor, Tensor]:
-    """The chunk's gradient factors at M^(0), its write strengths eta [G, L], the last scale [G]."""
-    structure = MEMORIES[rule.memory]
-
-    def error(y: Tensor) -> Tensor:
-        """dl/dM(k) for every key: M(k) - v, or -v."""
-        return y - x.target if rule.objective == "l2" else -x.target
-
-    factors = structure.factors(memory.chunk_start, x.k, error)
-    if x.discount is None or structure.tangent is None:
-        return factors, x.eta, memory.scale
-    similarity, squares, held, writes, momentum = vars(x.discount).values()
-    h = factors[0][1]
-    f = structure.tangent(memory.chunk_start, x.k, factors[0])
-    own = h.square().sum(-1) + f.square().sum(-1) * squares
-    scale = running_scale(own, held, momentum, x.thbar, memory.scale)
-    h, f = (t[:, -writes.shape[-1] :] for t in (h, f))
-    kappa = (h @ h.mT).abs() + (f @ f.mT) * similarity
-    return factors, discounted(x.eta, writes, kappa, scale), scale[:, -1]
-
-
-def _next_momentum(x: Write, memory: _Memory, factors: list[Factor]) -> list[Tensor]:
-    """S after the chunk: thbar S + sum_i C[last, i] L_i R_i^T."""
-    if x.thbar_last is None:
-        return []
-    return [
-        (x.thbar_last * s).baddbmm_((left * x.window_last).mT, right)
-        for s, (left, right) in zip(memory.momentum, factors, strict=True)
+    found = [
+        Piece(0, head, 1, position % chunk),
+        Piece(head, chunk, whole, 0),
+        Piece(length - tail, tail, 1, 0),
     ]
+    return [p for p in found if p.span * p.count > 0]
 
 
 def read_memory(

@@ -100,9 +100,20 @@ class Arguments(NamedTuple):
 
     def rows(self, index: list[int]) -> Arguments:
         """The arguments of some rows of the batch."""
-        streams = (None if t is None else t[index] for t in self[:7])
-        state = None if self.state is None else self.state[index]
-        return Arguments(*streams, *self[7:10], state=state)
+
+        def chosen(t: Tensor) -> Tensor:
+            return t[index]
+
+        return self._replace(
+            q=chosen(self.q),
+            k=chosen(self.k),
+            v=chosen(self.v),
+            alpha=chosen(self.alpha),
+            eta=chosen(self.eta),
+            theta=None if self.theta is None else chosen(self.theta),
+            gamma=chosen(self.gamma),
+            state=None if self.state is None else self.state[index],
+        )
 
 
 def validate(

@@ -22,9 +22,11 @@ from torch import Tensor
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
 from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.functional.omega_backward import omega_rule_backward
 from atlas_blocks.functional.omega_rule import chunk_count, run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.ops import providers
+from atlas_blocks.ops.contract import own, own_empty, recording
 
 
 class Settings(NamedTuple):
@@ -315,17 +317,12 @@ def _state_dtype(a: Arguments) -> torch.dtype:
     return rules.state_dtype(a.q, a.v, *weights)
 
 
-def _own(t: Tensor) -> Tensor:
-    return t.clone(memory_format=torch.contiguous_format)
-
-
 def _definition(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
     a = unflatten(tensors, settings)
     with torch.no_grad():
         starts = starts_like(a) if save else []
         y, state = run(a, starts if save else None)
-        # Cloned: an op may not return its inputs or two views of one tensor.
-        return [*(_own(t) for t in (y, *state.tensors())), *starts]
+        return [*(own(t) for t in (y, *state.tensors())), *starts]
 
 
 def _definition_backward(
@@ -333,14 +330,9 @@ def _definition_backward(
 ) -> list[Tensor]:
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
-    with torch.enable_grad():
-        y, state = run(unflatten(leaves, settings))
-        outputs = [y, *state.tensors()[:-1]]
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True
-        )
-    return [_own(g) for g in found]
+    with recording():
+        found = omega_rule_backward(unflatten(leaves, settings), wanted, saved, grads)
+    return [own(g) for g in found]
 
 
 def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -356,10 +348,6 @@ def _backward(
     return serve(grads, tensors, saved, Settings(*settings))
 
 
-def _empty_like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def _forward_fake(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, _, save = rest
     a = unflatten(tensors, Settings(*settings))
@@ -367,13 +355,13 @@ def _forward_fake(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     if state is None:
         state = rules.initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None)
     saved = starts_like(a) if save else []
-    return [a.q.new_empty(a.v.shape), *(_empty_like(t) for t in state.tensors()), *saved]
+    return [a.q.new_empty(a.v.shape), *(own_empty(t) for t in state.tensors()), *saved]
 
 
 def _backward_fake(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], *rest: Any
 ) -> list[Tensor]:
-    return [_empty_like(t) for t in tensors if t.is_floating_point()]
+    return [own_empty(t) for t in tensors if t.is_floating_point()]
 
 
 providers.define("omega_rule", _definition, _definition_backward)

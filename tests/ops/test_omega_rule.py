@@ -1,13 +1,17 @@
 """The rule as an op: torch's own checks of it, and compiled = eager."""
 
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_blocks import ops
-from atlas_blocks.functional import OmegaState, PolynomialMap, omega_rule
+from atlas_blocks.functional import OmegaState, PolynomialMap, omega_backward, omega_rule
 from atlas_blocks.functional.memories import MEMORIES as MEMORY_STRUCTURES
+from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops.omega_rule import flatten
+from atlas_blocks.ops.omega_rule import flatten, unflatten
 from tests.helpers import (
     MEMORIES,
     UPDATES,
@@ -22,17 +26,11 @@ from tests.helpers import (
 )
 
 OPS = torch.ops.atlas
-PLACES = ((0, 0), (1, 3), (2, 4))  # row, tokens it has seen
 
 
 def flat(inputs, rule, state=None):
     names = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "feature_map")
     return flatten(Arguments(*(inputs[name] for name in names), rule=rule, state=state))
-
-
-def flat_call(inputs, rule, state=None):
-    tensors, settings = flat(inputs, rule, state)
-    return tensors, *settings
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -92,30 +90,93 @@ def test_eager_is_the_definition():
     assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(true), strict=True))
 
 
+def begun(inputs, places, options):
+    """The state of rows that have seen so many tokens each; None for a new sequence."""
+    if places is None:
+        return None
+    return OmegaState.cat(
+        [omega_rule(**tokens(rows(inputs, [i]), 0, n), **options)[1] for i, n in enumerate(places)]
+    )
+
+
+def outputs_of(tensors, settings):
+    """y and the state's tensors, then the chunk starts, of the op's definition."""
+    outputs = OPS.omega_rule.default(tensors, *settings, "definition", True)
+    count = MEMORY_STRUCTURES[settings.memory].weights * (2 if settings.momentum else 1) + 1
+    return outputs[:-count], outputs[-count:]
+
+
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_chunk_starts_are_the_states_there(memory, update):
-    """Rows of one batch at positions 0, 3 and 4 of chunks of 4, then 6 tokens more."""
+    """Rows at positions 0, 3 and 4, chunks of 4, then 6 tokens more."""
     options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": True}
+    places = (0, 3, 4)
     inputs = rule_inputs(memory, batch=3, length=10, update=update)
-    inputs["eta"] *= 0.1  # rows that go together are batched, which rounds otherwise
-    begun = [omega_rule(**tokens(rows(inputs, [i]), 0, n), **options)[1] for i, n in PLACES]
-    state = OmegaState.cat(begun)
+    state = begun(inputs, places, options)
     rest = tokens(inputs, 4, 10)
-    rule = Rule(memory, "l2", update, 5, 1, 4, True, 2)
-    outputs = OPS.omega_rule.default(*flat_call(rest, rule, state), "definition", True)
-    count = 2 * MEMORY_STRUCTURES[memory].weights + 1
-    saved = outputs[-count:]
+    _, saved = outputs_of(*flat(rest, Rule(memory, "l2", update, 5, 1, 4, True, 2), state))
     assert {t.shape[:3] for t in saved} == {(3, 3, 2)}  # ceil((6 + 3) / 4) chunks
-    for row, place in PLACES:
-        ends = [n for n in range(7) if n == 0 or ((place + n) % 4 == 0 and n < 6)]
+    for row, place in enumerate(places):
+        ends = [0, *(n for n in range(1, 6) if (place + n) % 4 == 0)]
         for chunk in range(3):
             found = [t[row, chunk] for t in saved]
             if chunk >= len(ends):
                 assert not any(t.any() for t in found)
                 continue
-            start = begun[row]
             piece = tokens(rows(rest, [row]), 0, ends[chunk])
-            _, there = omega_rule(**piece, **options, state=start)
+            _, there = omega_rule(**piece, **options, state=state[[row]])
             true = [t[0] for t in (*there.weights, *there.momentum, there.scale)]
             assert difference(found, true) < 1e-10
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("discount", [False, True])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_backward_from_chunk_starts_is_autograd_s(memory, update, discount, features):
+    """A new sequence, rows at one position, and rows at three; pieces that split chunks."""
+    options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": discount}
+    for places, momentum, together in (
+        (None, True, 2),
+        ((2, 2, 2), False, 8),
+        ((3, 5, 4), True, 1),
+    ):
+        inputs = rule_inputs(
+            memory,
+            batch=3,
+            length=20,
+            window=3,
+            features=features,
+            momentum=momentum,
+            update=update,
+        )
+        rule = Rule(memory, "l2", update, 5, 1, 4, discount, 3)
+        state = begun(inputs, places, options)
+        for last in (6, 17):
+            tensors, settings = flat(tokens(inputs, 5, last), rule, state)
+            outputs, saved = outputs_of(tensors, settings)
+            grads = [torch.randn_like(t) for t in outputs[:-1]]
+            with mock.patch.dict(omega_backward.TOGETHER, gd=together):
+                ours = OPS.omega_rule_backward.default(
+                    grads, tensors, saved, *settings, "definition"
+                )
+            leaf = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+            y, after = run(unflatten(leaf, settings))
+            # The history and the scale need no gradient where there is nothing to differentiate.
+            pairs = zip((y, *after.tensors()[:-1]), grads, strict=True)
+            results, given = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
+            wanted = [t for t in leaf if t.requires_grad]
+            true = torch.autograd.grad(results, wanted, given, materialize_grads=True)
+            assert difference(ours, true) < 1e-10
+
+
+def test_the_backward_is_the_same_under_a_dispatch_mode():
+    tensors, settings = flat(rule_inputs(length=20), Rule("matrix", "l2", "gd", 5, 1, 4, True, 2))
+    outputs, saved = outputs_of(tensors, settings)
+    arguments = ([torch.ones_like(t) for t in outputs[:-1]], tensors, saved, *settings)
+    true = OPS.omega_rule_backward.default(*arguments, "definition")
+    with FlopCounterMode(display=False):
+        ours = OPS.omega_rule_backward.default(*arguments, "definition")
+    assert all(t.any() for t in true[:6])
+    assert all(torch.equal(a, b) for a, b in zip(ours, true, strict=True))

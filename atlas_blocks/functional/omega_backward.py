@@ -1,0 +1,136 @@
+"""The gradient of the Omega rule from the memory at every chunk's start, a few chunks at a time.
+
+Axes as in chunks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atlas_blocks.functional.chunks import Read, Write, cut
+from atlas_blocks.functional.omega_rule import by_position, pieces, prepare
+from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.functional.walk import ChunkMemory, muon_chunk, walk_gradient
+
+# How many chunks are recomputed together. On a CPU (2048 tokens, 4 heads of 64, c = 16, b = 64) 8
+# are as fast as the whole call under autograd, 1 takes 1.3 times as long; Muon gains nothing.
+TOGETHER = {"gd": 8, "muon": 1}
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def omega_rule_backward(
+    a: Arguments, inputs: Sequence[Tensor], starts: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of `inputs`, leaves that require one and that the arguments `a` are made of.
+
+    starts: the memory at every chunk's start, from `omega_rule.run`. grads: of y, then of every
+    tensor of the state but its position.
+
+    What needs no memory is computed once, under autograd. Then chunks are taken from the last to
+    the first: each is computed again from the memory at its start and differentiated there, so that
+    only a few chunks' intermediates exist at a time.
+    """
+    pairs: Pairs = []
+    with torch.autocast(a.q.device.type, enabled=False), torch.enable_grad():
+        for position, rows, part in by_position(a):
+            whole = len(rows) == len(a.q)
+            starts_here, grads_here = (
+                [t if whole else t[rows] for t in group] for group in (starts, grads)
+            )
+            pairs += _one_position(part, position, starts_here, grads_here)
+        return _gradients(pairs, inputs) if pairs else [torch.zeros_like(t) for t in inputs]
+
+
+def _one_position(
+    a: Arguments, position: int, starts: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Pairs:
+    """What the rule computes before any memory and what comes of it: each with its gradient."""
+    tokens, before, history = prepare(a, position)
+    grad_y, after, grads_of_history = _split(a, grads)
+    pairs = list(zip(history, grads_of_history, strict=True))
+    cuts, chunk = [], 0
+    for piece in pieces(a.q.shape[1], position, a.rule.chunk_size):
+        cuts.append((piece, chunk, *cut(a.rule, a.feature_map, tokens, piece)))
+        chunk += piece.count
+    together = TOGETHER[a.rule.update]
+    for piece, chunk, write, read in reversed(cuts):
+        found = []
+        for i in reversed(range(0, piece.count, together)):
+            stop = min(i + together, piece.count)
+            memory = _at(starts, chunk + i, before)
+            tokens_there = slice(piece.first + i * piece.span, piece.first + stop * piece.span)
+
+            def chunks(t: Tensor, i: int = i, stop: int = stop) -> Tensor:
+                return t[i:stop]
+
+            grad = grad_y[:, tokens_there]
+            gradients, after = _chunks(
+                a.rule, write.map(chunks), read.map(chunks), memory, piece.place, grad, after
+            )
+            found.append(gradients)
+        whole = [torch.cat(parts) for parts in zip(*reversed(found), strict=True)]
+        pairs += zip(write.tensors() + read.tensors(), whole, strict=True)
+    return pairs + list(zip(before.tensors(), after.tensors(), strict=True))
+
+
+def _split(a: Arguments, grads: Sequence[Tensor]) -> tuple[Tensor, ChunkMemory, list[Tensor]]:
+    """Gradients of y [G, T, Dv], of the memory after the call, and of the state's last tokens."""
+    parts = iter(grads)
+    grad_y = next(parts).transpose(1, 2).flatten(0, 1)
+    count = len(a.weights)
+    sizes = (count, 0 if a.theta is None else count, count)
+    weights, momentum, start = ([next(parts).flatten(0, 1) for _ in range(n)] for n in sizes)
+    *history, scale = parts
+    after = ChunkMemory(weights, momentum, start, scale.flatten())
+    return grad_y.to(scale.dtype), after, history
+
+
+def _at(starts: Sequence[Tensor], chunk: int, before: ChunkMemory) -> ChunkMemory:
+    """The memory at a chunk's start; M^(0) of a chunk that an earlier call began is `before`'s."""
+    *tensors, scale = (t[:, chunk].flatten(0, 1) for t in starts)
+    count = len(before.weights)
+    return ChunkMemory(tensors[:count], tensors[count:], before.chunk_start, scale)
+
+
+def _chunks(
+    rule: Rule,
+    write: Write,
+    read: Read,
+    memory: ChunkMemory,
+    place: int,
+    grad_y: Tensor,
+    after: ChunkMemory,
+) -> tuple[list[Tensor], ChunkMemory]:
+    """Gradients of a few chunks' write and read and of the memory before them.
+
+    grad_y [G, N L, Dv] and `after`: gradients of what they return.
+    """
+    leaves: list[Tensor] = []
+
+    def leaf(t: Tensor) -> Tensor:
+        leaves.append(t.detach().requires_grad_(t.is_floating_point()))
+        return leaves[-1]
+
+    write, read = write.map(leaf), read.map(leaf)
+    start = memory.map(leaf)
+    if rule.update == "gd":
+        y, result = walk_gradient(rule, write, read, start, place, None)
+    else:
+        # Not `walk_muon`, which would compute it once more to keep less for its backward.
+        (chunk,) = zip(write.unbind(), read.unbind(), strict=True)
+        y, result = muon_chunk(rule, *chunk, start, place)
+    outputs = [(y, grad_y), *zip(result.tensors(), after.tensors(), strict=True)]
+    floats = iter(_gradients(outputs, [t for t in leaves if t.requires_grad]))
+    found = iter([next(floats) if t.requires_grad else torch.zeros_like(t) for t in leaves])
+    of_cut = [next(found) for _ in write.tensors() + read.tensors()]
+    return of_cut, memory.map(lambda _: next(found))
+
+
+def _gradients(outputs: Pairs, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of `inputs` for those of the outputs, each given with its output."""
+    outputs = [(t, g) for t, g in outputs if t.requires_grad]
+    results, gradients = zip(*outputs, strict=True)
+    return list(torch.autograd.grad(results, inputs, gradients, materialize_grads=True))
