@@ -1,6 +1,7 @@
 """Op contracts: what torch.compile, export and FLOP counters see of functional/."""
 
 from atlas_blocks.ops.omega_rule import omega_rule
+from atlas_blocks.ops.polynomial_features import polynomial_features
 from atlas_blocks.ops.providers import (
     Choice,
     Provider,
@@ -16,6 +17,7 @@ __all__ = [
     "ProviderWarning",
     "explain_choice",
     "omega_rule",
+    "polynomial_features",
     "register_provider",
     "use_provider",
 ]
