@@ -1,5 +1,6 @@
 """One thread a process (tests are many small operations), the same examples on every run."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from hypothesis import settings
 
 # tests/helpers.py is imported as `helpers`.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Without a GPU Triton kernels run under its interpreter, which must be known before any is defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("repeatable")

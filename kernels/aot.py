@@ -1,0 +1,222 @@
+"""Compile every kernel that ships for GPUs that are not here, and see what it needs of them.
+
+    python -m atlas_blocks.kernels.aot [--quick] [--chip sm_90]
+
+Prints registers, spilled bytes and shared memory, and exits with 1 where a kernel spills, needs
+more shared memory than the chip has, or does not compile. The kernels are found by running the
+provider's own host code on tensors without storage, so what is checked is what runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from atlas_blocks.functional.rule import Arguments, Rule, initial_state
+from atlas_blocks.kernels import omega_rule
+from atlas_blocks.kernels.tiles import INTERPRETED, Launch, recorded
+from atlas_blocks.ops.omega_rule import flatten
+
+# Largest shared memory of one program (CUDA C++ Programming Guide, technical specifications).
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Configuration(NamedTuple):
+    """What the compilation of the recurrence depends on."""
+
+    dtype: torch.dtype
+    key_width: int
+    value_width: int
+    window: int
+    momentum: bool
+    objective: str = "l2"
+    begun: bool = True  # with a state from an earlier call
+    chunk: int = 64
+
+    def __str__(self) -> str:
+        return (
+            f"{str(self.dtype).removeprefix('torch.')} D={self.key_width} V={self.value_width} "
+            f"c={self.window} b={self.chunk} {self.objective}"
+            f"{' momentum' if self.momentum else ''}{' state' if self.begun else ''}"
+        )
+
+
+QUICK = [Configuration(torch.bfloat16, 64, 64, 16, True)]
+
+
+def configurations() -> Iterator[Configuration]:
+    """Everything that ships: widths stand for the tiles they lead to, 2145 for a polynomial map."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    widths = ((16, 16), (64, 64), (128, 128), (256, 256), (2145, 64))
+    for dtype, (d, v), momentum in itertools.product(dtypes, widths, (True, False)):
+        for window in (1, 16, 64):
+            yield Configuration(dtype, d, v, window, momentum)
+        yield Configuration(dtype, d, v, 16, momentum, begun=False)
+        yield Configuration(dtype, d, v, 16, momentum, objective="dot")
+
+
+def launches(c: Configuration, chip: str) -> list[Launch]:
+    """The kernels of a forward and a backward."""
+    with recorded(int(chip.removeprefix("sm_"))) as found:
+        _forward_and_backward(c)
+    return found
+
+
+def _forward_and_backward(c: Configuration) -> None:
+    batch, length, heads = 4, 8192, 16
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    tokens = (batch, length, heads)
+    gate = new(*tokens)
+    q, v = new(*tokens, c.key_width, dtype=c.dtype), new(*tokens, c.value_width, dtype=c.dtype)
+    weights = [new(heads, c.value_width, c.key_width)]
+    rule = Rule("matrix", c.objective, "gd", 5, 1, c.chunk, True, c.window)
+    theta = gate if c.momentum else None
+    state = initial_state(q, v, weights, rule, c.momentum) if c.begun else None
+    gamma = new(*tokens, c.window)
+    a = Arguments(q, q, v, gate, gate, theta, gamma, weights, None, rule, state)
+    tensors, settings = flatten(a)
+    y, *rest = omega_rule.PROVIDER.forward(tensors, settings, True)
+    count = 7 + c.momentum  # W, S, M^(0), keys, values, writes, scale, position
+    grads = [y, *rest[: count - 1]]
+    omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel needs: registers a thread, spilled and shared bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+    def fault(self, chip: str) -> str | None:
+        """Why this does not ship, or None."""
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if self.shared > SHARED_MEMORY[chip]:
+            return f"needs {self.shared} bytes of shared memory, {chip} has {SHARED_MEMORY[chip]}"
+        return None
+
+
+def compile_for(one: Launch, chip: str) -> Usage:
+    """Compile a recorded launch for "sm_80", "sm_90" or "sm_100"."""
+    names = one.kernel.arg_names
+    options = {k: v for k, v in one.settings.items() if k in ("num_warps", "num_stages")}
+    values = dict(zip(names, one.arguments, strict=False))
+    values |= {k: v for k, v in one.settings.items() if k not in options}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float) and not one.kernel.params[i].is_constexpr:
+            signature[name] = "fp32"
+        elif value is None or one.kernel.params[i].is_constexpr or value == 1:
+            # The runtime, too, compiles a 1 in.
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(one.kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        report = subprocess.run(
+            [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return Usage(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+
+
+def _check(work: tuple[Configuration, int, str]) -> tuple[str, Usage | str]:
+    """Compile one launch of a configuration: the kernel's name and what it needs, or the error."""
+    c, index, chip = work
+    one = launches(c, chip)[index]
+    name = f"{one.kernel.__module__.rpartition('.')[2]}.{one.kernel.__name__.strip('_')}"
+    try:
+        return name, compile_for(one, chip)
+    except Exception as error:
+        return name, f"{type(error).__name__}: {error}"
+
+
+def check(chips: list[str], found: list[Configuration], console: Console) -> int:
+    """Compile and print; the number of faults."""
+    work, seen = [], set()
+    for c, chip in itertools.product(found, chips):
+        for index, one in enumerate(launches(c, chip)):
+            shapes = tuple(t.dtype if isinstance(t, Tensor) else t for t in one.arguments)
+            key = (chip, one.kernel.__name__, shapes, tuple(map(str, one.settings.items())))
+            if key not in seen:
+                seen.add(key)
+                work.append((c, index, chip))
+    table = Table("configuration", "kernel", "chip", "registers", "spilled", "shared", "fault")
+    faults = 0
+    with ProcessPoolExecutor() as pool:
+        for (c, _, chip), (name, usage) in zip(work, pool.map(_check, work), strict=True):
+            fault = usage if isinstance(usage, str) else usage.fault(chip)
+            numbers = ("", "", "")
+            if isinstance(usage, Usage):
+                numbers = (str(usage.registers), str(usage.spilled), str(usage.shared))
+            if fault:
+                faults += 1
+                console.print(f"{c}: {name} on {chip} {fault}", style="red", soft_wrap=True)
+            table.add_row(str(c), name, chip, *numbers, fault or "")
+    console.print(table)
+    console.print(f"{len(work)} compilations, {faults} faults")
+    return faults
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m atlas_blocks.kernels.aot", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one configuration instead of all")
+    parser.add_argument("--chip", choices=list(SHARED_MEMORY), action="append")
+    given = parser.parse_args(arguments)
+    if INTERPRETED:
+        print(
+            "aot: TRITON_INTERPRET is set; nothing compiles under the interpreter", file=sys.stderr
+        )
+        return 2
+    found = QUICK if given.quick else list(configurations())
+    width = None if sys.stdout.isatty() else 160
+    return 1 if check(given.chip or list(SHARED_MEMORY), found, Console(width=width)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""What every kernel shares: where a chunk's tokens lie, tiles of them, products of tiles.
+
+A *row* is a sequence of the batch, or a packed document; a *slot* is one chunk of one row. All
+kernels that need no memory state run one program per slot and head. The token streams are
+contiguous [tokens, H, D], rows one after the other; key streams begin every row with HIST tokens
+that the rule looks back at. Rows of a chunk outside its sequence are neutral: they load 0, decay by
+1, write nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+# The interpreter multiplies bfloat16 as integers.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens every chunk of a call holds.
+
+    slots: int32 [slots, 4]: row; first token of the chunk in the stream, which for a chunk that an
+    earlier call began lies before the row's; first and last + 1 token of the row. Slots without a
+    chunk hold an empty range. rows: int32 [R, 2]: first slot and number of chunks.
+    """
+
+    slots: Tensor
+    rows: Tensor
+    batch: int
+    per_row: int
+    chunk: int
+
+    @property
+    def count(self) -> int:
+        return self.slots.shape[0]
+
+
+def layout(
+    batch: int, length: int, chunk: int, position: Tensor | None, device: torch.device
+) -> Layout:
+    """`batch` rows of `length` > 0 tokens, at these positions [B] of their sequences (None: 0)."""
+    longest = length if position is None else length + chunk - 1
+    per_row = ceil_div(longest, chunk)
+    row = torch.arange(batch, device=device).repeat_interleave(per_row, output_size=batch * per_row)
+    n = torch.arange(per_row, device=device).repeat(batch)
+    place = torch.zeros(batch, dtype=torch.int64, device=device)
+    if position is not None:
+        place = position.to(device) % chunk
+    low = row * length
+    used = (place + length + chunk - 1) // chunk
+    high = torch.where(n < used[row], low + length, low)
+    slots = torch.stack([row, low + n * chunk - place[row], low, high], 1).int()
+    first = torch.arange(batch, device=device) * per_row
+    return Layout(slots, torch.stack([first, used], 1).int(), batch, per_row, chunk)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded(width: int) -> int:
+    """The power of 2, at least 16, that a tile of this width takes: products need it."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+class Launch(NamedTuple):
+    """One kernel with everything its compilation depends on."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+
+
+_recording: list[Launch] | None = None
+_recorded_for = 0
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """kernel[grid](*arguments, **settings), or under `recorded` a note that it would be."""
+    if _recording is not None:
+        _recording.append(Launch(kernel, arguments, settings))
+    elif grid[0]:
+        kernel[grid](*arguments, **settings)
+
+
+@contextmanager
+def recorded(chip: int) -> Iterator[list[Launch]]:
+    """Collect launches for a chip such as 90 in place of running them; meta tensors will do."""
+    global _recording, _recorded_for
+    _recording, _recorded_for = [], chip
+    try:
+        yield _recording
+    finally:
+        _recording = None
+
+
+def chip() -> int:
+    """The compute capability that launches are for, such as 90."""
+    if _recording is not None:
+        return _recorded_for
+    if INTERPRETED:
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+@triton.jit
+def chunk_tokens(slots, slot, SPAN: tl.constexpr, CHUNK: tl.constexpr) -> Any:
+    """Row and token range of a slot, its SPAN token indices and which of them it writes."""
+    at = slots + slot.to(tl.int64) * 4
+    row, first = tl.load(at), tl.load(at + 1)
+    low, high = tl.load(at + 2), tl.load(at + 3)
+    r = tl.arange(0, SPAN)
+    token = first + r
+    mine = (token >= low) & (token < high) & (r < CHUNK)
+    return row, first, low, high, token, mine
+
+
+@triton.jit
+def load_gate(x, token, mine, head, H, neutral):
+    return tl.load(x + token.to(tl.int64) * H + head, mask=mine, other=neutral)
+
+
+@triton.jit
+def tile(token, head, H, column, D):
+    """Offsets of [tokens, columns] of one head in a stream [tokens, H, D]."""
+    return (token.to(tl.int64) * H + head)[:, None] * D + column[None, :]
+
+
+@triton.jit
+def load_tile(x, token, some, head, H, column, D):
+    mask = some[:, None] & (column < D)[None, :]
+    return tl.load(x + tile(token, head, H, column, D), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(x, value, token, some, head, H, column, D):
+    mask = some[:, None] & (column < D)[None, :]
+    tl.store(x + tile(token, head, H, column, D), value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def block(row, ROW_WIDTH, column):
+    """Offsets of a dense block [rows, columns] in a matrix with rows ROW_WIDTH long."""
+    return row.to(tl.int64)[:, None] * ROW_WIDTH + column[None, :]
+
+
+@triton.jit
+def load_block(x, row, ROWS, column, COLUMNS):
+    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(x + block(row, COLUMNS, column), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_block(x, value, row, ROWS, column, COLUMNS):
+    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(x + block(row, COLUMNS, column), value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b summed in float32: of two 16-bit tiles exactly, else the operands rounded to tf32.
+
+    (What was computed in float32 would lose too much in bfloat16: the error against float64 was
+    three times the definition's own.)
+    """
+    if a.dtype != b.dtype or a.dtype == tl.float32:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
+    elif INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b)

@@ -1,0 +1,280 @@
+"""The Triton provider is the definition, forward and backward: under the interpreter on a CPU with
+small shapes, on a GPU with real ones as well.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    OBJECTIVES,
+    UPDATES,
+    difference,
+    named_leaves,
+    rule_inputs,
+    tokens,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atlas_blocks import ops
+from atlas_blocks.functional import OmegaState, PolynomialMap, SketchMap, omega_rule
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+from atlas_blocks.kernels import coefficients, matrix  # noqa: E402
+from atlas_blocks.kernels import discount as discounts  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of float32 under the interpreter, of tf32 on a GPU, each relative to a tensor's largest entry.
+ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-6
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote is NaN, not the zeros of a fresh page."""
+
+    def filled(make: Any) -> Any:
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-(2**30))
+
+        return empty
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _tf32() -> Any:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def cast(inputs: dict[str, Any], dtype: torch.dtype, streams: torch.dtype) -> dict[str, Any]:
+    """q, k and v in one dtype, everything else in another, as leaves on the device."""
+
+    def to(x: Any, kind: torch.dtype) -> Any:
+        return x.detach().to(DEVICE, kind).requires_grad_() if isinstance(x, Tensor) else x
+
+    found = {n: to(x, streams if n in "qkv" else dtype) for n, x in inputs.items()}
+    found["weights"] = [to(w, dtype) for w in inputs["weights"]]
+    phi = inputs["feature_map"]
+    if isinstance(phi, PolynomialMap):
+        found["feature_map"] = PolynomialMap(to(phi.coefficients, dtype))
+    elif isinstance(phi, SketchMap):
+        tables = phi.buckets.to(DEVICE), phi.signs.to(DEVICE, dtype)
+        found["feature_map"] = SketchMap(to(phi.coefficients, dtype), *tables, phi.width)
+    return found
+
+
+def run_in_pieces(
+    rule: Any, inputs: dict[str, Any], pieces: tuple[int, ...], **options: Any
+) -> tuple[Tensor, OmegaState, dict[str, Tensor]]:
+    """y, the state and the gradients of a loss that weighs all of them, the state's included."""
+    outputs, state, first = [], None, 0
+    for length in pieces:
+        y, state = rule(**tokens(inputs, first, first + length), **options, state=state)
+        outputs.append(y)
+        first += length
+    assert state is not None
+    y = torch.cat(outputs, 1)
+    g = torch.Generator().manual_seed(3)
+    loss = torch.zeros((), dtype=torch.float64, device=y.device)
+    for t in (y, *state.tensors()):
+        if t.is_floating_point() and t.requires_grad:
+            weight = torch.randn(t.shape, generator=g, dtype=torch.float64).to(y.device)
+            loss = loss + (t.double() * weight).sum()
+    loss.backward()
+    return y, state, {n: t.grad for n, t in named_leaves(inputs).items() if t.grad is not None}
+
+
+def triton_rule(**arguments: Any) -> tuple[Tensor, OmegaState]:
+    return ops.omega_rule(**arguments, provider="triton")
+
+
+def assert_provider_is_definition(
+    inputs: dict[str, Any], pieces: tuple[int, ...], **options: Any
+) -> None:
+    options = {"memory": "matrix", **options}
+    exact = cast(inputs, torch.float64, torch.float64)
+    true = run_in_pieces(omega_rule, exact, pieces, **options)
+    # The definition's own error in float32 is the measure: a sum of gates near 1 loses digits.
+    found = [
+        run_in_pieces(rule, cast(inputs, torch.float32, torch.float32), pieces, **options)
+        for rule in (omega_rule, triton_rule)
+    ]
+    errors = []
+    for y, state, gradients in found:
+        pairs = {"y": (y, true[0])}
+        pairs |= {
+            f"state {i}": p
+            for i, p in enumerate(zip(state.tensors(), true[1].tensors(), strict=True))
+        }
+        pairs |= {f"gradient of {n}": (gradients[n], g) for n, g in true[2].items()}
+        errors.append({n: difference([a.double()], [b.double()]) for n, (a, b) in pairs.items()})
+    definition, provider = errors
+    for name, gap in provider.items():
+        assert gap <= 2 * definition[name] + ROUNDING, f"{name}: {gap:.2g}"
+
+
+@settings(max_examples=12)
+@given(
+    chunk=st.sampled_from((1, 7, 16)),
+    window=st.sampled_from((1, 2, 5, 20)),
+    pieces=st.sampled_from(((1,), (40,), (5, 18, 3), (7, 7), (16, 16, 1, 1), (3, 30))),
+    widths=st.sampled_from(((3, 3), (16, 16), (5, 20))),
+    objective=st.sampled_from(OBJECTIVES),
+    momentum=st.booleans(),
+    discount=st.booleans(),
+    features=st.sampled_from(("identity", "polynomial", "sketch")),
+    seed=st.integers(0, 9),
+)
+def test_equals_the_definition(
+    chunk: int,
+    window: int,
+    pieces: tuple[int, ...],
+    widths: tuple[int, int],
+    objective: str,
+    momentum: bool,
+    discount: bool,
+    features: str,
+    seed: int,
+) -> None:
+    """Gates are 0 and 1 at some tokens; calls end inside chunks and inside windows."""
+    width, value_width = widths if features == "identity" else (4, 3)
+    inputs = rule_inputs(
+        batch=2,
+        heads=1,
+        length=sum(pieces),
+        window=window,
+        key_width=width,
+        value_width=value_width,
+        features=features,
+        momentum=momentum,
+        seed=seed,
+    )
+    assert_provider_is_definition(
+        inputs, pieces, objective=objective, chunk_size=chunk, write_discount=discount
+    )
+
+
+@pytest.mark.parametrize("discount", [False, True])
+@pytest.mark.parametrize("widths", [(64, 64), (300, 24), (24, 80)])
+def test_wide_states_are_tiled(widths: tuple[int, int], discount: bool) -> None:
+    """300 features do not stay in registers; 80 values are several blocks."""
+    inputs = rule_inputs(length=70, heads=1, window=3, key_width=widths[0], value_width=widths[1])
+    assert_provider_is_definition(inputs, (70,), chunk_size=32, write_discount=discount)
+    assert_provider_is_definition(inputs, (41, 29), chunk_size=32, write_discount=discount)
+
+
+def test_rows_at_different_positions() -> None:
+    """One batch whose rows stand at different places of their chunks."""
+    inputs = cast(rule_inputs(batch=3, length=30, window=4), torch.float32, torch.float32)
+    options = {"memory": "matrix", "chunk_size": 8, "write_discount": True}
+    with torch.no_grad():
+        states = []
+        for row, length in enumerate((3, 8, 17)):
+            past = {n: x[[row]] if n in (*"qkv", "alpha", "eta", "theta", "gamma") else x
+                    for n, x in tokens(inputs, 0, length).items()}  # fmt: skip
+            states.append(omega_rule(**past, **options)[1])
+        state, now = OmegaState.cat(states), tokens(inputs, 17, 30)
+        true, ours = (rule(**now, **options, state=state) for rule in (omega_rule, triton_rule))
+    gap = difference([ours[0], *ours[1].tensors()], [true[0], *true[1].tensors()])
+    assert gap < 10 * ROUNDING
+
+
+def test_no_tokens_at_all() -> None:
+    inputs = cast(rule_inputs(length=5), torch.float32, torch.float32)
+    y, state = triton_rule(**tokens(inputs, 0, 0))
+    assert y.shape == (1, 0, 2, 3)
+    z, state = triton_rule(**inputs, state=state)
+    true, _ = omega_rule(**inputs)
+    assert difference([z], [true]) < 10 * ROUNDING
+
+
+@triton.jit
+def tf32_dot(a, b):
+    """`tiles.dot` with the rounding of a GPU, which the interpreter leaves out."""
+    a, b = a.to(tl.float32).to(tl.int32, bitcast=True), b.to(tl.float32).to(tl.int32, bitcast=True)
+    a, b = (a + 0x1000) & -0x2000, (b + 0x1000) & -0x2000
+    return tl.dot(a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True))
+
+
+def errors_against_float64(
+    dtype: torch.dtype, length: int, discount: bool, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, float]:
+    """The provider's error as a multiple of the definition's, both given rounded q, k and v."""
+    if DEVICE == "cpu":
+        for module in (coefficients, discounts, matrix):
+            monkeypatch.setattr(module, "dot", tf32_dot)
+    inputs = rule_inputs(
+        length=length, heads=1, window=4, key_width=16, value_width=16, exact_gates=False
+    )
+    options = {"memory": "matrix", "chunk_size": 64, "write_discount": discount}
+    pieces = (length,)
+    true = run_in_pieces(omega_rule, cast(inputs, torch.float64, torch.float64), pieces, **options)
+    wanted = {"y": true[0], "M": true[1].weights[0], "S": true[1].momentum[0], **true[2]}
+    errors = []
+    for rule in (omega_rule, triton_rule):
+        y, state, gradients = run_in_pieces(
+            rule, cast(inputs, torch.float32, dtype), pieces, **options
+        )
+        found = {"y": y, "M": state.weights[0], "S": state.momentum[0], **gradients}
+        errors.append(
+            {
+                n: ((x.double() - wanted[n]).norm() / wanted[n].norm()).item()
+                for n, x in found.items()
+            }
+        )
+    definition, provider = errors
+    return {n: provider[n] / definition[n] for n in definition}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("discount", [False, True])
+def test_low_precision_is_as_good_as_the_definitions(
+    dtype: torch.dtype, discount: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = errors_against_float64(dtype, 200, discount, monkeypatch)
+    assert max(ratios.values()) <= 2, ratios
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("discount", [False, True])
+def test_low_precision_over_64k_tokens(discount: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = errors_against_float64(torch.bfloat16, 65536, discount, monkeypatch)
+    assert max(ratios.values()) <= 2, ratios
+
+
+def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
+    inputs = cast(rule_inputs(), torch.float32, torch.float32)
+    for memory, update in (("mlp", "gd"), ("matrix", UPDATES[1])):
+        x = cast(rule_inputs(memory), torch.float32, torch.float32)
+        with pytest.raises(ValueError, match="has no kernel"):
+            ops.omega_rule(**x, memory=memory, update=update, provider="triton")
+    with pytest.raises(ValueError, match="chunk_size 65 is beyond"):
+        triton_rule(**inputs, chunk_size=65)
+    with pytest.raises(ValueError, match="float64"):
+        triton_rule(**cast(rule_inputs(), torch.float64, torch.float64))
+
+
+# Dynamo instantiates every autograd.Function that it traces, which torch itself warns of.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_with_the_provider_in_one_graph() -> None:
+    torch._dynamo.reset()
+    inputs = cast(rule_inputs(length=20), torch.float32, torch.float32)
+
+    def twice(x: dict[str, Any]) -> Tensor:
+        with ops.use_provider("triton"):
+            y, state = ops.omega_rule(**tokens(x, 0, 13), chunk_size=8)
+            return torch.cat(
+                [y, ops.omega_rule(**tokens(x, 13, 20), chunk_size=8, state=state)[0]], 1
+            )
+
+    y = torch.compile(twice, backend="aot_eager", fullgraph=True)(inputs)
+    true, _ = omega_rule(**inputs, chunk_size=8)
+    assert difference([y], [true]) < 10 * ROUNDING
