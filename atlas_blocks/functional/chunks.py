@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atlas_blocks.functional.features import FeatureMap
+from atlas_blocks.functional.features import FeatureMap, PolynomialMap
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Rule
 
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 class Tokens(NamedTuple):
     """All tokens of a call. Keys, values and writes begin with the n of the history."""
 
-    q: Tensor  # [B, T, H, Dk]
-    k: Tensor  # [B, n + T, H, Dk]
+    q_raw: Tensor  # [B, T, H, Dk]
+    k_raw: Tensor  # [B, n + T, H, Dk]
+    q: Tensor  # phi(q)  [B, T, H, Dphi]
+    k: Tensor  # phi(k)  [B, n + T, H, Dphi]
     v: Tensor  # [B, n + T, H, Dv]
     alpha: Tensor  # [B, T, H]
     eta: Tensor  # [B, T, H]
@@ -111,7 +113,7 @@ class Write(_Record):
     window: Tensor  # C = Theta Gam  [N, G, L, E]
     window_last: Tensor  # last row of C as a column  [N, G, E, 1]
     discount: Discount | None
-    last: Last | None  # known ahead unless `discount` is there
+    last: Last | None  # for gradient descent; known ahead unless `discount` is there
 
     def last_coefficients(self, eta: Tensor) -> Last:
         """The last rows for a write strength eta [..., L], of one chunk or of all."""
@@ -148,13 +150,15 @@ def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> 
         reach = t[:, n + first - past : n + stop].unfold(1, past + span, span)
         return reach.transpose(0, 1).movedim(-1, 3).flatten(1, 2)
 
-    q = q_raw = tokens(x.q)
-    k = k_raw = with_past(x.k, extra)
+    q = q_raw = tokens(x.q_raw)
+    k = k_raw = with_past(x.k_raw, extra)
     if feature_map is not None:
-        q, k = tokens(feature_map(x.q)), with_past(feature_map(x.k), extra)
+        q, k = tokens(x.q), with_past(x.k, extra)
 
     def kernel(a: Tensor, b: Tensor, a_raw: Tensor, b_raw: Tensor) -> Tensor:
-        return a @ b.mT if feature_map is None else feature_map.kernel(a_raw, b_raw)
+        if isinstance(feature_map, PolynomialMap):  # cheaper than with its many features
+            return feature_map.kernel(a_raw, b_raw)
+        return a @ b.mT
 
     decay, abar = decay_matrix(tokens(x.alpha))
     window = weighed = window_matrix(tokens(x.gamma), extra)
@@ -173,7 +177,7 @@ def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> 
         else:
             squares = k.square().sum(-1)
             discount = Discount(similarity, squares, weighed > 0, writes, momentum)
-    residual = MEMORIES[rule.memory].residual and x.q.shape[-1] == x.v.shape[-1]
+    residual = MEMORIES[rule.memory].residual and x.q_raw.shape[-1] == x.v.shape[-1]
     target = with_past(x.v, extra)
     if residual and rule.objective == "l2":
         target = target - k_raw
@@ -190,7 +194,7 @@ def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> 
         discount=discount,
         last=None,
     )
-    if discount is None:
+    if discount is None and rule.update == "gd":
         write = replace(write, last=write.last_coefficients(eta))
     dots = kernel(q, k, q_raw, k_raw)
     return write, Read(q, q_raw if residual else None, dots, abar, decay)

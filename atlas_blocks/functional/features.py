@@ -94,7 +94,7 @@ def sketch_tables(
     Raises ValueError where `width` leaves a degree without a bucket.
     """
     check.at_least("degree", degree, 2)
-    sizes = _sketch_sizes(dim, width, degree)
+    sizes = sketch_sizes(dim, width, degree)
     buckets, signs = [], []
     for n, size in zip(range(2, degree + 1), sizes, strict=True):
         buckets.append(torch.randint(size, (n, dim), generator=generator))
@@ -102,7 +102,7 @@ def sketch_tables(
     return torch.cat(buckets), torch.cat(signs)
 
 
-def _sketch_sizes(dim: int, width: int, degree: int) -> list[int]:
+def sketch_sizes(dim: int, width: int, degree: int) -> list[int]:
     """Buckets of degrees 2..p: what the constant and the exact linear part leave, shared evenly."""
     rest = width - 1 - dim
     if rest < degree - 1:
@@ -132,7 +132,7 @@ def sketch_features(
     root = _safe_sqrt(coefficients.to(wide.dtype))
     parts = [root[0].expand(*x.shape[:-1], 1), root[1] * wide]
     first = 0
-    for n, size in zip(range(2, degree + 1), _sketch_sizes(dim, width, degree), strict=True):
+    for n, size in zip(range(2, degree + 1), sketch_sizes(dim, width, degree), strict=True):
         rows = slice(first, first + n)
         table = torch.zeros(n, dim, size, dtype=wide.dtype, device=x.device)
         table.scatter_(2, buckets[rows, :, None], signs[rows, :, None].to(wide.dtype))

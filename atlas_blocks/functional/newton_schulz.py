@@ -87,8 +87,7 @@ def iterate(x: Tensor, steps: int, coefficients: str) -> Tensor:
     table = COEFFICIENTS[coefficients]
     polynomials = [table[min(i, len(table) - 1)] for i in range(steps)]
     flat = x.reshape(-1, *x.shape[-2:])
-    # A wide X costs 3 products of width n a step, its Gram matrix 4 of width m.
-    if x.shape[-1] > 1.5 * x.shape[-2]:
+    if _in_gram_space(*x.shape[-2:]):
         for i in range(0, steps, _GRAM_STEPS):
             flat = _gram_steps(flat, polynomials[i : i + _GRAM_STEPS])
     else:
@@ -98,6 +97,21 @@ def iterate(x: Tensor, steps: int, coefficients: str) -> Tensor:
                 flat, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), flat, beta=a
             )
     return flat.reshape(x.shape)
+
+
+def _in_gram_space(m: int, n: int) -> bool:
+    """A wide X costs 3 products of width n a step, its Gram matrix 4 of width m."""
+    return n > 1.5 * m
+
+
+def flops(m: int, n: int, steps: int) -> int:
+    """Of all matrix products of `orthogonalise` for one [m, n]."""
+    m, n = min(m, n), max(m, n)
+    if not _in_gram_space(m, n):
+        return steps * (4 * m * m * n + 2 * m**3)
+    groups = [min(_GRAM_STEPS, steps - i) for i in range(0, steps, _GRAM_STEPS)]
+    # X X^T and P X once a group; a step squares the Gram matrix, and all but the last pass it on.
+    return sum(4 * m * m * n + 2 * m**3 * (k + (k - 1) + 2 * (k - 1)) for k in groups)
 
 
 def _gram_steps(x: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:

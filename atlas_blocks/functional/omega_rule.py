@@ -152,7 +152,7 @@ def _run(a: Arguments, position: int, kept: list[ChunkMemory] | None) -> tuple[T
 
 def prepare(a: Arguments, position: int) -> tuple[Tokens, ChunkMemory, list[Tensor]]:
     """What the chunks are cut from, the memory before them, and the next state's last tokens."""
-    q, k, v, alpha, eta, theta, gamma, _, _, rule, state = a
+    q, k, v, alpha, eta, theta, gamma, _, feature_map, rule, state = a
     assert state is not None
     dtype = state_dtype(q, v, *state.weights)
     # The window does not reach back over the start of the sequence.
@@ -163,9 +163,12 @@ def prepare(a: Arguments, position: int) -> tuple[Tokens, ChunkMemory, list[Tens
     writes = state.writes
     if rule.write_discount:
         writes = torch.cat([writes, write_mass(eta, theta, gamma)], 1)
+    q, k = q.to(dtype), torch.cat([state.keys, k.to(dtype)], 1)
     tokens = Tokens(
-        q=q.to(dtype),
-        k=torch.cat([state.keys, k.to(dtype)], 1),
+        q_raw=q,
+        k_raw=k,
+        q=q if feature_map is None else feature_map(q),
+        k=k if feature_map is None else feature_map(k),
         v=torch.cat([state.values, v.to(dtype)], 1),
         alpha=alpha.to(dtype),
         eta=eta,
@@ -181,7 +184,7 @@ def prepare(a: Arguments, position: int) -> tuple[Tokens, ChunkMemory, list[Tens
         # Cloned: a view would keep the whole call's tokens alive.
         return t[:, t.shape[1] - rule.history :].clone()
 
-    history = [last(tokens.k), last(tokens.v), last(writes) if rule.write_discount else writes]
+    history = [last(k), last(tokens.v), last(writes) if rule.write_discount else writes]
     return tokens, memory, history
 
 

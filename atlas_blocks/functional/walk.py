@@ -66,7 +66,7 @@ def walk_gradient(
             now = x.abar * memory.weights[i]
             if last.carried is not None:
                 now.addcmul_(last.carried, memory.momentum[i], value=-1)
-            weights.append(now.baddbmm_((left * last.written).mT, right, alpha=-1))
+            weights.append(now.baddbmm((left * last.written).mT, right, alpha=-1))
         momentum = _next_momentum(x, memory, factors)
         memory = ChunkMemory(weights, momentum, memory.chunk_start, scale)
     if kept is not None:
@@ -85,7 +85,7 @@ def walk_gradient(
             momentum = torch.cat([m.momentum[i] for m in starts])
             y.addcmul_(carried, z @ momentum.mT, value=-1)
         dots = x.dots if z is x.q else z @ torch.cat(right).mT
-        return y.baddbmm_(written * dots, torch.cat(left), alpha=-1)
+        return y.baddbmm(written * dots, torch.cat(left), alpha=-1)
 
     y = MEMORIES[rule.memory].forward(linear, x.q)
     y = y if x.residual is None else y + x.residual
@@ -195,6 +195,6 @@ def _next_momentum(x: Write, memory: ChunkMemory, factors: list[Factor]) -> list
     if x.thbar_last is None:
         return []
     return [
-        (x.thbar_last * s).baddbmm_((left * x.window_last).mT, right)
+        (x.thbar_last * s).baddbmm((left * x.window_last).mT, right)
         for s, (left, right) in zip(memory.momentum, factors, strict=True)
     ]

@@ -1,5 +1,6 @@
 """Op contracts: what torch.compile, export and FLOP counters see of functional/."""
 
+from atlas_blocks.ops.flops import register_flop_formulas
 from atlas_blocks.ops.omega_rule import omega_rule
 from atlas_blocks.ops.polynomial_features import polynomial_features
 from atlas_blocks.ops.providers import (
@@ -18,6 +19,7 @@ __all__ = [
     "explain_choice",
     "omega_rule",
     "polynomial_features",
+    "register_flop_formulas",
     "register_provider",
     "use_provider",
 ]

@@ -1,12 +1,24 @@
-"""What the ops' definitions and fakes share: torch's rules for tensors that an op returns."""
+"""What the ops share: how torch wants them to choose, return and differentiate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable)
+
+
+def untraced(fn: F) -> F:
+    """`torch.compiler.assume_constant_result`: Dynamo calls `fn` and takes its result as given.
+
+    Only the mark that it sets: the function itself imports all of Dynamo, and with it Triton.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 def own(t: Tensor) -> Tensor:

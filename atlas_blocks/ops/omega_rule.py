@@ -26,7 +26,7 @@ from atlas_blocks.functional.omega_backward import omega_rule_backward
 from atlas_blocks.functional.omega_rule import chunk_count, run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import own, own_empty, recording
+from atlas_blocks.ops.contract import own, own_empty, recording, untraced
 
 
 class Settings(NamedTuple):
@@ -187,7 +187,7 @@ def _call(
     )
 
 
-@torch.compiler.assume_constant_result
+@untraced
 def _choose(provider: str, context: str, *facts: Any) -> str:
     """Not traced: providers are imported here, may look at the device, and warn."""
     call = _call(*facts)

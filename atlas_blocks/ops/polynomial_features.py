@@ -16,7 +16,7 @@ from atlas_blocks import check
 from atlas_blocks.functional.features import polynomial_features as definition
 from atlas_blocks.functional.features import polynomial_width
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import own, own_empty, recording
+from atlas_blocks.ops.contract import own, own_empty, recording, untraced
 
 _LIBRARY = torch.library.Library("atlas", "FRAGMENT")
 _LIBRARY.define("polynomial_features(Tensor x, Tensor coefficients, str provider) -> Tensor")
@@ -60,7 +60,7 @@ def polynomial_features(x: Tensor, coefficients: Tensor, *, provider: str = "aut
     return torch.ops.atlas.polynomial_features.default(x, coefficients, chosen)
 
 
-@torch.compiler.assume_constant_result
+@untraced
 def _choose(provider: str, context: str, *facts: Any) -> str:
     """Not traced: providers are imported here, may look at the device, and warn."""
     call = Call(*facts)

@@ -59,6 +59,9 @@ class _Entry:
 
 @functools.cache
 def _imported(module: str) -> Provider:
+    from atlas_blocks.ops.flops import register_flop_formulas
+
+    register_flop_formulas()
     return importlib.import_module(module).PROVIDER
 
 

@@ -33,22 +33,28 @@ def flat(inputs, rule, state=None):
     return flatten(Arguments(*(inputs[name] for name in names), rule=rule, state=state))
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
-def test_opcheck_passes_forward_and_backward(update, features):
-    inputs = rule_inputs("mlp", length=6, features=features, update=update)
-    rule = Rule("mlp", "l2", update, 5, 1, 4, True, inputs["gamma"].shape[-1])
-    tensors, settings = flat(inputs, rule)
-    checks = ("test_schema", "test_faketensor")
+def test_opcheck_passes_forward_and_backward(memory, update, features):
+    """With and without a state and momentum; the chunk starts asked for and not."""
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
     forward, backward = OPS.omega_rule.default, OPS.omega_rule_backward.default
-    for save in (False, True):
-        arguments = (tensors, *settings, "definition", save)
-        torch.library.opcheck(forward, arguments, {}, test_utils=checks)
-    outputs = forward(*arguments)
-    saved = outputs[-5:]
-    grads = [torch.ones_like(t) for t in outputs[:-6]]
-    arguments = (grads, tensors, saved, *settings, "definition")
-    torch.library.opcheck(backward, arguments, {}, test_utils=checks)
+    for momentum, places in ((True, None), (False, (1, 6))):
+        inputs = rule_inputs(
+            memory, batch=2, length=6, features=features, update=update, momentum=momentum
+        )
+        rule = Rule(memory, "l2", update, 5, 1, 4, momentum, inputs["gamma"].shape[-1])
+        options = {n: getattr(rule, n) for n in ("memory", "update", "chunk_size")}
+        state = begun(inputs, places, options)
+        tensors, settings = flat(inputs, rule, state)
+        for save in (False, True):
+            arguments = (tensors, *settings, "definition", save)
+            torch.library.opcheck(forward, arguments, {}, **checks)
+        outputs, saved = outputs_of(tensors, settings)
+        grads = [torch.ones_like(t) for t in outputs[:-1]]
+        arguments = (grads, tensors, saved, *settings, "definition")
+        torch.library.opcheck(backward, arguments, {}, **checks)
 
 
 # Dynamo instantiates every autograd.Function that it traces, which torch itself warns of.

@@ -13,6 +13,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from atlas_blocks import ProviderWarning, ops, use_provider
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops import providers
+from atlas_blocks.ops.contract import untraced
 from atlas_blocks.ops.omega_rule import describe
 
 DEFINITION = providers.find("omega_rule", "definition")
@@ -263,3 +264,8 @@ def test_one_graph_serves_every_length(register):
         x = rule_inputs(length=length)
         torch.testing.assert_close(compiled(x), ops.omega_rule(**x)[0])
     assert (spy.forwards, counter.frame_count) == (3, 1)
+
+
+def test_untraced_is_torch_s_own_mark():
+    ours, true = untraced(lambda: None), torch.compiler.assume_constant_result(lambda: None)
+    assert vars(ours) == vars(true)

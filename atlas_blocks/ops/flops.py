@@ -1,0 +1,135 @@
+"""FLOPs of the ops for torch.utils.flop_counter: matrix products, 2 m n k each.
+
+The terms of the dual form (specification section 6), in the order the definition computes them.
+Position is data, so a call is taken to begin at the start of a chunk. Not counted, as in torch's
+own formulas: everything that is not a matrix product, such as gates, GELU and the sketch's FFT.
+
+L tokens of a chunk, E keys it sees; T, Dk, Dv, Dphi as in omega_rule.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from atlas_blocks.functional.features import sketch_sizes
+from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.functional.newton_schulz import flops as newton_schulz_flops
+from atlas_blocks.ops.omega_rule import Settings
+
+Shape = Sequence[int]
+
+
+def register_flop_formulas() -> None:
+    """Let torch's FLOP counters count the ops, whoever serves them; a second call does nothing.
+
+    The definition outside of torch.compile is counted without it. Done when a provider is first
+    imported, and not with this library, since torch's counter imports Triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    ops = torch.ops.atlas
+    if ops.omega_rule in flop_registry:
+        return
+
+    def forward(tensors: list[Shape], *rest: Any, out_shape: Any = None) -> int:
+        return forward_flops(tensors, Settings(*rest[:-2]))
+
+    def backward(grads: Any, tensors: Any, saved: Any, *rest: Any, out_shape: Any = None) -> int:
+        return backward_flops(tensors, Settings(*rest[:-1]))
+
+    def none(*shapes: Any, out_shape: Any = None) -> int:
+        """Monomials are elementwise products."""
+        return 0
+
+    register_flop_formula(ops.omega_rule)(forward)
+    register_flop_formula(ops.omega_rule_backward)(backward)
+    register_flop_formula([ops.polynomial_features, ops.polynomial_features_backward])(none)
+
+
+def forward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
+    """Of the forward, for the shapes of the op's tensors."""
+    batch, length, heads, dk = tensors[0]
+    chunk, window = settings.chunk_size, tensors[5][-1]
+    weights = tensors[6 + settings.momentum :][: MEMORIES[settings.memory].weights]
+    shapes = [(w[1], w[2]) for w in weights]
+    # Keys and queries whose features are computed: the history's too.
+    history = max(window - 1, chunk - 1 if settings.write_discount else 0)
+    features = (2 * length + history) * _feature_flops(tensors, settings, dk)
+    dots = dk if settings.feature_map == "polynomial" else shapes[-1][1]
+    whole, tail = divmod(length, chunk)
+    spans = whole * _chunk_flops(settings, shapes, dots, tensors[2][-1], chunk, window)
+    spans += _chunk_flops(settings, shapes, dots, tensors[2][-1], tail, window) if tail else 0
+    return batch * heads * (features + spans)
+
+
+def backward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
+    """Of the definition's backward: each product again, and one for each factor's gradient."""
+    total = 3 * forward_flops(tensors, settings)
+    if settings.objective == "dot":
+        # -<M(k), v> has no use for M(k) itself: its last product is computed, but not its gradient.
+        batch, length, heads, _ = tensors[0]
+        dout, din = tensors[6 + settings.momentum][1:]
+        keys = length + -(-length // settings.chunk_size) * (tensors[5][-1] - 1)
+        total -= 2 * batch * heads * 2 * keys * dout * din
+    return total
+
+
+def _feature_flops(tensors: Sequence[Shape], settings: Settings, dk: int) -> int:
+    """One token's: the count sketches, n of them for degree n."""
+    if settings.feature_map != "sketch":
+        return 0
+    # Its coefficients stand after the weights.
+    degree = tensors[6 + settings.momentum + MEMORIES[settings.memory].weights][0] - 1
+    sizes = sketch_sizes(dk, settings.sketch_width, degree)
+    return sum(2 * n * dk * size for n, size in zip(range(2, degree + 1), sizes, strict=True))
+
+
+def _chunk_flops(
+    s: Settings, shapes: list[tuple[int, int]], dots: int, dv: int, span: int, window: int
+) -> int:
+    """One chunk of L = span tokens. shapes: [dout, din] of every weight; dots: width of q, k in
+    phi(q) . phi(k)."""
+    L, E = span, window - 1 + span
+    phi, hidden, inner = shapes[-1][1], shapes[0][1], len(shapes) - 1
+    deep_discount = s.write_discount and inner > 0
+
+    # Without memory: Theta Gam, phi(q) phi(k)^T.
+    total = (2 * L * L * E if s.momentum else 0) + 2 * L * E * dots
+    if s.write_discount:
+        total += 2 * L * L * dots + 2 * L * L  # |phi(k) phi(k)^T|, and its sum rho
+
+    # Gradient factors: M(k) forward, and back through W_1 to the hidden units.
+    total += inner * 2 * E * phi * hidden + 2 * E * hidden * dv
+    total += 2 * E * dv * hidden if inner else 0
+    if deep_discount:
+        # |h h^T|, |f f^T|, the bound on ||W_1||; the gated memory's hidden units once more.
+        total += 2 * L * L * (hidden + (2 if inner == 1 else 4))
+        total += 2 * min(dv, hidden) ** 2 * max(dv, hidden)
+        total += inner * 2 * E * phi * hidden if inner == 2 else 0
+
+    for i, (dout, din) in enumerate(shapes):
+        write = 2 * dout * E * din  # left^T right over the chunk's keys
+        read = 2 * L * dout * din  # a weight applied to every token
+        total += write if s.momentum else 0
+        if s.update == "gd":
+            # W's end, W^(0) z, S^(0) z, the dots R z, and the sum over L. The dots with phi(q) are
+            # known.
+            total += write + read + (read if s.momentum else 0) + 2 * L * E * dout
+            total += 2 * L * E * din if inner and i == 0 else 0
+        else:
+            steps = sum(_steps(s, span))
+            # S_t of the steps, their orthogonalisation, W_t of every token, W_t z_t.
+            total += 2 * steps * E * dout * din + steps * newton_schulz_flops(dout, din, s.ns_steps)
+            total += 2 * L * steps * dout * din + read
+    if s.update == "gd":
+        # P C and P thbar, and their last rows by themselves.
+        total += (L + 1) * (2 * L * E + (2 * L if s.momentum else 0))
+    return total
+
+
+def _steps(s: Settings, span: int) -> list[bool]:
+    """At which tokens of a chunk Muon takes a step."""
+    return [t % s.ns_every == s.ns_every - 1 or t == s.chunk_size - 1 for t in range(span)]

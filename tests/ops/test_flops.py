@@ -1,0 +1,108 @@
+"""The ops' FLOP formulas count what the definitions compute."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import MEMORIES, OBJECTIVES, UPDATES, rule_inputs, small_memory
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from atlas_blocks import ops
+from atlas_blocks.functional import omega_rule, taylor_coefficients
+from atlas_blocks.functional.omega_backward import omega_rule_backward
+from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.ops.omega_rule import flatten, unflatten
+
+OPS = torch.ops.atlas
+
+
+@pytest.fixture(autouse=True)
+def _formulas():
+    ops.register_flop_formulas()
+
+
+def counted(call):
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return counter.get_total_flops(), result
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("discount", [False, True])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_formula_is_what_the_definition_computes(memory, update, discount, features):
+    """Whole chunks and the beginning of one, square and wide weights."""
+    variants = itertools.product((True, False), (1, 3), (2, 3), (8, 11))
+    for momentum, ns_every, value_width, length in variants:
+        objective = OBJECTIVES[length % 2]
+        inputs = rule_inputs(
+            memory,
+            batch=2,
+            length=length,
+            window=3,
+            value_width=value_width,
+            features=features,
+            momentum=momentum,
+            update=update,
+        )
+        settings = {
+            "memory": memory,
+            "objective": objective,
+            "update": update,
+            "ns_steps": 7,
+            "ns_every": ns_every,
+            "chunk_size": 4,
+            "write_discount": discount,
+        }
+        with torch.no_grad():
+            true, _ = counted(lambda x=inputs, s=settings: omega_rule(**x, **s))
+        names = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "feature_map")
+        rule = Rule(**settings, window=3)
+        tensors, flat = flatten(Arguments(*(inputs[n] for n in names), rule=rule, state=None))
+        forward = OPS.omega_rule.default
+        ours, outputs = counted(lambda t=tensors, f=flat, op=forward: op(t, *f, "definition", True))
+        assert ours == true
+
+        saved = (2 if momentum else 1) * len(inputs["weights"]) + 1
+        grads, starts = [torch.ones_like(t) for t in outputs[: -saved - 1]], outputs[-saved:]
+        leaf = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+        wanted = [t for t in leaf if t.requires_grad]
+        arguments = unflatten(leaf, flat)
+        true, _ = counted(lambda a=(arguments, wanted, starts, grads): omega_rule_backward(*a))
+        backward = OPS.omega_rule_backward.default
+        ours, _ = counted(
+            lambda a=(grads, tensors, starts), f=flat, op=backward: op(*a, *f, "definition")
+        )
+        assert ours == true
+
+
+def test_the_polynomial_features_are_no_matrix_products():
+    x, coefficients = torch.randn(4, 5), taylor_coefficients(2)
+    forward, backward = OPS.polynomial_features.default, OPS.polynomial_features_backward.default
+    flops, y = counted(lambda: forward(x, coefficients, "definition"))
+    assert flops == counted(lambda: ops.polynomial_features(x, coefficients))[0] == 0
+    assert counted(lambda: backward(y, x, coefficients, "definition"))[0] == 0
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_eager_model_is_counted(update):
+    block, x = small_memory(update=update).build(12, 2), torch.randn(1, 16, 12)
+    with torch.no_grad():
+        forward, _ = counted(lambda: block(x))
+        rule = Rule("mlp", "l2", update, 5, 1, 8, update == "gd", 5)
+        inputs = rule_inputs("mlp", length=16, key_width=6, value_width=6, window=5)
+        assert 0 < rule_flops(inputs, rule) < forward
+    both, _ = counted(lambda: block(x)[0].sum().backward())
+    # Muon's chunks are computed once more for the backward.
+    assert (2.5 if update == "gd" else 3.5) * forward < both < 4 * forward
+
+
+def rule_flops(inputs, rule):
+    """By the op's formula, on fake tensors."""
+    names = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "feature_map")
+    with FakeTensorMode() as mode:
+        tensors, flat = flatten(Arguments(*(inputs[n] for n in names), rule=rule, state=None))
+        fake = [mode.from_tensor(t) for t in tensors]
+        return counted(lambda: OPS.omega_rule.default(fake, *flat, "definition", False))[0]
