@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
@@ -289,6 +290,7 @@ class _OmegaRule(torch.autograd.Function):
         return tuple(outputs[:results])
 
     @staticmethod
+    @once_differentiable  # second derivatives are the definition's
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
         found = torch.ops.atlas.omega_rule_backward.default(

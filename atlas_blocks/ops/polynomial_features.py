@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from atlas_blocks import check
 from atlas_blocks.functional.features import polynomial_features as definition
@@ -77,6 +78,7 @@ class _PolynomialFeatures(torch.autograd.Function):
         return torch.ops.atlas.polynomial_features.default(x, coefficients, provider)
 
     @staticmethod
+    @once_differentiable  # second derivatives are the definition's
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found = torch.ops.atlas.polynomial_features_backward.default(
             grads[0], *ctx.saved_tensors, ctx.provider

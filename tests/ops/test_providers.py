@@ -5,7 +5,17 @@ import threading
 
 import pytest
 import torch
-from helpers import STREAMS, assert_close, leaves, named_leaves, rule_inputs
+from helpers import (
+    MEMORIES,
+    STREAMS,
+    UPDATES,
+    assert_close,
+    difference,
+    leaves,
+    named_leaves,
+    rule_inputs,
+    tokens,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
@@ -103,6 +113,37 @@ def test_the_fastest_of_the_device_serves_forward_and_backward(register):
     assert (spy.forwards, spy.backwards) == (1, 1)
     for name, leaf in named_leaves(true).items():
         torch.testing.assert_close(named_leaves(inputs)[name].grad, leaf.grad)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 7), (2, 0), (0, 3)])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_gradients_flow_through_states_in_and_out(register, memory, update, batch, length):
+    """By a provider and by plain autograd, to every tensor of a state handed in."""
+    register()
+    options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": True}
+    inputs = rule_inputs(memory, batch=batch, length=6 + length, update=update)
+    _, begun = ops.omega_rule(**tokens(inputs, 0, 6), **options)
+    found = []
+    for provider in ("definition", "spy"):
+        x = leaves(tokens(inputs, 6, 6 + length))
+        state = begun.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
+        y, after = ops.omega_rule(**x, **options, state=state, provider=provider)
+        results = [y, *(t for t in after.tensors() if t.is_floating_point())]
+        total = sum((t * torch.arange(1.0, t.numel() + 1).view(t.shape)).sum() for t in results)
+        wanted = [*named_leaves(x).values(), *(t for t in state.tensors() if t.requires_grad)]
+        grads = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+        found.append([t.detach() for t in (*results, *grads)])
+    assert difference(found[1], found[0]) < 1e-10
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong(register):
+    register()
+    inputs = leaves(rule_inputs())
+    y, _ = ops.omega_rule(**inputs, provider="spy")
+    (gradient,) = torch.autograd.grad(y.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("grad", [False, True])
