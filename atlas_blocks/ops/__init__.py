@@ -2,6 +2,7 @@
 
 from atlas_blocks.ops.flops import register_flop_formulas
 from atlas_blocks.ops.omega_rule import omega_rule
+from atlas_blocks.ops.omega_step import omega_rule_step
 from atlas_blocks.ops.polynomial_features import polynomial_features
 from atlas_blocks.ops.providers import (
     Choice,
@@ -18,6 +19,7 @@ __all__ = [
     "ProviderWarning",
     "explain_choice",
     "omega_rule",
+    "omega_rule_step",
     "polynomial_features",
     "register_flop_formulas",
     "register_provider",

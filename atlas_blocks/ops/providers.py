@@ -71,6 +71,9 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
     "omega_rule": {
         "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule"))
     },
+    "omega_rule_step": {
+        "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.decode"))
+    },
 }
 _DEFINITIONS: dict[str, Provider] = {}
 

@@ -1,0 +1,217 @@
+"""One token of the Omega rule, its state updated in place: decoding, also inside a CUDA graph.
+
+`atlas::omega_rule_step` is the rule of omega_rule.py for T = 1 without gradients. Its schema says
+that it writes to the state.
+
+B batch, H heads, Dk, Dv key and value width, c window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas_blocks import check
+from atlas_blocks.functional import rule as rules
+from atlas_blocks.functional.features import FeatureMap
+from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.functional.omega_rule import run
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
+from atlas_blocks.ops import providers
+from atlas_blocks.ops.contract import own, untraced
+from atlas_blocks.ops.omega_rule import (
+    _SETTINGS,
+    Call,
+    Settings,
+    _call,
+    _facts,
+    flatten,
+    unflatten,
+)
+
+_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
+# tensors: q, k, v, alpha, eta, gamma, [theta], feature tensors, without the axis of tokens.
+# state: `OmegaState.tensors()`. -> y.
+_LIBRARY.define(
+    f"omega_rule_step(Tensor[] tensors, Tensor(a!)[] state, {_SETTINGS}, str provider) -> Tensor"
+)
+
+
+@dataclass(frozen=True)
+class StepCall(Call):
+    """What a provider's `supports` learns of a step: the call of one token, and more."""
+
+    position_device: str  # of state.position, such as "cuda:0"
+    state_device: str  # of everything else
+
+
+def omega_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    alpha: Tensor,
+    eta: Tensor,
+    theta: Tensor | None,
+    gamma: Tensor,
+    memory: str = "matrix",
+    objective: str = "l2",
+    feature_map: FeatureMap | None = None,
+    update: str = "gd",
+    ns_steps: int = 5,
+    ns_every: int = 1,
+    chunk_size: int = 64,
+    write_discount: bool = False,
+    state: OmegaState,
+    provider: str = "auto",
+) -> Tensor:
+    """`functional.omega_rule` for one token of every row, with the state updated in place.
+
+    q, k: [B, H, Dk]; v: [B, H, Dv]; alpha, eta, theta: [B, H]; gamma: [B, H, c]: one token of those
+    of `functional.omega_rule`, whose other arguments these are. M_0 is in the state.
+    state: of an earlier call or `functional.rule.initial_state`; every one of its tensors is
+    written. Rows may stand at different positions. Its tensors must be contiguous, share no memory
+    and have the dtype in which the rule computes. What `omega_rule` and `initial_state` return
+    shares memory; `state.map(torch.clone)` does not.
+    provider: as of `ops.omega_rule`. "triton" never waits for the device and allocates the same
+    memory at every call, so that a CUDA graph can hold it, captured after one call to warm up; for
+    that state.position must be on the device too. The definition reads the position on the host.
+
+    Returns y [B, H, Dv] in the dtype of q. Raises ValueError naming a bad argument, and for one
+    that requires a gradient while gradients are recorded: the step has none.
+    """
+    check.tensor("q", q, "[B, H, Dk]", (None, None, None))
+    batch, heads, _ = q.shape
+    check.tensor("k", k, "[B, H, Dk]", q.shape, device=q.device)
+    check.tensor("v", v, "[B, H, Dv]", (batch, heads, None), device=q.device)
+    for name, gate in (("alpha", alpha), ("eta", eta), ("theta", theta)):
+        if gate is not None or name != "theta":
+            check.tensor(name, gate, "[B, H]", (batch, heads), device=q.device)
+    check.tensor("gamma", gamma, "[B, H, c]", (batch, heads, None), device=q.device)
+    window = gamma.shape[-1]
+    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
+    if not isinstance(state, OmegaState):
+        check.fail("state", "an OmegaState", type(state).__name__)
+    count = MEMORIES[memory].weights
+    if len(state.weights) != count:
+        expected = f"{count} tensors for memory={memory!r}"
+        check.fail("state.weights", expected, f"{len(state.weights)} of them")
+    streams = [t if t is None else t.unsqueeze(1) for t in (q, k, v, alpha, eta, theta, gamma)]
+    a = Arguments(*streams, _shapes(state.weights), feature_map, rule, state)
+    rules.validate(*a)
+    _check_state(a, state)
+    if torch.is_grad_enabled():
+        _check_gradients(a, state)
+    tensors, settings = flatten(a._replace(state=None))
+    facts = _facts(a, False)
+    devices = (str(state.position.device), str(q.device))
+    chosen = _choose(provider, providers.context(), devices, *facts)
+    first = 6 + settings.momentum
+    tensors = [t.squeeze(1) for t in tensors[:first]] + tensors[first + count :]
+    return torch.ops.atlas.omega_rule_step.default(tensors, state.tensors(), *settings, chosen)
+
+
+def arguments(tensors: list[Tensor], state: list[Tensor], settings: Settings) -> Arguments:
+    """The op's arguments as those of `omega_rule`, T = 1."""
+    first, count = 6 + settings.momentum, MEMORIES[settings.memory].weights
+    streams = [t.unsqueeze(1) for t in tensors[:first]]
+    weights = _shapes(state[:count])
+    return unflatten([*streams, *weights, *tensors[first:], *state], settings)
+
+
+def no_backward(*arguments: Any) -> list[Tensor]:
+    """The backward of every provider of the step."""
+    raise NotImplementedError("omega_rule_step has no gradient; omega_rule has")
+
+
+def _shapes(weights: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+    """In place of M_0, of which nothing but the shape is looked at where there is a state."""
+    return [w.new_empty(()).expand(w.shape[1:]) for w in weights]
+
+
+@untraced
+def _choose(provider: str, context: str, devices: tuple[str, str], *facts: Any) -> str:
+    """Not traced: providers are imported here, may look at the device, and warn."""
+    plain = _call(*facts)
+    call = StepCall(*(getattr(plain, f.name) for f in fields(plain)), *devices)
+    return providers.choose("omega_rule_step", provider, context, call.device, call)
+
+
+def _named(state: OmegaState) -> Iterator[tuple[str, Tensor]]:
+    for name in ("weights", "momentum", "chunk_start"):
+        for i, t in enumerate(getattr(state, name)):
+            yield f"state.{name}[{i}]", t
+    for name in ("keys", "values", "writes", "scale", "position"):
+        yield f"state.{name}", getattr(state, name)
+
+
+def _check_state(a: Arguments, state: OmegaState) -> None:
+    """What being written in place asks of a state beyond what `omega_rule` asks."""
+    dtype = rules.state_dtype(a.q, a.v, *state.weights)
+    for name, t in _named(state):
+        if name != "state.position" and (t.dtype, t.device) != (dtype, a.q.device):
+            check.fail(name, f"{dtype} on {a.q.device}", f"{t.dtype} on {t.device}")
+        if not t.is_contiguous():
+            strides = f"strides {list(t.stride())}"
+            check.fail(name, "a contiguous tensor (state.map(torch.clone) has them)", strides)
+    if torch.compiler.is_compiling():
+        return  # no addresses in a graph
+    spans = []
+    for name, t in _named(state):
+        if t.numel():
+            first = t.storage_offset() * t.element_size()
+            last = first + t.numel() * t.element_size()
+            spans.append((t.untyped_storage()._cdata, first, last, name))
+    spans.sort()
+    for (storage, _, last, name), (other, first, _, second) in pairwise(spans):
+        if storage == other and first < last:
+            check.fail(
+                second,
+                "memory of its own, as every tensor of state.map(torch.clone) has",
+                f"that of {name}",
+            )
+
+
+def _check_gradients(a: Arguments, state: OmegaState) -> None:
+    names = ("q", "k", "v", "alpha", "eta", "theta", "gamma")
+    named = [(name, getattr(a, name)) for name in names]
+    if a.feature_map is not None:
+        named.append(("feature_map.coefficients", a.feature_map.coefficients))
+    for name, t in (*named, *_named(state)):
+        if t is not None and t.requires_grad:
+            expected = "no gradient wanted (torch.no_grad() around the step; omega_rule has one)"
+            check.fail(name, expected, "requires_grad=True")
+
+
+# --- the op -----------------------------------------------------------------------------------
+
+
+def _definition(tensors: list[Tensor], state: list[Tensor], settings: Settings) -> Tensor:
+    y, after = run(arguments(tensors, state, settings))
+    # Copies first: what comes after may be what was before, as M^(0) at a chunk's first token.
+    for old, new in zip(state, [own(t) for t in after.tensors()], strict=True):
+        old.copy_(new)
+    return own(y.squeeze(1))
+
+
+def _step(tensors: list[Tensor], state: list[Tensor], *rest: Any) -> Tensor:
+    *settings, provider = rest
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        # A kernel's writes are not seen otherwise.
+        torch.autograd.graph.increment_version(state)
+        serve = providers.find("omega_rule_step", provider).forward
+        return serve(tensors, state, Settings(*settings))
+
+
+def _step_fake(tensors: list[Tensor], state: list[Tensor], *rest: Any) -> Tensor:
+    return tensors[0].new_empty(tensors[2].shape)
+
+
+providers.define("omega_rule_step", _definition, no_backward)
+_LIBRARY.impl("omega_rule_step", _step, "CompositeExplicitAutograd")
+torch.library.register_fake("atlas::omega_rule_step", _step_fake, lib=_LIBRARY)
