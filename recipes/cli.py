@@ -1,11 +1,12 @@
-"""The command line: `atlas-blocks recipes | show | demo | train | generate`.
+"""The command line: `atlas-blocks recipes | show | demo | train | generate | bench`.
 
-Bad input gets one line on stderr and exit code 2; a run that diverges one line and exit code 1;
-Ctrl-C saves what has been trained and exits with 130.
+Bad input gets one line on stderr and exit code 2; a run that diverges, or a kernel that is wrong,
+one line and exit code 1; Ctrl-C saves what has been trained and exits with 130.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from atlas_blocks.recipes import display, registry, text, training
 from atlas_blocks.recipes.generate import stream
 
 INTERRUPTED = 130
+WRONG = 1
 
 app = typer.Typer(
     help="ATLAS memory layers and hybrids: recipes, training, generation.",
@@ -27,6 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+bench = typer.Typer(help="Time the kernels against other libraries'.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -161,6 +166,61 @@ def generate(
         if batch > 1:
             print(f"--- {index + 1} ---")
         print(text.printable(row))
+
+
+@bench.command()
+def kernels(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench_output"),
+    device: Annotated[
+        str, typer.Option(help="cuda; or cpu, small and by the wall clock, to try the command.")
+    ] = "cuda",
+    dims: Annotated[str | None, typer.Option(help="Head widths, such as 64,128.")] = None,
+    heads: Annotated[int | None, typer.Option(help="16 on a GPU if not given.")] = None,
+    batch: Annotated[int | None, typer.Option(help="4 on a GPU if not given.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="T of the main comparison, 8192 on a GPU.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Samples of each, 30 on a GPU.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The first width, no sweep over T, few rounds.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every row, also at every length and width.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option(help="Also compile the definition's steps.")] = True,
+) -> None:
+    """Check every provider of the recurrence, then time it beside its rivals."""
+    # Imported here: counting FLOPs loads Triton, which the other commands do without.
+    from atlas_blocks.recipes.bench import kernels as benchmark
+
+    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: cannot use {device!r}: no CUDA device is here (--device cpu runs the same "
+            "by the wall clock, small)"
+        )
+    where = _device(device)
+    chosen = benchmark.plan(
+        where,
+        dims=None if dims is None else _integers("dims", dims),
+        heads=heads,
+        batch=batch,
+        tokens=tokens,
+        rounds=rounds,
+        everything=everything,
+        quick=quick,
+        compiled=compiled,
+    )
+    with torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext():
+        problem = benchmark.run(Console(), chosen, out)
+    if problem:
+        raise typer.Exit(_fail(problem, WRONG))
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name}: expected integers such as 64,128, got {text!r}") from None
 
 
 def _device(name: str) -> torch.device:
