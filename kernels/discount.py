@@ -31,13 +31,14 @@ from atlas_blocks.kernels.tiles import (
 
 @triton.jit
 def _products(
-    k, token, seen, head, H, D, SPAN: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
+    k, start, seen, head, H, D, SPAN: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """phi(k_t) . phi(k_s) of a chunk's tokens, and each one's square."""
     products = tl.zeros([SPAN, SPAN], tl.float32)
     squares = tl.zeros([SPAN], tl.float32)
+    t = tl.arange(0, SPAN)
     for j in range(TILES):
-        x = load_tile(k, token, seen, head, H, j * BD + tl.arange(0, BD), D).to(tl.float32)
+        x = load_tile(k, start, t, seen, head, H, j * BD + tl.arange(0, BD), D).to(tl.float32)
         products += dot(x, tl.trans(x))
         squares += tl.sum(x * x, 1)
     return products, squares
@@ -49,13 +50,13 @@ def _forward(
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     slot, head = tl.program_id(0), tl.program_id(1)
-    row, _, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
+    row, first, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
     if low == high:
         return
     t = tl.arange(0, SPAN)
     shift = (row + 1) * HISTORY
     seen = (token >= low - HISTORY) & (token < high) & (t < CHUNK)
-    products, squares = _products(k, token + shift, seen, head, H, D, SPAN, BD, TILES)
+    products, squares = _products(k, first + shift, seen, head, H, D, SPAN, BD, TILES)
     mass = load_gate(writes, token + shift, seen, head, H, 0.0)
     before = tl.where(t[:, None] > t[None, :], tl.abs(products), 0.0)
     at = token.to(tl.int64) * H + head
@@ -69,13 +70,13 @@ def _backward(
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     slot, head = tl.program_id(0), tl.program_id(1)
-    row, _, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
+    row, first, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
     if low == high:
         return
     t = tl.arange(0, SPAN)
     shift = (row + 1) * HISTORY
     seen = (token >= low - HISTORY) & (token < high) & (t < CHUNK)
-    products, _ = _products(k, token + shift, seen, head, H, D, SPAN, BD, TILES)
+    products, _ = _products(k, first + shift, seen, head, H, D, SPAN, BD, TILES)
     mass = load_gate(writes, token + shift, seen, head, H, 0.0)
     g = load_gate(d_rho, token, mine, head, H, 0.0)
     before = t[:, None] > t[None, :]
@@ -89,9 +90,9 @@ def _backward(
     own = load_gate(d_own, token, mine, head, H, 0.0)
     for j in range(TILES):
         d = j * BD + tl.arange(0, BD)
-        x = load_tile(k, token + shift, seen, head, H, d, D).to(tl.float32)
+        x = load_tile(k, first + shift, t, seen, head, H, d, D).to(tl.float32)
         found = dot(slope, x) + 2 * own[:, None] * x
-        store_tile(dk, found, token + shift, seen, head, H, d, D)
+        store_tile(dk, found, first + shift, t, seen, head, H, d, D)
 
 
 class DiscountSums(torch.autograd.Function):

@@ -83,17 +83,17 @@ def _walk_forward(
             c = tl.load(carried + here * SPAN + SPAN - 1)
             th = tl.load(thbar + here)
         a = tl.load(abar + here * SPAN + SPAN - 1)
-        e = -load_tile(target, token + shift, seen, head, H, v, V).to(tl.float32)
+        e = -load_tile(target, first + shift, r, seen, head, H, v, V).to(tl.float32)
         if HALO:
             past = first - HALO + i
             near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
             write_h = tl.load(write_halo + here * HALO + i)
             if MOMENTUM:
                 last_h = tl.load(last_halo + here * HALO + i)
-            e_h = -load_tile(target, past + shift, near, head, H, v, V).to(tl.float32)
+            e_h = -load_tile(target, first + shift - HALO, i, near, head, H, v, V).to(tl.float32)
         if TILES == 1:
             store_block(starts_w + here * size, w, v, V, d, D)
-            x = load_tile(k, token + shift, seen, head, H, d, D)
+            x = load_tile(k, first + shift, r, seen, head, H, d, D)
             if L2:
                 e += dot(x, tl.trans(m))
             w = a * w
@@ -103,7 +103,7 @@ def _walk_forward(
                 s = th * s + dot(tl.trans(e * last[:, None]), x)
             w -= dot(tl.trans(e * write[:, None]), x)
             if HALO:
-                x = load_tile(k, past + shift, near, head, H, d, D)
+                x = load_tile(k, first + shift - HALO, i, near, head, H, d, D)
                 if L2:
                     e_h += dot(x, tl.trans(m))
                 w -= dot(tl.trans(e_h * write_h[:, None]), x)
@@ -119,21 +119,21 @@ def _walk_forward(
                         m = load_block(m_start + mine, v, V, d + j * BD, D)
                     else:
                         m = load_block(starts_w + here * size, v, V, d + j * BD, D)
-                    x = load_tile(k, token + shift, seen, head, H, d + j * BD, D)
+                    x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
                     e += dot(x, tl.trans(m))
                     if HALO:
-                        x = load_tile(k, past + shift, near, head, H, d + j * BD, D)
+                        x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
                         e_h += dot(x, tl.trans(m))
             for j in range(TILES):
                 w = a * load_block(starts_w + here * size, v, V, d + j * BD, D)
-                x = load_tile(k, token + shift, seen, head, H, d + j * BD, D)
+                x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
                 w -= dot(tl.trans(e * write[:, None]), x)
                 if MOMENTUM:
                     s = load_block(starts_s + here * size, v, V, d + j * BD, D)
                     w -= c * s
                     s = th * s + dot(tl.trans(e * last[:, None]), x)
                 if HALO:
-                    x = load_tile(k, past + shift, near, head, H, d + j * BD, D)
+                    x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
                     w -= dot(tl.trans(e_h * write_h[:, None]), x)
                     if MOMENTUM:
                         s += dot(tl.trans(e_h * last_h[:, None]), x)
@@ -167,11 +167,11 @@ def _left_and_dots(
     weights = starts_w + (slot * H + head).to(tl.int64) * size
     shift = (row + 1) * HISTORY
     seen = (token >= low - HISTORY) & (token < high) & (r < CHUNK)
-    e = -load_tile(target, token + shift, seen, head, H, v, V).to(tl.float32)
+    e = -load_tile(target, first + shift, r, seen, head, H, v, V).to(tl.float32)
     dots = tl.zeros([SPAN, SPAN], tl.float32)
     past = first - HALO + i
     near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
-    e_h = -load_tile(target, past + shift, near, head, H, v, V).to(tl.float32)
+    e_h = -load_tile(target, first + shift - HALO, i, near, head, H, v, V).to(tl.float32)
     dots_h = tl.zeros([SPAN, HALO if HALO else 1], tl.float32)
     for j in range(TILES):
         if L2:
@@ -179,13 +179,13 @@ def _left_and_dots(
             if BEGUN and first < low:
                 at = m_start + (row * H + head).to(tl.int64) * size
                 w = load_block(at, v, V, d + j * BD, D).to(tl.float32)
-        x = load_tile(q, token, mine, head, H, d + j * BD, D)
-        z = load_tile(k, token + shift, seen, head, H, d + j * BD, D)
+        x = load_tile(q, first, r, mine, head, H, d + j * BD, D)
+        z = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
         dots += dot(x, tl.trans(z))
         if L2:
             e += dot(z, tl.trans(w))
         if HALO:
-            z = load_tile(k, past + shift, near, head, H, d + j * BD, D)
+            z = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
             dots_h += dot(x, tl.trans(z))
             if L2:
                 e_h += dot(z, tl.trans(w))
@@ -211,14 +211,14 @@ def _read_forward(
     size = V.to(tl.int64) * D
     read = tl.zeros([SPAN, BV], tl.float32)
     for j in range(TILES):
-        x = load_tile(q, token, mine, head, H, d + j * BD, D)
+        x = load_tile(q, first, r, mine, head, H, d + j * BD, D)
         w = load_block(starts_w + here * size, v, V, d + j * BD, D)
         read += dot(x, tl.trans(w))
     read = tl.load(abar + here * SPAN + r)[:, None] * read
     if MOMENTUM:
         c = tl.load(carried + here * SPAN + r)[:, None]
         for j in range(TILES):
-            x = load_tile(q, token, mine, head, H, d + j * BD, D)
+            x = load_tile(q, first, r, mine, head, H, d + j * BD, D)
             s = load_block(starts_s + here * size, v, V, d + j * BD, D)
             read -= c * dot(x, tl.trans(s))
     e, dots, e_h, dots_h = _left_and_dots(
@@ -230,7 +230,7 @@ def _read_forward(
     if HALO:
         f = load_block(halo + here * SPAN * HALO, r, SPAN, i, HALO)
         read -= dot(dots_h * f, e_h)
-    store_tile(y, read, token, mine, head, H, v, V)
+    store_tile(y, read, first, r, mine, head, H, v, V)
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def _left_backward(
         q, k, target, m_start, starts_w, slot, head, row, first, low, high, token, mine, v, H, D, V,
         HISTORY, CHUNK, WINDOW, SPAN, HALO, BD, TILES, L2, BEGUN,
     )  # fmt: skip
-    g = load_tile(dy, token, mine, head, H, v, V)
+    g = load_tile(dy, first, r, mine, head, H, v, V)
     f = load_block(own + here * SPAN * SPAN, r, SPAN, r, SPAN)
     store_block(e_own + here * SPAN * V, e, r, SPAN, v, V)
     dl = -dot(tl.trans(dots * f), g)
@@ -315,7 +315,7 @@ def _walk_backward(
             last = tl.load(last_own + here * SPAN + r)
             c = tl.load(carried + here * SPAN + SPAN - 1)
             th = tl.load(thbar + here)
-        g = load_tile(dy, token, out, head, H, v, V).to(tl.float32)
+        g = load_tile(dy, first, r, out, head, H, v, V).to(tl.float32)
         g_w = g * tl.load(abar + here * SPAN + r)[:, None]
         if MOMENTUM:
             g_s = g * tl.load(carried + here * SPAN + r)[:, None]
@@ -332,14 +332,14 @@ def _walk_backward(
         for j in range(TILES):
             if TILES > 1:
                 w = load_block(ends_w + here * size, v, V, d + j * BD, D)
-            x = load_tile(k, token + shift, seen, head, H, d + j * BD, D)
+            x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
             dl -= write[:, None] * dot(x, tl.trans(w))
             if MOMENTUM:
                 if TILES > 1:
                     s = load_block(ends_s + here * size, v, V, d + j * BD, D)
                 dl += last[:, None] * dot(x, tl.trans(s))
             if HALO:
-                x = load_tile(k, past + shift, near, head, H, d + j * BD, D)
+                x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
                 dl_h -= write_h[:, None] * dot(x, tl.trans(w))
                 if MOMENTUM:
                     dl_h += last_h[:, None] * dot(x, tl.trans(s))
@@ -355,17 +355,17 @@ def _walk_backward(
                 store_block(ends_w + here * size, w, v, V, d, D)
                 if MOMENTUM:
                     store_block(ends_s + here * size, s, v, V, d, D)
-            x = load_tile(q, token, out, head, H, d + j * BD, D)
+            x = load_tile(q, first, r, out, head, H, d + j * BD, D)
             if MOMENTUM:
                 s = th * s - c * w - dot(tl.trans(g_s), x)
             w = a * w + dot(tl.trans(g_w), x)
             m = load_block(dm_end + mine, v, V, d + j * BD, D)
             m = tl.where((back == 0) & (whole == 0), m, 0.0)
             if L2:
-                x = load_tile(k, token + shift, seen, head, H, d + j * BD, D)
+                x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
                 m += dot(tl.trans(dl), x)
                 if HALO:
-                    x = load_tile(k, past + shift, near, head, H, d + j * BD, D)
+                    x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
                     m += dot(tl.trans(dl_h), x)
             # M^(0) of a chunk that an earlier call began is not W.
             begun = first < low
@@ -412,14 +412,14 @@ def _gradients(
     past = first - HALO + i
     near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
     end = r == SPAN - 1
-    x = load_tile(q, token, mine, head, H, d, D)
-    z = load_tile(k, token + shift, seen, head, H, d, D)
+    x = load_tile(q, first, r, mine, head, H, d, D)
+    z = load_tile(k, first + shift, r, seen, head, H, d, D)
 
     # One thing after the other: all the sums at once would not fit the registers.
     spread = tl.zeros([SPAN, SPAN], tl.float32)  # dy L^T
     for n in range(VALUE_TILES):
         v = n * BV + tl.arange(0, BV)
-        g = load_tile(dy, token, mine, head, H, v, V)
+        g = load_tile(dy, first, r, mine, head, H, v, V)
         e = load_block(e_own + here * SPAN * V, r, SPAN, v, V)
         spread += dot(g, tl.trans(e))
     f = load_block(own + here * SPAN * SPAN, r, SPAN, r, SPAN).to(tl.float32)
@@ -429,16 +429,16 @@ def _gradients(
     if part == 0:
         dots = tl.zeros([SPAN, SPAN], tl.float32)
         for j in range(TILES):
-            x_j = load_tile(q, token, mine, head, H, j * BD + tl.arange(0, BD), D)
-            z_j = load_tile(k, token + shift, seen, head, H, j * BD + tl.arange(0, BD), D)
+            x_j = load_tile(q, first, r, mine, head, H, j * BD + tl.arange(0, BD), D)
+            z_j = load_tile(k, first + shift, r, seen, head, H, j * BD + tl.arange(0, BD), D)
             dots += dot(x_j, tl.trans(z_j))
         store_block(d_own + here * SPAN * SPAN, -dots * spread, r, SPAN, r, SPAN)
     if HALO:
-        z_h = load_tile(k, past + shift, near, head, H, d, D)
+        z_h = load_tile(k, first + shift - HALO, i, near, head, H, d, D)
         spread = tl.zeros([SPAN, HALO], tl.float32)
         for n in range(VALUE_TILES):
             v = n * BV + tl.arange(0, BV)
-            g = load_tile(dy, token, mine, head, H, v, V)
+            g = load_tile(dy, first, r, mine, head, H, v, V)
             e = load_block(e_halo + here * HALO * V, i, HALO, v, V)
             spread += dot(g, tl.trans(e))
         f = load_block(halo + here * SPAN * HALO, r, SPAN, i, HALO).to(tl.float32)
@@ -448,8 +448,10 @@ def _gradients(
         if part == 0:
             dots = tl.zeros([SPAN, HALO], tl.float32)
             for j in range(TILES):
-                x_j = load_tile(q, token, mine, head, H, j * BD + tl.arange(0, BD), D)
-                z_j = load_tile(k, past + shift, near, head, H, j * BD + tl.arange(0, BD), D)
+                x_j = load_tile(q, first, r, mine, head, H, j * BD + tl.arange(0, BD), D)
+                z_j = load_tile(
+                    k, first + shift - HALO, i, near, head, H, j * BD + tl.arange(0, BD), D
+                )
                 dots += dot(x_j, tl.trans(z_j))
             store_block(d_halo + here * SPAN * HALO, -dots * spread, r, SPAN, i, HALO)
 
@@ -458,7 +460,7 @@ def _gradients(
     a = 0.0
     for n in range(VALUE_TILES):
         v = n * BV + tl.arange(0, BV)
-        g = load_tile(dy, token, mine, head, H, v, V)
+        g = load_tile(dy, first, r, mine, head, H, v, V)
         w = load_block(starts_w + here * size, v, V, d, D)
         a += tl.sum(w * load_block(ends_w + here * size, v, V, d, D))
         read += dot(g, w)
@@ -469,7 +471,7 @@ def _gradients(
         c, th = 0.0, 0.0
         for n in range(VALUE_TILES):
             v = n * BV + tl.arange(0, BV)
-            g = load_tile(dy, token, mine, head, H, v, V)
+            g = load_tile(dy, first, r, mine, head, H, v, V)
             s = load_block(starts_s + here * size, v, V, d, D)
             c += tl.sum(s * load_block(ends_w + here * size, v, V, d, D))
             th += tl.sum(s * load_block(ends_s + here * size, v, V, d, D))
@@ -477,7 +479,7 @@ def _gradients(
         found -= tl.load(carried + here * SPAN + r)[:, None] * read
         tl.store(d_carried + there * SPAN + r, -tl.sum(read * x, 1) - tl.where(end, c, 0.0))
         tl.store(d_thbar + there, th)
-    store_tile(dq, found, token, mine, head, H, d, D)
+    store_tile(dq, found, first, r, mine, head, H, d, D)
 
     # The keys: dk = dL M^(0) - write o L dW' + last o L dS' + d_dots^T Q; the halo's likewise.
     wrote = tl.zeros([SPAN, BD], tl.float32)
@@ -503,7 +505,7 @@ def _gradients(
                 w = load_block(m_start + (row * H + head).to(tl.int64) * size, v, V, d, D)
             dl = load_block(dl_own + here * SPAN * V, r, SPAN, v, V)
             left += dot(dl, w)
-    store_tile(dk, left, token + shift, seen, head, H, d, D)
+    store_tile(dk, left, first + shift, r, seen, head, H, d, D)
     if HALO:
         wrote = tl.zeros([HALO, BD], tl.float32)
         for n in range(VALUE_TILES):
@@ -555,7 +557,7 @@ def _fold(
     column = (d < D)[None, :]
     mine = there & (n >= 0) & (n < count)
     if STREAM:
-        total = load_tile(own, token + (row + 1) * HISTORY, mine, head, H, d, D).to(tl.float32)
+        total = load_tile(own, low + row * HISTORY, past, mine, head, H, d, D).to(tl.float32)
     else:
         line = ((first_slot + n).to(tl.int64) * H + head) * SPAN + token - first - n * CHUNK
         total = tl.load(
@@ -569,7 +571,7 @@ def _fold(
         line = ((first_slot + m).to(tl.int64) * H + head) * HALO + i
         x = tl.load(halo + line[:, None] * D + d[None, :], mask=mine[:, None] & column, other=0.0)
         total += x.to(tl.float32)
-    store_tile(out, SIGN * total, token + (row + 1) * HISTORY, there, head, H, d, D)
+    store_tile(out, SIGN * total, low + row * HISTORY, past, there, head, H, d, D)
 
 
 @dataclass(frozen=True)
@@ -589,15 +591,18 @@ class Tiles:
 
     @property
     def settings(self) -> dict[str, int]:
-        return {"BD": self.d, "BV": self.v, "TILES": self.count, "num_warps": 8, "num_stages": 1}
+        warps = 4 if self.d * self.v <= 256 else 8
+        return {
+            "BD": self.d, "BV": self.v, "TILES": self.count, "num_warps": warps, "num_stages": 1,
+        }  # fmt: skip
 
 
-# The sizes below are the largest that `aot` finds to spill no register, at a window of 64.
+# The sizes below are the largest for which `aot` finds no register spilled.
 
 
-def walk_tiles(d: int, v: int, resident: int) -> Tiles:
-    """resident: the widest D whose W and S stay in registers; wider ones are streamed."""
-    return Tiles.of(d, v, resident if padded(d) <= resident else 64, 16)
+def walk_tiles(d: int, v: int, resident: int, streamed: int) -> Tiles:
+    """resident: the widest D whose W and S stay in registers; wider ones come in blocks."""
+    return Tiles.of(d, v, resident if padded(d) <= resident else streamed, 16)
 
 
 def read_tiles(d: int, v: int) -> Tiles:
@@ -605,8 +610,15 @@ def read_tiles(d: int, v: int) -> Tiles:
     return Tiles.of(d, v, 64, 64) if chip() >= 90 else Tiles.of(d, v, 32, 32)
 
 
+def walk_backward_tiles(d: int, v: int, spans: Spans) -> Tiles:
+    if chip() >= 90 and spans.halo <= 16:
+        return walk_tiles(d, v, resident=64, streamed=64)
+    return walk_tiles(d, v, resident=32, streamed=32)
+
+
 def gradient_tiles(d: int, v: int, spans: Spans) -> Tiles:
-    return Tiles.of(d, v, 32, 32) if spans.halo <= 16 else Tiles.of(d, v, 16, 16)
+    block = 32 if spans.halo <= 16 or chip() >= 100 else 16
+    return Tiles.of(d, v, block, block)
 
 
 def forward(
@@ -634,7 +646,7 @@ def forward(
         starts_s, s_end = torch.empty_like(starts_w), torch.empty_like(s)
     shape = (heads, d, v, spans.history)
     kinds = {"L2": l2, "MOMENTUM": s is not None, "BEGUN": m is not None}
-    t = walk_tiles(d, v, resident=128)
+    t = walk_tiles(d, v, resident=128, streamed=64)
     launch(
         _walk_forward, (batch * heads, t.value_count),
         k, target, w, s, m, at.slots, at.rows,
@@ -687,7 +699,7 @@ def backward(
         e_own, e_halo, dl_own, dl_halo, *shape,
         **settings, **kinds, **t.settings,
     )  # fmt: skip
-    t = walk_tiles(d, v, resident=64)
+    t = walk_backward_tiles(d, v, spans)
     ends_w, dw_start, dm_start = (
         torch.empty_like(starts_w),
         torch.empty_like(dw),

@@ -1,7 +1,8 @@
-"""The Triton provider of `atlas::omega_rule` and its backward: a matrix memory, update="gd".
+"""The Triton provider of `atlas::omega_rule` and its backward, for update="gd".
 
 What is not the recurrence (feature maps, the gates' elementwise arithmetic, histories) is PyTorch
-under autograd, done again in the backward; coefficients.py, discount.py and matrix.py do the rest.
+under autograd, done again in the backward; coefficients.py, discount.py, matrix.py and deep.py do
+the rest. A deep memory's backward is still the definition's, from the chunk starts saved here.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional import rule as rules
+from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
-from atlas_blocks.kernels import coefficients, matrix
+from atlas_blocks.kernels import coefficients, deep, matrix
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.discount import DiscountSums
 from atlas_blocks.kernels.tiles import INTERPRETED, Layout, layout
@@ -26,41 +28,53 @@ LARGEST_VALUE, LARGEST_FEATURES = 256, 8192
 
 
 class _Streams(NamedTuple):
-    """What the kernels read, then what the next state holds, differentiable in the op's inputs.
+    """What the kernels read, differentiable in the op's inputs.
 
-    HIST tokens of history come first in k and target. s is None without momentum, m without state.
+    HIST tokens of history come first in k, target and mass. eta is discounted where the memory is a
+    matrix; mass is there for a deep memory's discount.
     """
 
     q: Tensor  # phi(q) [B, T, H, D]
     k: Tensor  # phi(k) [B, HIST + T, H, D]
-    target: Tensor  # v [B, HIST + T, H, V]
+    target: Tensor  # v, or v - r(k) [B, HIST + T, H, V]
     alpha: Tensor  # [B, T, H]
-    eta: Tensor  # discounted [B, T, H]
+    eta: Tensor  # [B, T, H]
     theta: Tensor | None  # [B, T, H]
     gamma: Tensor  # [B, T, H, c]
-    w: Tensor  # W, S, M^(0) that the call begins with [B, H, V, D]
-    s: Tensor | None
-    m: Tensor | None
-    keys: Tensor  # the last tokens, for the next call
+    mass: Tensor | None  # [B, HIST + T, H]
+
+
+class _Memory(NamedTuple):
+    """What a call begins with: lists of [B, H, dout, din], and scale [B, H]."""
+
+    w: list[Tensor]  # W
+    s: list[Tensor]  # S, empty without momentum
+    m: list[Tensor]  # M^(0), empty without a state
+    scale: Tensor
+
+
+class _History(NamedTuple):
+    """The last tokens, for the next call."""
+
+    keys: Tensor
     values: Tensor
     writes: Tensor
-    scale: Tensor
 
 
 def _supports(call: Call) -> str | None:
     rule = call.rule
     for name, value, served in (
         ("update", rule.update, ("gd",)),
-        ("memory", rule.memory, ("matrix",)),
         ("dtype of q", call.dtype, (torch.bfloat16, torch.float16, torch.float32)),
         ("state dtype", call.state_dtype, (torch.float32,)),
     ):
         if value not in served:
             return f"{name} {value} has no kernel, only {' and '.join(map(str, served))}"
+    widest = LARGEST_VALUE if rule.memory == "matrix" else LARGEST_VALUE // 2
     for name, size, most in (
         ("chunk_size", rule.chunk_size, LARGEST_CHUNK),
         ("window", rule.window, LARGEST_WINDOW),
-        ("value width", call.value_width, LARGEST_VALUE),
+        ("value width", call.value_width, widest),
         ("feature width", call.feature_width, LARGEST_FEATURES),
     ):
         if size > most:
@@ -87,17 +101,16 @@ def _layout(a: Arguments) -> tuple[Layout, Spans]:
     return layout(batch, length, spans.chunk, position, a.q.device), spans
 
 
-def _prepare(a: Arguments, at: Layout, spans: Spans) -> _Streams:
+def _prepare(a: Arguments, at: Layout, spans: Spans) -> tuple[_Streams, _Memory, _History]:
     q, k, v, alpha, eta, theta, gamma, _, phi, rule, state = a
     length, device = q.shape[1], q.device
     gamma = gamma.float()
     if rule.window > 1:
         # The window does not reach back over the start of the sequence.
-        times = torch.arange(length, device=device)[:, None]
+        times = torch.arange(length, device=device)[None, :, None]
         if state is not None:
             times = times + state.position.to(device)[:, None, None]
-        inside = torch.arange(rule.window, device=device) <= times
-        gamma = gamma * (inside if inside.dim() == 3 else inside[None])[:, :, None]
+        gamma = gamma * (torch.arange(rule.window, device=device) <= times)[:, :, None]
     eta, theta = eta.float(), None if theta is None else theta.float()
     mass = rules.write_mass(eta, theta, gamma) if rule.write_discount else None
 
@@ -115,29 +128,35 @@ def _prepare(a: Arguments, at: Layout, spans: Spans) -> _Streams:
             t = torch.cat([old[:, : n - t.shape[1]], t], 1)
         return t[:, t.shape[1] - n :]
 
-    keys, values = last(k, before.keys), last(v, before.values)
     writes = before.writes if mass is None else last(mass, before.writes)
+    history = _History(last(k, before.keys), last(v, before.values), writes)
 
     def lifted(x: Tensor) -> Tensor:
         x = x if phi is None else phi(x.float()).to(x.dtype)
         return x.contiguous()
 
+    target = v.float() - k.float() if _has_residual(a) and rule.objective == "l2" else v
     q, k = lifted(q), lifted(k)
-    if mass is not None:
+    if mass is not None and rule.memory == "matrix":
         rho, own = DiscountSums.apply(k, mass.contiguous(), at, spans)
         mass = mass[:, mass.shape[1] - length :]
-        eta = eta * torch.exp(-rho) / (mass * own).clamp(min=1)
-    w = before.weights[0].contiguous()
-    s = m = None
-    if theta is not None:
-        theta = theta.contiguous()
-        s = torch.zeros_like(w) if state is None else state.momentum[0].contiguous()
-    if state is not None:
-        m = state.chunk_start[0].contiguous()
-    return _Streams(
-        q, k, v.contiguous(), alpha.float().contiguous(), eta.contiguous(), theta,
-        gamma.contiguous(), w, s, m, keys, values, writes, before.scale,
+        eta, mass = eta * torch.exp(-rho) / (mass * own).clamp(min=1), None
+    streams = _Streams(
+        q, k, target.contiguous(), alpha.float().contiguous(), eta.contiguous(),
+        None if theta is None else theta.contiguous(), gamma.contiguous(),
+        None if mass is None else mass.contiguous(),
     )  # fmt: skip
+    w = [t.contiguous() for t in before.weights]
+    s: list[Tensor] = []
+    if theta is not None:
+        s = [torch.zeros_like(t) for t in w] if state is None else list(state.momentum)
+    m = [] if state is None else list(state.chunk_start)
+    s, m = ([t.contiguous() for t in group] for group in (s, m))
+    return streams, _Memory(w, s, m, before.scale.contiguous()), history
+
+
+def _has_residual(a: Arguments) -> bool:
+    return MEMORIES[a.rule.memory].residual and a.q.shape[-1] == a.v.shape[-1]
 
 
 def _gates(x: _Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -152,74 +171,94 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
         return find("omega_rule", DEFINITION).forward(tensors, settings, save)
     with torch.no_grad():
         at, spans = _layout(a)
-        x = _prepare(a, at, spans)
-        found = coefficients.forward(*_gates(x), at, spans)
-        y, w, s, starts_w, starts_s = matrix.forward(
-            x.q, x.k, x.target, found, x.w, x.s, x.m, at, spans, l2=a.rule.objective == "l2"
-        )
-        length = a.q.shape[1]
-        position = torch.zeros_like(at.rows[:, 0]) if a.state is None else a.state.position
-        position = position.to(a.q.device, torch.int64) + length
-        # M^(0) of the chunk that comes next: W after a whole chunk, else that of the last one.
-        start = starts_w[(at.rows[:, 0] + at.rows[:, 1] - 1).long()]
-        if x.m is not None:
-            old = (at.rows[:, 1] == 1) & ((position - length) % spans.chunk > 0)
-            start = torch.where(old[:, None, None, None], x.m, start)
-        whole = position % spans.chunk == 0
-        start = torch.where(whole[:, None, None, None], w, start)
+        x, memory, history = _prepare(a, at, spans)
+        l2, gates = a.rule.objective == "l2", _gates(x)
+        if a.rule.memory == "matrix":
+            found = coefficients.forward(*gates, at, spans)
+            one = matrix.forward(
+                x.q, x.k, x.target, found, memory.w[0], _first(memory.s), _first(memory.m),
+                at, spans, l2=l2,
+            )  # fmt: skip
+            y, w, s, starts_w, starts_s = one[0], *([] if t is None else [t] for t in one[1:])
+            # A matrix memory's discount carries no scale.
+            scale, scales = memory.scale, memory.scale.new_zeros(at.count, a.q.shape[2])
+        else:
+            y, w, s, scale, starts_w, starts_s, scales = deep.forward(
+                x.q, x.k, x.target, *gates, x.mass, memory.scale, memory.w, memory.s, memory.m,
+                at, spans, l2=l2,
+            )  # fmt: skip
+            if _has_residual(a):
+                y = y + a.q
+        first = torch.zeros_like(at.rows[:, 0]) if a.state is None else a.state.position
+        first = first.to(a.q.device, torch.int64)
+        position = first + a.q.shape[1]
+
+        def chunk_start(i: int) -> Tensor:
+            """M^(0) of the token that comes next: W after a whole chunk, else the last chunk's."""
+            start = starts_w[i][(at.rows[:, 0] + at.rows[:, 1] - 1).long()]
+            if memory.m:
+                old = (at.rows[:, 1] == 1) & (first % spans.chunk > 0)
+                start = torch.where(old[:, None, None, None], memory.m[i], start)
+            whole = position % spans.chunk == 0
+            return torch.where(whole[:, None, None, None], w[i], start)
+
         state = OmegaState(
-            weights=(w,),
-            momentum=() if s is None else (s,),
-            chunk_start=(start,),
-            keys=x.keys,
-            values=x.values,
-            writes=x.writes,
-            scale=x.scale,
+            weights=tuple(w),
+            momentum=tuple(s),
+            chunk_start=tuple(map(chunk_start, range(len(w)))),
+            keys=history.keys,
+            values=history.values,
+            writes=history.writes,
+            scale=scale,
             position=position,
         )
-        outputs = [y, *(t.clone() for t in state.tensors())]
+        outputs = [y.to(a.q.dtype), *(t.clone() for t in state.tensors())]
         if save:
-            groups = [starts_w] if starts_s is None else [starts_w, starts_s]
-            outputs += [t.unflatten(0, (at.batch, at.per_row)) for t in groups]
-            # A matrix memory's discount carries no scale.
-            outputs.append(w.new_zeros(at.batch, at.per_row, w.shape[1]))
+            starts = (*starts_w, *starts_s, scales)
+            outputs += [t.unflatten(0, (at.batch, at.per_row)) for t in starts]
         return outputs
+
+
+def _first(group: list[Tensor]) -> Tensor | None:
+    """The one weight of a matrix memory, where there is any."""
+    return group[0] if group else None
 
 
 def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
+    if 0 in tensors[0].shape[:2] or settings.memory != "matrix":
+        # Of no token there is nothing to do: the state passes through.
+        return find("omega_rule", DEFINITION).backward(grads, tensors, saved, settings)
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
     a = unflatten(leaves, settings)
-    dy, dw, *rest = grads
-    ds = rest.pop(0) if a.theta is not None else None
-    dm, *state = rest
-    if a.q.shape[0] == 0 or a.q.shape[1] == 0:
-        # No kernel for no token: the state passes through.
-        return find("omega_rule", DEFINITION).backward(grads, tensors, saved, settings)
+    dy, dw, *rest = (g.contiguous() for g in grads)
+    ds = rest.pop(0) if settings.momentum else None
+    dm, *d_history, d_scale = rest
     at, spans = _layout(a)
     with torch.enable_grad():
-        x = _prepare(a, at, spans)
+        x, memory, history = _prepare(a, at, spans)
     plain = _Streams._make(None if t is None else t.detach() for t in x)
-    found = coefficients.forward(*_gates(plain), at, spans)
+    gates = _gates(plain)
+    found = coefficients.forward(*gates, at, spans)
     starts = [t.flatten(0, 1) for t in saved[:-1]]
     dq, dk, dv, gradient, dw, ds, dm = matrix.backward(
-        dy.contiguous(), dw.contiguous(), None if ds is None else ds.contiguous(),
-        dm.contiguous(), plain.q, plain.k, plain.target, found, starts[0],
-        starts[1] if len(starts) > 1 else None, plain.m, at, spans,
-        l2=a.rule.objective == "l2",
+        dy, dw, ds, dm, plain.q, plain.k, plain.target, found, starts[0], _first(starts[1:]),
+        _first([t.detach() for t in memory.m]), at, spans, l2=a.rule.objective == "l2",
     )  # fmt: skip
-    d_gates = coefficients.backward(*_gates(plain), at, spans, gradient)
-    gates = (plain.alpha, plain.eta, plain.theta, plain.gamma)
-    d_gates = [
-        d if g is None or d is None else d.view_as(g) for d, g in zip(d_gates, gates, strict=True)
+    d_gates = coefficients.backward(*gates, at, spans, gradient)
+    outputs = (x.q, x.k, x.target, x.alpha, x.eta, x.theta, x.gamma, *history)
+    outputs += (memory.w[0], _first(memory.s), _first(memory.m), memory.scale)
+    found = (dq, dk, dv, *d_gates, *d_history, dw, ds, dm, d_scale)
+    pairs = [
+        (t, g.view_as(t))
+        for t, g in zip(outputs, found, strict=True)
+        if t is not None and g is not None and t.requires_grad
     ]
-    pairs = zip(x, (dq, dk, dv, *d_gates, dw, ds, dm, *state), strict=True)
-    pairs = [(o, g) for o, g in pairs if o is not None and g is not None and o.requires_grad]
     return list(
         torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True
+            [t for t, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True
         )
     )
 

@@ -131,39 +131,38 @@ def load_gate(x, token, mine, head, H, neutral):
 
 
 @triton.jit
-def tile(token, head, H, column, D):
-    """Offsets of [tokens, columns] of one head in a stream [tokens, H, D]."""
-    return (token.to(tl.int64) * H + head)[:, None] * D + column[None, :]
+def tile(x, start, row, head, H, column, D):
+    """Where [rows, columns] of one head lie in a stream [tokens, H, D], from token `start` on.
+
+    Offsets are 32-bit, from a 64-bit start: tiles of 64-bit offsets would take the registers.
+    """
+    return x + (start.to(tl.int64) * H + head) * D + (row * (H * D))[:, None] + column[None, :]
 
 
 @triton.jit
-def load_tile(x, token, some, head, H, column, D):
+def load_tile(x, start, row, some, head, H, column, D):
     mask = some[:, None] & (column < D)[None, :]
-    return tl.load(x + tile(token, head, H, column, D), mask=mask, other=0.0)
+    return tl.load(tile(x, start, row, head, H, column, D), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(x, value, token, some, head, H, column, D):
+def store_tile(x, value, start, row, some, head, H, column, D):
     mask = some[:, None] & (column < D)[None, :]
-    tl.store(x + tile(token, head, H, column, D), value.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def block(row, ROW_WIDTH, column):
-    """Offsets of a dense block [rows, columns] in a matrix with rows ROW_WIDTH long."""
-    return row.to(tl.int64)[:, None] * ROW_WIDTH + column[None, :]
+    tl.store(tile(x, start, row, head, H, column, D), value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_block(x, row, ROWS, column, COLUMNS):
+    """A dense block [rows, columns] of a matrix [ROWS, COLUMNS]."""
     mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    return tl.load(x + block(row, COLUMNS, column), mask=mask, other=0.0)
+    return tl.load(x + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_block(x, value, row, ROWS, column, COLUMNS):
     mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    tl.store(x + block(row, COLUMNS, column), value.to(x.dtype.element_ty), mask=mask)
+    at = x + row[:, None] * COLUMNS + column[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    MEMORIES,
     OBJECTIVES,
     UPDATES,
     difference,
@@ -99,7 +100,6 @@ def triton_rule(**arguments: Any) -> tuple[Tensor, OmegaState]:
 def assert_provider_is_definition(
     inputs: dict[str, Any], pieces: tuple[int, ...], **options: Any
 ) -> None:
-    options = {"memory": "matrix", **options}
     exact = cast(inputs, torch.float64, torch.float64)
     true = run_in_pieces(omega_rule, exact, pieces, **options)
     # The definition's own error in float32 is the measure: a sum of gates near 1 loses digits.
@@ -123,6 +123,7 @@ def assert_provider_is_definition(
 
 @settings(max_examples=12)
 @given(
+    memory=st.sampled_from(MEMORIES),
     chunk=st.sampled_from((1, 7, 16)),
     window=st.sampled_from((1, 2, 5, 20)),
     pieces=st.sampled_from(((1,), (40,), (5, 18, 3), (7, 7), (16, 16, 1, 1), (3, 30))),
@@ -134,6 +135,7 @@ def assert_provider_is_definition(
     seed=st.integers(0, 9),
 )
 def test_equals_the_definition(
+    memory: str,
     chunk: int,
     window: int,
     pieces: tuple[int, ...],
@@ -147,6 +149,7 @@ def test_equals_the_definition(
     """Gates are 0 and 1 at some tokens; calls end inside chunks and inside windows."""
     width, value_width = widths if features == "identity" else (4, 3)
     inputs = rule_inputs(
+        memory,
         batch=2,
         heads=1,
         length=sum(pieces),
@@ -158,7 +161,12 @@ def test_equals_the_definition(
         seed=seed,
     )
     assert_provider_is_definition(
-        inputs, pieces, objective=objective, chunk_size=chunk, write_discount=discount
+        inputs,
+        pieces,
+        memory=memory,
+        objective=objective,
+        chunk_size=chunk,
+        write_discount=discount,
     )
 
 
@@ -252,10 +260,8 @@ def test_low_precision_over_64k_tokens(discount: bool, monkeypatch: pytest.Monke
 
 def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
     inputs = cast(rule_inputs(), torch.float32, torch.float32)
-    for memory, update in (("mlp", "gd"), ("matrix", UPDATES[1])):
-        x = cast(rule_inputs(memory), torch.float32, torch.float32)
-        with pytest.raises(ValueError, match="has no kernel"):
-            ops.omega_rule(**x, memory=memory, update=update, provider="triton")
+    with pytest.raises(ValueError, match="update muon has no kernel"):
+        triton_rule(**inputs, update=UPDATES[1])
     with pytest.raises(ValueError, match="chunk_size 65 is beyond"):
         triton_rule(**inputs, chunk_size=65)
     with pytest.raises(ValueError, match="float64"):
