@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from atlas_blocks.functional.rule import Arguments, Rule, initial_state
-from atlas_blocks.kernels import omega_rule
+from atlas_blocks.kernels import decode, omega_rule
 from atlas_blocks.kernels.tiles import INTERPRETED, Launch, recorded
 from atlas_blocks.ops.omega_rule import flatten
 
@@ -57,12 +57,14 @@ class Configuration(NamedTuple):
     objective: str = "l2"
     begun: bool = True  # with a state from an earlier call
     chunk: int = 64
+    step: bool = False  # a decode step instead of a forward and a backward
 
     def __str__(self) -> str:
         return (
             f"{str(self.dtype).removeprefix('torch.')} D={self.key_width} V={self.value_width} "
             f"c={self.window} b={self.chunk} {self.objective}"
             f"{' momentum' if self.momentum else ''}{' state' if self.begun else ''}"
+            f"{' step' if self.step else ''}"
         )
 
 
@@ -78,17 +80,36 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(dtype, d, v, window, momentum)
         yield Configuration(dtype, d, v, 16, momentum, begun=False)
         yield Configuration(dtype, d, v, 16, momentum, objective="dot")
+        yield Configuration(dtype, d, v, 16, momentum, step=True)
 
 
 def launches(c: Configuration, chip: str) -> list[Launch]:
-    """The kernels of a forward and a backward."""
+    """The kernels of a forward and a backward, or of a decode step."""
     with recorded(int(chip.removeprefix("sm_"))) as found:
-        _forward_and_backward(c)
+        _decode_step(c) if c.step else _forward_and_backward(c)
     return found
 
 
 def _forward_and_backward(c: Configuration) -> None:
-    batch, length, heads = 4, 8192, 16
+    a = _arguments(c, 8192)
+    tensors, settings = flatten(a)
+    y, *rest = omega_rule.PROVIDER.forward(tensors, settings, True)
+    count = 7 + c.momentum  # W, S, M^(0), keys, values, writes, scale, position
+    grads = [y, *rest[: count - 1]]
+    omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
+
+
+def _decode_step(c: Configuration) -> None:
+    a = _arguments(c, 1)
+    assert a.state is not None
+    # M_0, the one weight of a matrix memory, is not among a step's tensors.
+    tensors, settings = flatten(a._replace(state=None))
+    streams = [t.squeeze(1) for t in tensors[:-1]]
+    decode.PROVIDER.forward(streams, a.state.tensors(), settings)
+
+
+def _arguments(c: Configuration, length: int) -> Arguments:
+    batch, heads = 4, 16
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -101,12 +122,7 @@ def _forward_and_backward(c: Configuration) -> None:
     theta = gate if c.momentum else None
     state = initial_state(q, v, weights, rule, c.momentum) if c.begun else None
     gamma = new(*tokens, c.window)
-    a = Arguments(q, q, v, gate, gate, theta, gamma, weights, None, rule, state)
-    tensors, settings = flatten(a)
-    y, *rest = omega_rule.PROVIDER.forward(tensors, settings, True)
-    count = 7 + c.momentum  # W, S, M^(0), keys, values, writes, scale, position
-    grads = [y, *rest[: count - 1]]
-    omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
+    return Arguments(q, q, v, gate, gate, theta, gamma, weights, None, rule, state)
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,19 @@ def omega_rule_step(
     if len(state.weights) != count:
         expected = f"{count} tensors for memory={memory!r}"
         check.fail("state.weights", expected, f"{len(state.weights)} of them")
-    streams = [t if t is None else t.unsqueeze(1) for t in (q, k, v, alpha, eta, theta, gamma)]
-    a = Arguments(*streams, _shapes(state.weights), feature_map, rule, state)
+    a = Arguments(
+        q=q.unsqueeze(1),
+        k=k.unsqueeze(1),
+        v=v.unsqueeze(1),
+        alpha=alpha.unsqueeze(1),
+        eta=eta.unsqueeze(1),
+        theta=None if theta is None else theta.unsqueeze(1),
+        gamma=gamma.unsqueeze(1),
+        weights=_shapes(state.weights),
+        feature_map=feature_map,
+        rule=rule,
+        state=state,
+    )
     rules.validate(*a)
     _check_state(a, state)
     if torch.is_grad_enabled():
@@ -138,7 +149,8 @@ def _shapes(weights: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
 def _choose(provider: str, context: str, devices: tuple[str, str], *facts: Any) -> str:
     """Not traced: providers are imported here, may look at the device, and warn."""
     plain = _call(*facts)
-    call = StepCall(*(getattr(plain, f.name) for f in fields(plain)), *devices)
+    known: dict[str, Any] = {f.name: getattr(plain, f.name) for f in fields(plain)}
+    call = StepCall(**known, position_device=devices[0], state_device=devices[1])
     return providers.choose("omega_rule_step", provider, context, call.device, call)
 
 

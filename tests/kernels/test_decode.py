@@ -1,0 +1,260 @@
+"""The Triton decode step is the definition: under the interpreter on a CPU, or on a GPU.
+
+The fixtures are those of test_recurrence.py; a step multiplies in float32 everywhere.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import OBJECTIVES, STREAMS, UPDATES, difference, everything, rows, rule_inputs, tokens
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from atlas_blocks.functional import OmegaState, PolynomialMap, SketchMap, omega_rule
+from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.ops import omega_rule_step
+from atlas_blocks.ops.omega_rule import flatten
+
+pytest.importorskip("triton")
+from atlas_blocks.kernels import decode
+from atlas_blocks.kernels.tiles import recorded
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = 2e-6  # relative to a tensor's largest entry
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote is NaN, not the zeros of a fresh page."""
+
+    def filled(make: Any) -> Any:
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-(2**30))
+
+        return empty
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+def cast(inputs: dict[str, Any], dtype: torch.dtype, streams: torch.dtype) -> dict[str, Any]:
+    """q, k and v in one dtype, everything else in another, on the device."""
+
+    def to(x: Any, kind: torch.dtype) -> Any:
+        return x.to(DEVICE, kind) if isinstance(x, Tensor) else x
+
+    found = {n: to(x, streams if n in "qkv" else dtype) for n, x in inputs.items()}
+    found["weights"] = [to(w, dtype) for w in inputs["weights"]]
+    phi = inputs["feature_map"]
+    if isinstance(phi, PolynomialMap):
+        found["feature_map"] = PolynomialMap(to(phi.coefficients, dtype))
+    elif isinstance(phi, SketchMap):
+        tables = phi.buckets.to(DEVICE), phi.signs.to(DEVICE, dtype)
+        found["feature_map"] = SketchMap(to(phi.coefficients, dtype), *tables, phi.width)
+    return found
+
+
+def begun(inputs: dict[str, Any], places: tuple[int, ...], options: dict[str, Any]) -> OmegaState:
+    """The state of rows that have seen so many tokens each, with memory of its own."""
+    states = [
+        omega_rule(**tokens(rows(inputs, [i]), 0, n), **options)[1] for i, n in enumerate(places)
+    ]
+    return OmegaState.cat(states).map(torch.clone)
+
+
+def token(inputs: dict[str, Any], t: int) -> dict[str, Any]:
+    """The step's arguments for one token."""
+    chosen = {n: x[:, t] if n in STREAMS and x is not None else x for n, x in inputs.items()}
+    del chosen["weights"]
+    return chosen
+
+
+def steps(
+    inputs: dict[str, Any], first: int, state: OmegaState, options: dict[str, Any]
+) -> tuple[Tensor, OmegaState]:
+    """y of the tokens from `first` on; the state is updated."""
+    outputs = [
+        omega_rule_step(**token(inputs, t), **options, state=state, provider="triton")
+        for t in range(first, inputs["q"].shape[1])
+    ]
+    return torch.stack(outputs, 1), state
+
+
+def assert_steps_are_the_definition(
+    inputs: dict[str, Any], places: tuple[int, ...], streams: torch.dtype, **options: Any
+) -> None:
+    """Rows that stand at `places` take all tokens from the furthest on."""
+    first, results = max(places), []
+    for provider, dtype in (("definition", torch.float64), ("definition", None), ("triton", None)):
+        # The same rounded tokens for all.
+        x = cast(inputs, torch.float32, streams)
+        if dtype is not None:
+            x = cast(x, dtype, dtype)
+        state = begun(x, places, options)
+        if provider == "definition":
+            results.append(omega_rule(**tokens(x, first, x["q"].shape[1]), **options, state=state))
+        else:
+            results.append(steps(x, first, state, options))
+    true, definition, ours = map(everything, results)
+    # The definition's own error is the measure: sums of gates near 1 lose digits.
+    for i, (a, b, c) in enumerate(zip(ours, definition, true, strict=True)):
+        gap, allowed = difference([a], [c]), 2 * difference([b], [c]) + ROUNDING
+        if i == 0 and streams == torch.bfloat16:
+            allowed += 2**-8  # the interpreter cuts digits off where a GPU rounds
+        assert gap <= allowed, f"{'y' if i == 0 else f'state {i}'}: {gap:.2g} > {allowed:.2g}"
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("discount", [False, True])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_forty_steps_are_the_definition(
+    objective: str, momentum: bool, discount: bool, features: str
+) -> None:
+    """Over chunks of 7 and a window of 5; gates are 0 and 1 at some tokens."""
+    inputs = rule_inputs(length=40, window=5, features=features, momentum=momentum)
+    assert_steps_are_the_definition(
+        inputs, (0,), torch.float32, objective=objective, chunk_size=7, write_discount=discount
+    )
+
+
+@pytest.mark.parametrize("discount", [False, True])
+@pytest.mark.parametrize(("chunk", "window"), [(1, 1), (1, 3), (4, 20), (8, 1)])
+def test_windows_longer_and_shorter_than_chunks(chunk: int, window: int, discount: bool) -> None:
+    inputs = rule_inputs(length=25, heads=1, window=window, features="polynomial")
+    assert_steps_are_the_definition(
+        inputs, (0,), torch.float32, chunk_size=chunk, write_discount=discount
+    )
+
+
+@pytest.mark.parametrize("streams", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("features", ["identity", "polynomial"])
+def test_rows_at_different_positions(features: str, streams: torch.dtype) -> None:
+    """Before, at and after the start of a chunk, and before a whole window has been seen."""
+    inputs = rule_inputs(batch=4, length=28, window=4, features=features)
+    assert_steps_are_the_definition(
+        inputs, (0, 3, 8, 17), streams, chunk_size=8, write_discount=True
+    )
+
+
+@pytest.mark.parametrize("discount", [False, True])
+def test_wide_memories_are_tiled(discount: bool) -> None:
+    """300 features are three blocks, 40 and 13 values are five and two."""
+    for value_width in (40, 13):
+        inputs = rule_inputs(length=10, heads=1, window=2, key_width=300, value_width=value_width)
+        assert_steps_are_the_definition(
+            inputs, (0,), torch.float32, chunk_size=4, write_discount=discount
+        )
+
+
+def test_a_batch_of_none() -> None:
+    inputs = cast(rule_inputs(batch=1, length=2), torch.float32, torch.float32)
+    state = begun(inputs, (0,), {"chunk_size": 4})[:0].map(torch.clone)
+    y, _ = steps(rows(inputs, []), 0, state, {"chunk_size": 4})
+    assert y.shape == (0, 2, 2, 3)
+
+
+class HostData(TorchFunctionMode):
+    """Notes calls that bring data from the host: `torch.tensor`, copies between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in (*args, result) if isinstance(t, Tensor) and t.dim()}
+        if len(devices) > 1 or func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+def test_a_step_asks_nothing_of_the_host(features: str) -> None:
+    """What a CUDA graph cannot hold: values read back, shapes from data, data from the host.
+
+    On tensors without storage, the kernel only noted. The second call is looked at: the first one
+    may still fill what is kept.
+    """
+    x = cast(rule_inputs(length=1, window=3, features=features), torch.float32, torch.bfloat16)
+    rule = Rule("matrix", "l2", "gd", 5, 1, 4, True, 3)
+    streams = [x[n] for n in ("q", "k", "v", "alpha", "eta", "theta", "gamma")]
+    tensors, settings = flatten(Arguments(*streams, x["weights"], x["feature_map"], rule, None))
+    state = begun(x, (0,), {"chunk_size": 4, "write_discount": True}).tensors()
+    tensors = [t.to("meta") for t in [*(t[:, 0] for t in tensors[:7]), *tensors[8:]]]  # no M_0
+    state = [t.to("meta") for t in state]
+    with recorded(90) as launches, HostData() as host:
+        decode.PROVIDER.forward(tensors, state, settings)
+        first = len(host.found)
+        decode.PROVIDER.forward(tensors, state, settings)
+    assert first == (features == "polynomial")  # the mode does see the table that is kept
+    assert host.found[first:] == []
+    assert len(launches) == 2
+
+
+def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
+    inputs = cast(rule_inputs(length=1), torch.float32, torch.float32)
+    state = begun(inputs, (0,), {})
+    with pytest.raises(ValueError, match=f"update {UPDATES[1]} has no kernel"):
+        omega_rule_step(**token(inputs, 0), update="muon", state=state, provider="triton")
+    deep = cast(rule_inputs("mlp", length=1), torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="memory mlp has no kernel"):
+        omega_rule_step(
+            **token(deep, 0),
+            memory="mlp",
+            state=begun(deep, (0,), {"memory": "mlp"}),
+            provider="triton",
+        )
+    wide = cast(rule_inputs(length=1, window=65), torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="window 65 is beyond the kernels' 64"):
+        omega_rule_step(**token(wide, 0), state=begun(wide, (0,), {}), provider="triton")
+    double = cast(inputs, torch.float64, torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        omega_rule_step(**token(double, 0), state=begun(double, (0,), {}), provider="triton")
+
+
+def test_a_position_elsewhere_is_refused() -> None:
+    inputs = cast(rule_inputs(length=1), torch.float32, torch.float32)
+    state = begun(inputs, (0,), {})
+    elsewhere = OmegaState(**{**vars(state), "position": state.position.to("meta")})
+    with pytest.raises(ValueError, match=r"reads state\.position on .*, not meta"):
+        omega_rule_step(**token(inputs, 0), state=elsewhere, provider="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+def test_a_cuda_graph_replays_the_step(features: str) -> None:
+    """One step captured, then twenty tokens through it; rows at different positions."""
+    options = {"chunk_size": 8, "write_discount": True}
+    inputs = cast(
+        rule_inputs(batch=2, length=25, window=4, features=features), torch.float32, torch.bfloat16
+    )
+    state = begun(inputs, (0, 4), options)
+    kept = state.map(torch.clone)
+    true, _ = steps(inputs, 5, state.map(torch.clone), options)
+    buffers = {n: x.clone() if isinstance(x, Tensor) else x for n, x in token(inputs, 4).items()}
+
+    def step() -> Tensor:
+        return omega_rule_step(**buffers, **options, state=state, provider="triton")
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for t, old in zip(state.tensors(), kept.tensors(), strict=True):
+        t.copy_(old)
+    for t in range(5, 25):
+        for name, x in token(inputs, t).items():
+            if isinstance(x, Tensor):
+                buffers[name].copy_(x)
+        graph.replay()
+        assert torch.equal(y, true[:, t - 5])
