@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atlas_blocks.functional.memories import MEMORIES, weight_shapes
 from atlas_blocks.functional.rule import Arguments, Rule, initial_state
 from atlas_blocks.kernels import decode, omega_rule
 from atlas_blocks.kernels.tiles import INTERPRETED, Launch, recorded
@@ -57,18 +58,20 @@ class Configuration(NamedTuple):
     objective: str = "l2"
     begun: bool = True  # with a state from an earlier call
     chunk: int = 64
+    memory: str = "matrix"
     step: bool = False  # a decode step instead of a forward and a backward
 
     def __str__(self) -> str:
         return (
-            f"{str(self.dtype).removeprefix('torch.')} D={self.key_width} V={self.value_width} "
-            f"c={self.window} b={self.chunk} {self.objective}"
+            f"{self.memory} {str(self.dtype).removeprefix('torch.')} "
+            f"D={self.key_width} V={self.value_width} c={self.window} b={self.chunk}"
+            f" {self.objective}"
             f"{' momentum' if self.momentum else ''}{' state' if self.begun else ''}"
             f"{' step' if self.step else ''}"
         )
 
 
-QUICK = [Configuration(torch.bfloat16, 64, 64, 16, True)]
+QUICK = [Configuration(torch.bfloat16, 64, 64, 16, True, step=step) for step in (False, True)]
 
 
 def configurations() -> Iterator[Configuration]:
@@ -76,11 +79,14 @@ def configurations() -> Iterator[Configuration]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     widths = ((16, 16), (64, 64), (128, 128), (256, 256), (2145, 64))
     for dtype, (d, v), momentum in itertools.product(dtypes, widths, (True, False)):
-        for window in (1, 16, 64):
-            yield Configuration(dtype, d, v, window, momentum)
-        yield Configuration(dtype, d, v, 16, momentum, begun=False)
-        yield Configuration(dtype, d, v, 16, momentum, objective="dot")
+        yield Configuration(dtype, d, v, 16, momentum)
         yield Configuration(dtype, d, v, 16, momentum, step=True)
+        # An input's dtype changes how it is loaded, nothing else.
+        if dtype == torch.bfloat16:
+            yield Configuration(dtype, d, v, 1, momentum)
+            yield Configuration(dtype, d, v, 64, momentum)
+            yield Configuration(dtype, d, v, 16, momentum, begun=False)
+            yield Configuration(dtype, d, v, 16, momentum, objective="dot")
 
 
 def launches(c: Configuration, chip: str) -> list[Launch]:
@@ -94,9 +100,11 @@ def _forward_and_backward(c: Configuration) -> None:
     a = _arguments(c, 8192)
     tensors, settings = flatten(a)
     y, *rest = omega_rule.PROVIDER.forward(tensors, settings, True)
-    count = 7 + c.momentum  # W, S, M^(0), keys, values, writes, scale, position
+    # W, S and M^(0) of every weight; keys, values, writes, scale, position.
+    count = MEMORIES[c.memory].weights * (2 + c.momentum) + 5
     grads = [y, *rest[: count - 1]]
-    omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
+    if c.memory == "matrix":  # a deep memory's backward is the definition's
+        omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
 
 
 def _decode_step(c: Configuration) -> None:
@@ -117,8 +125,9 @@ def _arguments(c: Configuration, length: int) -> Arguments:
     tokens = (batch, length, heads)
     gate = new(*tokens)
     q, v = new(*tokens, c.key_width, dtype=c.dtype), new(*tokens, c.value_width, dtype=c.dtype)
-    weights = [new(heads, c.value_width, c.key_width)]
-    rule = Rule("matrix", c.objective, "gd", 5, 1, c.chunk, True, c.window)
+    shapes = weight_shapes(c.memory, c.key_width, c.value_width, 4 * c.value_width)
+    weights = [new(heads, *shape) for shape in shapes]
+    rule = Rule(c.memory, c.objective, "gd", 5, 1, c.chunk, True, c.window)
     theta = gate if c.momentum else None
     state = initial_state(q, v, weights, rule, c.momentum) if c.begun else None
     gamma = new(*tokens, c.window)
@@ -221,7 +230,7 @@ def check(chips: list[str], found: list[Configuration], console: Console) -> int
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m atlas_blocks.kernels.aot", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one configuration instead of all")
+    parser.add_argument("--quick", action="store_true", help="the default layer's alone")
     parser.add_argument("--chip", choices=list(SHARED_MEMORY), action="append")
     given = parser.parse_args(arguments)
     if INTERPRETED:

@@ -119,7 +119,7 @@ def store_band(gamma, value, token, mine, head, H, lag, WINDOW: tl.constexpr):
 def _forward(
     alpha, eta, theta, gamma, slots,
     own, halo, abar, carried, write_own, write_halo, last_own, last_halo, thbar,
-    H,
+    H: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     MOMENTUM: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +170,7 @@ def _load_gradient(x, x_end, here, t, i, SPAN: tl.constexpr, KEYS: tl.constexpr)
 def _backward_write(
     alpha, eta, theta, gamma, slots,
     d_own, d_halo, d_abar, d_carried, d_write_own, d_write_halo, d_alpha, d_eta,
-    H,
+    H: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     MOMENTUM: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +222,7 @@ def _window_gradient(
 def _backward_window(
     alpha, eta, theta, slots,
     d_own, d_halo, d_write_own, d_write_halo, d_last_own, d_last_halo, d_gamma,
-    H,
+    H: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     MOMENTUM: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +256,7 @@ def _backward_window(
 def _backward_momentum(
     alpha, eta, theta, gamma, slots,
     d_own, d_halo, d_carried, d_write_own, d_write_halo, d_last_own, d_last_halo, d_thbar, d_theta,
-    H,
+    H: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
     """Through C = Theta Gam, carried = P thbar, and thbar's own last: the gradient of theta."""

@@ -6,8 +6,8 @@
 
 Nothing of a chunk but its weights leaves a program: both kernels go over blocks of hidden units
 twice, first for e, then with it. The walk also finds the discounted write strengths, which need
-M^(0); `coefficients.forward` with alpha = 0 and eta = 1 gives it C, and, once they are known, the
-reads F. A chunk's keys are one tile: the halo's, padded, before the chunk's own.
+M^(0): `coefficients.forward` gives it C, with alpha = 0 and eta = 1, and the reads F, once all
+strengths are known.
 """
 
 # A call of a jitted function is NoReturn to pyright.
@@ -30,6 +30,8 @@ from atlas_blocks.kernels.tiles import (
     ceil_div,
     chunk_tokens,
     dot,
+    fits,
+    inside,
     launch,
     load_block,
     load_gate,
@@ -63,7 +65,7 @@ def _through(
 ):  # fmt: skip
     """x W^T [ROWS, BH] for the hidden units j: x a stream [tokens, H, D], W [HIDDEN, D]."""
     found = tl.zeros([ROWS, BH], tl.float32)
-    for i in range(TILES):
+    for i in tl.range(TILES, disable_licm=True):
         d = i * BD + tl.arange(0, BD)
         tile = load_tile(x, start, row, some, head, H, d, D)
         found += dot(tile, tl.trans(load_block(w, j, HIDDEN, d, D)))
@@ -71,159 +73,153 @@ def _through(
 
 
 @triton.jit
-def _load_keys(own, halo, here, t, i, SPAN: tl.constexpr, HALO: tl.constexpr, KEYS: tl.constexpr):
-    """[SPAN, KEYS] of what is stored as [SPAN, SPAN] and [SPAN, HALO]."""
-    mine = i - (KEYS - SPAN)
-    at = here * SPAN * SPAN + t[:, None] * SPAN + mine[None, :]
-    x = tl.load(own + at, mask=(mine >= 0)[None, :] & (t >= 0)[:, None], other=0.0)
-    if HALO:
-        past = i - (KEYS - SPAN - HALO)
-        at = here * SPAN * HALO + t[:, None] * HALO + past[None, :]
-        near = ((past >= 0) & (past < HALO))[None, :] & (t >= 0)[:, None]
-        x += tl.load(halo + at, mask=near, other=0.0)
-    return x
-
-
-@triton.jit
 def _errors(
     k, target, w1, w2, w3, start, i, seen, head, H, D, V, HIDDEN, v,
-    KEYS: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
     BLOCKS: tl.constexpr, L2: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """e of a chunk's keys [KEYS, BV]."""
+    """e of some keys [ROWS, BV]."""
     e = -load_tile(target, start, i, seen, head, H, v, V).to(tl.float32)
     if L2:
-        for n in range(BLOCKS):
+        for n in tl.range(BLOCKS, disable_licm=True):
             j = n * BH + tl.arange(0, BH)
-            h = gelu(_through(k, w2, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS))
+            h = gelu(_through(k, w2, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, ROWS))
             if GATED:
-                h *= _through(k, w3, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS)
+                h *= _through(k, w3, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, ROWS)
             e += dot(h, tl.trans(load_block(w1, v, V, j, HIDDEN)))
     return e
 
 
 @triton.jit
-def _discount(
-    k, w1, w2, w3, e, start, seen, head, H, D, V, HIDDEN, v, before,
-    eta, theta, gamma, writes, first, low, high, shift,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr,
-    HISTORY, BV: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
-):  # fmt: skip
-    """eta exp(-rho) / max(1, m scale) of the chunk's own tokens, and the scale at its end (9b).
+def _again(x, row, ROWS, column, COLUMNS):
+    """A block as `load_block` loads it, but now: kept from one block of hidden units to the next,
+    with the layouts that products want of it, it would take all registers."""
+    at = x + row[:, None] * COLUMNS + column[None, :]
+    if fits(ROWS, row.shape[0]) and fits(COLUMNS, column.shape[0]):
+        return tl.load(at, volatile=True)
+    else:
+        return tl.load(at, mask=inside(row, ROWS, column, COLUMNS), other=0.0, volatile=True)
 
-    kappa(t, i) = |h_t . h_i| + (f_t . f_i) |x_t . x_i|, see functional/memories.py; before: the
-    scale that the chunk begins with.
-    """
-    i, t = tl.arange(0, KEYS), tl.arange(0, SPAN)
-    hidden = tl.zeros([SPAN, KEYS], tl.float32)  # h_t . h_i
-    squares = tl.zeros([KEYS], tl.float32)  # |h_i|^2
+
+@triton.jit
+def _factors(
+    k, e, w1, w2, w3, start, i, seen, head, H, D, V, HIDDEN, v, j,
+    ROWS: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """h, and the left factors of W_2 and W_3, for some keys, whose errors lie at e, and one block
+    of hidden units."""
+    z = _through(k, w2, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, ROWS)
+    back = dot(_again(e, i, ROWS, v, V), load_block(w1, v, V, j, HIDDEN))
+    h, p2, p3 = gelu(z), back * gelu_slope(z), back
+    if GATED:
+        u = _through(k, w3, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, ROWS)
+        p3, p2, h = h * back, p2 * u, h * u
+    return h, p2, p3
+
+
+@triton.jit
+def _norm_bound(w1, V, HIDDEN, v, BV: tl.constexpr, BH: tl.constexpr, BLOCKS: tl.constexpr):
+    """sqrt ||W_1 W_1^T||_F, a bound on the spectral norm of W_1."""
     gram = tl.zeros([BV, BV], tl.float32)
+    for n in tl.range(BLOCKS, disable_licm=True):
+        w = load_block(w1, v, V, n * BH + tl.arange(0, BH), HIDDEN)
+        gram += dot(w, tl.trans(w))
+    return tl.sqrt(tl.sqrt(tl.sum(gram * gram)) + _BOUND)
+
+
+@triton.jit
+def _tangent(
+    k, e, w2, w3, w, start, i, seen, head, H, D, HIDDEN,
+    ROWS: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
+    BLOCKS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """f of some keys in its up to four parts, and kappa(i, i) (see functional/memories.py)."""
+    squares = tl.zeros([ROWS], tl.float32)  # |h|^2
     gate, value, upper = squares, squares, squares
-    token = first + t
-    mine = (token >= low) & (token < high) & (t < CHUNK)
-    around = (token >= low - HISTORY) & (token < high) & (t < CHUNK)
-    for n in range(BLOCKS):
+    for n in tl.range(BLOCKS, disable_licm=True):
         j = n * BH + tl.arange(0, BH)
-        z = _through(k, w2, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS)
+        z = _through(k, w2, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, ROWS)
         h = gelu(z)
-        z_t = _through(k, w2, first + shift, t, around, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN)
-        h_t = gelu(z_t)
         if GATED:
-            u = _through(k, w3, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS)
+            u = _through(k, w3, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, ROWS)
             value = tl.maximum(value, tl.max(tl.abs(h), 1))
             gate = tl.maximum(gate, tl.max(tl.abs(gelu_slope(z) * u), 1))
             upper = tl.maximum(upper, tl.max(tl.abs(u), 1))
             h *= u
-            h_t *= _through(
-                k, w3, first + shift, t, around, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN
-            )
-        hidden += dot(h_t, tl.trans(h))
         squares += tl.sum(h * h, 1)
-        w = load_block(w1, v, V, j, HIDDEN)
-        gram += dot(w, tl.trans(w))
-    w = tl.sqrt(tl.sqrt(tl.sum(gram * gram)) + _BOUND)
     norm_e, norm_h = tl.sqrt(tl.sum(e * e, 1)), tl.sqrt(squares)
-    dots = tl.zeros([SPAN, KEYS], tl.float32)
-    own_dot = tl.zeros([KEYS], tl.float32)
-    for n in range(TILES):
-        d = n * BD + tl.arange(0, BD)
-        x = load_tile(k, start, i, seen, head, H, d, D).to(tl.float32)
-        x_t = load_tile(k, first + shift, t, around, head, H, d, D).to(tl.float32)
-        dots += dot(x_t, tl.trans(x))
-        own_dot += tl.sum(x * x, 1)
-    dots = tl.abs(dots)
-    # f_t is f_i of the chunk's own tokens.
-    same = (i[None, :] == (KEYS - SPAN) + t[:, None]).to(tl.float32)
     if GATED:
         pairs = norm_h * (gate * upper + value * value) * w + w * w * w * gate * value
         second = tl.sqrt(tl.sqrt(norm_e * pairs + _SECOND))
         third = tl.exp(tl.log(norm_e * norm_e * norm_h * gate * value * w * w + _THIRD) / 6)
-        product = w * gate * tl.sum(same * (w * gate)[None, :], 1)[:, None]
-        product += w * value * tl.sum(same * (w * value)[None, :], 1)[:, None]
-        product += third * tl.sum(same * third[None, :], 1)[:, None]
-        square = w * w * (gate * gate + value * value) + third * third
+        f1, f2 = w * gate, w * value
     else:
-        second = tl.sqrt(tl.sqrt(norm_e * norm_h * w + _SECOND))
-        product = tl.zeros([SPAN, KEYS], tl.float32) + w * w
-        square = w * w + 0 * second
-    product += second[None, :] * tl.sum(same * second[None, :], 1)[:, None]
-    square += second * second
-    kappa = tl.abs(hidden) + product * dots
-    mass = load_gate(writes, start + i, seen, head, H, 0.0)
-    lag = (KEYS - SPAN) + t[:, None] - i[None, :]
-    rho = tl.sum(tl.where((lag > 0) & (i >= KEYS - SPAN)[None, :], kappa, 0.0) * mass[None, :], 1)
-    held = mine[:, None] & (lag >= 0) & (lag < WINDOW)
-    held &= band(gamma, token, mine, head, H, lag, WINDOW) > 0
-    scale = tl.max(tl.where(held, (squares + square * own_dot)[None, :], 0.0), 1)
-    if MOMENTUM:
-        m = load_gate(theta, token, mine, head, H, 1.0)
-        scale_s = tl.sum(tl.where(t[:, None] == t[None, :], scale[:, None], 0.0), 0)
-        scale = tl.max(decay(m, SPAN) * scale_s[None, :], 1)
-        scale = tl.maximum(scale, tl.cumprod(m, axis=0) * before)
-    strength = load_gate(eta, token, mine, head, H, 0.0) * tl.exp(-rho)
-    strength = strength / tl.maximum(tl.sum(same * mass[None, :], 1) * scale, 1.0)
-    # What the next chunk goes on from is the scale of the last token that is there.
-    newest = tl.minimum(high - first, CHUNK) - 1
-    return strength, tl.sum(tl.where(t == newest, scale, 0.0), 0)
+        second, third = tl.sqrt(tl.sqrt(norm_e * norm_h * w + _SECOND)), 0 * squares
+        f1, f2 = w + 0 * squares, 0 * squares
+    dots = 0 * squares
+    for n in tl.range(TILES, disable_licm=True):
+        x = load_tile(k, start, i, seen, head, H, n * BD + tl.arange(0, BD), D).to(tl.float32)
+        dots += tl.sum(x * x, 1)
+    own = squares + (f1 * f1 + f2 * f2 + second * second + third * third) * dots
+    return f1, f2, second, third, own
 
 
 @triton.jit
-def _advance(
-    w, s, to_w, to_s, left, right, write, last, a, c, th, row, ROWS, column, COLUMNS,
-    MOMENTUM: tl.constexpr,
+def _kappa(
+    k, w2, w3, f1, f2, f3, f4, start, t, seen, head, H, D, HIDDEN,
+    SPAN: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
+    BLOCKS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """W' = a W - c S - (write o L)^T R and S' = th S + (last o L)^T R, for one block."""
-    x = a * load_block(w, row, ROWS, column, COLUMNS)
-    x -= dot(tl.trans(left * write[:, None]), right)
-    if MOMENTUM:
-        y = load_block(s, row, ROWS, column, COLUMNS)
-        x -= c * y
-        y = th * y + dot(tl.trans(left * last[:, None]), right)
-        store_block(to_s, y, row, ROWS, column, COLUMNS)
-    store_block(to_w, x, row, ROWS, column, COLUMNS)
+    """kappa(t, s) = |h_t . h_s| + (f_t . f_s) |x_t . x_s| of a chunk's own tokens."""
+    hidden = tl.zeros([SPAN, SPAN], tl.float32)
+    for n in tl.range(BLOCKS, disable_licm=True):
+        j = n * BH + tl.arange(0, BH)
+        h = gelu(_through(k, w2, start, t, seen, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN))
+        if GATED:
+            h *= _through(k, w3, start, t, seen, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN)
+        hidden += dot(h, tl.trans(h))
+    dots = tl.zeros([SPAN, SPAN], tl.float32)
+    for n in tl.range(TILES, disable_licm=True):
+        x = load_tile(k, start, t, seen, head, H, n * BD + tl.arange(0, BD), D).to(tl.float32)
+        dots += dot(x, tl.trans(x))
+    product = f3[:, None] * f3[None, :] + f1[:, None] * f1[None, :]
+    if GATED:
+        product += f2[:, None] * f2[None, :] + f4[:, None] * f4[None, :]
+    return tl.abs(hidden) + product * tl.abs(dots)
+
+
+@triton.jit
+def _held(
+    own, gamma, token, mine, head, H, lag, WINDOW: tl.constexpr
+):  # fmt: skip
+    """The largest kappa(i, i) among the keys that the window of t weighs."""
+    weighed = band(gamma, token, mine, head, H, lag, WINDOW) > 0
+    return tl.max(tl.where(weighed, own[None, :], 0.0), 1)
 
 
 @triton.jit
 def _walk_forward(
-    k, target, alpha, eta, theta, gamma, writes, scale, slots, rows, own, halo, thbar,
+    k, target, alpha, eta, theta, gamma, writes, scale, slots, rows,
+    window_own, window_halo, thbar,
     m1, m2, m3, w1, w2, w3, s1, s2, s3, end_w1, end_w2, end_w3, end_s1, end_s2, end_s3,
-    strengths, scales, end_scale,
-    H, D, V, HIDDEN, HISTORY,
+    errors, errors_h, strengths, scales, end_scale,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
-    KEYS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, L2: tl.constexpr, GATED: tl.constexpr,
     MOMENTUM: tl.constexpr, BEGUN: tl.constexpr, DISCOUNT: tl.constexpr,
 ):  # fmt: skip
     """From every chunk's start to its end. w, s: at the chunks' starts, the first filled in."""
     line = tl.program_id(0).to(tl.int64)
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
-    i, t, v = tl.arange(0, KEYS), tl.arange(0, SPAN), tl.arange(0, BV)
-    size1, size2 = V.to(tl.int64) * HIDDEN, HIDDEN.to(tl.int64) * D
+    t, v = tl.arange(0, SPAN), tl.arange(0, BV)
+    i = tl.arange(0, HALO if HALO else 1)
+    size1, size2 = V * HIDDEN, HIDDEN * D
     first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
     shift = (row + 1) * HISTORY
     now = tl.load(scale + line)
-    for n in range(count):
+    for n in tl.range(count, disable_licm=True):
         slot = first_slot + n
         _, first, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
         here = (slot * H + head).to(tl.int64)
@@ -242,145 +238,251 @@ def _walk_forward(
             to_3 = end_w3 + line * size2
             to_s1, to_s2 = end_s1 + line * size1, end_s2 + line * size2
             to_s3 = end_s3 + line * size2
-        start = first + shift - (KEYS - SPAN)
-        seen = _seen(first, low, high, i, HISTORY, CHUNK, WINDOW, SPAN, KEYS)
+        seen = (token >= low - HISTORY) & (token < high) & (t < CHUNK)
+        past = first - HALO + i
+        near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
         # What the last chunk stored is what this one loads.
         tl.debug_barrier()
         e = _errors(
-            k, target, at_1, at_2, at_3, start, i, seen, head, H, D, V, HIDDEN, v,
-            KEYS, BD, BH, TILES, BLOCKS, L2, GATED,
+            k, target, at_1, at_2, at_3, first + shift, t, seen, head, H, D, V, HIDDEN, v,
+            SPAN, BD, BH, TILES, BLOCKS, L2, GATED,
         )  # fmt: skip
+        e_h = e
+        if HALO:
+            e_h = _errors(
+                k, target, at_1, at_2, at_3, first + shift - HALO, i, near, head, H, D, V, HIDDEN,
+                v, HALO, BD, BH, TILES, BLOCKS, L2, GATED,
+            )  # fmt: skip
+        at_e, at_e_h = errors + here * SPAN * V, errors_h + here * HALO * V
+        store_block(at_e, e, t, SPAN, v, V)
+        if HALO:
+            store_block(at_e_h, e_h, i, HALO, v, V)
         strength = load_gate(eta, token, mine, head, H, 0.0)
         if DISCOUNT:
+            # eta exp(-rho) / max(1, m scale), specification 9b.
             tl.store(scales + here, now)
-            strength, now = _discount(
-                k, at_1, at_2, at_3, e, start, seen, head, H, D, V, HIDDEN, v, now,
-                eta, theta, gamma, writes, first, low, high, shift,
-                CHUNK, WINDOW, SPAN, KEYS, HISTORY, BV, BD, BH, TILES, BLOCKS, GATED, MOMENTUM,
+            bound = _norm_bound(at_1, V, HIDDEN, v, BV, BH, BLOCKS)
+            f1, f2, f3, f4, own = _tangent(
+                k, e, at_2, at_3, bound, first + shift, t, seen, head, H, D, HIDDEN,
+                SPAN, BD, BH, TILES, BLOCKS, GATED,
             )  # fmt: skip
+            held = _held(own, gamma, token, mine, head, H, t[:, None] - t[None, :], WINDOW)
+            if HALO:
+                _, _, _, _, own = _tangent(
+                    k, e_h, at_2, at_3, bound, first + shift - HALO, i, near, head, H, D, HIDDEN,
+                    HALO, BD, BH, TILES, BLOCKS, GATED,
+                )  # fmt: skip
+                lag = t[:, None] + HALO - i[None, :]
+                held = tl.maximum(held, _held(own, gamma, token, mine, head, H, lag, WINDOW))
+            if MOMENTUM:
+                m = load_gate(theta, token, mine, head, H, 1.0)
+                across = tl.sum(tl.where(t[:, None] == t[None, :], held[:, None], 0.0), 0)
+                held = tl.max(decay(m, SPAN) * across[None, :], 1)
+                held = tl.maximum(held, tl.cumprod(m, axis=0) * now)
+            mass = load_gate(writes, token + shift, seen, head, H, 0.0)
+            kappa = _kappa(
+                k, at_2, at_3, f1, f2, f3, f4, first + shift, t, seen, head, H, D, HIDDEN,
+                SPAN, BD, BH, TILES, BLOCKS, GATED,
+            )  # fmt: skip
+            rho = tl.sum(tl.where(t[:, None] > t[None, :], kappa, 0.0) * mass[None, :], 1)
+            strength *= tl.exp(-rho) / tl.maximum(mass * held, 1.0)
             tl.store(strengths + token.to(tl.int64) * H + head, strength, mask=mine)
-        later = mine & (token + 1 < high) & (t + 1 < CHUNK)
+            # The next chunk goes on from the newest token's.
+            newest = tl.minimum(high - first, CHUNK) - 1
+            now = tl.sum(tl.where(t == newest, held, 0.0), 0)
+        end = t == SPAN - 1
+        later = (token + 1 >= low) & (token + 1 < high) & (t + 1 < CHUNK)
+        after = load_gate(alpha, token + 1, later, head, H, 1.0)
+        step = strength * tl.cumprod(after, axis=0, reverse=True)
         a = load_gate(alpha, token, mine, head, H, 1.0)
-        step = strength * tl.cumprod(
-            load_gate(alpha, token + 1, later, head, H, 1.0), axis=0, reverse=True
-        )
-        a = tl.sum(tl.where(t == SPAN - 1, tl.cumprod(a, axis=0), 0.0), 0)
-        window = _load_keys(own, halo, here, t, i, SPAN, HALO, KEYS)
-        write = tl.sum(step[:, None] * window, 0)
-        last = tl.sum(tl.where((t == SPAN - 1)[:, None], window, 0.0), 0)
+        a = tl.sum(tl.where(end, tl.cumprod(a, axis=0), 0.0), 0)
         c, th = 0.0, 0.0
         if MOMENTUM:
             run = tl.load(thbar + here * SPAN + t)
             c = tl.sum(step * run, 0)
-            th = tl.sum(tl.where(t == SPAN - 1, run, 0.0), 0)
-        for block in range(BLOCKS):
+            th = tl.sum(tl.where(end, run, 0.0), 0)
+        window = load_block(window_own + here * SPAN * SPAN, t, SPAN, t, SPAN)
+        write = tl.sum(step[:, None] * window, 0)
+        last = tl.sum(tl.where(end[:, None], window, 0.0), 0)
+        write_h, last_h = write, last
+        if HALO:
+            window = load_block(window_halo + here * SPAN * HALO, t, SPAN, i, HALO)
+            write_h = tl.sum(step[:, None] * window, 0)
+            last_h = tl.sum(tl.where(end[:, None], window, 0.0), 0)
+        tl.debug_barrier()
+        for block in tl.range(BLOCKS, disable_licm=True):
             j = block * BH + tl.arange(0, BH)
-            z = _through(k, at_2, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS)
-            h, p = gelu(z), dot(e, load_block(at_1, v, V, j, HIDDEN))
-            p3 = p
-            if GATED:
-                u = _through(k, at_3, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS)
-                p3 = h * p
-                p, h = p * u, h * u
-            p *= gelu_slope(z)
-            _advance(from_1, past_1, to_1, to_s1, e, h, write, last, a, c, th,
-                     v, V, j, HIDDEN, MOMENTUM)  # fmt: skip
-            for m in range(TILES):
-                d = m * BD + tl.arange(0, BD)
-                x = load_tile(k, start, i, seen, head, H, d, D)
-                _advance(from_2, past_2, to_2, to_s2, p, x, write, last, a, c, th,
-                         j, HIDDEN, d, D, MOMENTUM)  # fmt: skip
+            h, p2, p3 = _factors(
+                k, at_e, at_1, at_2, at_3, first + shift, t, seen, head, H, D, V, HIDDEN, v, j,
+                SPAN, BD, BH, TILES, GATED,
+            )  # fmt: skip
+            h_h, p2_h, p3_h = h, p2, p3
+            if HALO:
+                h_h, p2_h, p3_h = _factors(
+                    k, at_e_h, at_1, at_2, at_3, first + shift - HALO, i, near, head, H, D, V,
+                    HIDDEN, v, j, HALO, BD, BH, TILES, GATED,
+                )  # fmt: skip
+            e = _again(at_e, t, SPAN, v, V)
+            if HALO:
+                e_h = _again(at_e_h, i, HALO, v, V)
+            _advance(
+                from_1, past_1, to_1, to_s1, e, h, write, last, e_h, h_h, write_h, last_h,
+                a, c, th, v, V, j, HIDDEN, HALO, MOMENTUM,
+            )  # fmt: skip
+            for m_ in tl.range(TILES, disable_licm=True):
+                d = m_ * BD + tl.arange(0, BD)
+                x = load_tile(k, first + shift, t, seen, head, H, d, D)
+                x_h = load_tile(k, first + shift - HALO, i, near, head, H, d, D)
+                _advance(
+                    from_2, past_2, to_2, to_s2, p2, x, write, last, p2_h, x_h, write_h, last_h,
+                    a, c, th, j, HIDDEN, d, D, HALO, MOMENTUM,
+                )  # fmt: skip
                 if GATED:
-                    _advance(from_3, past_3, to_3, to_s3, p3, x, write, last, a, c, th,
-                             j, HIDDEN, d, D, MOMENTUM)  # fmt: skip
+                    _advance(
+                        from_3, past_3, to_3, to_s3, p3, x, write, last, p3_h, x_h, write_h, last_h,
+                        a, c, th, j, HIDDEN, d, D, HALO, MOMENTUM,
+                    )  # fmt: skip
     tl.store(end_scale + line, now)
 
 
 @triton.jit
-def _seen(
-    first, low, high, i, HISTORY,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr,
+def _advance(
+    w, s, to_w, to_s, left, right, write, last, left_h, right_h, write_h, last_h, a, c, th,
+    row, ROWS, column, COLUMNS, HALO: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """Which of a chunk's keys there are: its own, and those that a window reaches back to."""
-    token = first - (KEYS - SPAN) + i
-    lag = KEYS - SPAN - i
-    return (token >= low - HISTORY) & (token < high) & (lag < WINDOW) & (-lag < CHUNK)
+    """W' = a W - c S - (write o L)^T R and S' = th S + (last o L)^T R, for one block."""
+    x = a * load_block(w, row, ROWS, column, COLUMNS)
+    x -= dot(tl.trans(left * write[:, None]), right)
+    if HALO:
+        x -= dot(tl.trans(left_h * write_h[:, None]), right_h)
+    if MOMENTUM:
+        y = load_block(s, row, ROWS, column, COLUMNS)
+        x -= c * y
+        y = th * y + dot(tl.trans(left * last[:, None]), right)
+        if HALO:
+            y += dot(tl.trans(left_h * last_h[:, None]), right_h)
+        store_block(to_s, y, row, ROWS, column, COLUMNS)
+    store_block(to_w, x, row, ROWS, column, COLUMNS)
 
 
 @triton.jit
 def _read_hidden(
-    q, w, s, first, t, mine, head, H, D, j, HIDDEN, abar, c,
+    q, w, s, first, t, mine, head, H, D, j, HIDDEN, abar, carried,
     BH: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
     MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """abar o q W^T - carried o q S^T for one block of hidden units."""
-    x = abar[:, None] * _through(q, w, first, t, mine, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN)
+    x = tl.load(abar + t)[:, None] * _through(
+        q, w, first, t, mine, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN
+    )
     if MOMENTUM:
-        x -= c[:, None] * _through(q, s, first, t, mine, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN)
+        x -= tl.load(carried + t)[:, None] * _through(
+            q, s, first, t, mine, head, H, D, j, HIDDEN, BH, BD, TILES, SPAN
+        )
     return x
 
 
 @triton.jit
+def _weighed_dots(
+    q, k, f, first, t, mine, start, i, seen, head, H, D,
+    SPAN: tl.constexpr, KEYS: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """F o Q K^T for some keys."""
+    dots = tl.zeros([SPAN, KEYS], tl.float32)
+    for n in tl.range(TILES, disable_licm=True):
+        d = n * BD + tl.arange(0, BD)
+        x = load_tile(k, start, i, seen, head, H, d, D)
+        dots += dot(load_tile(q, first, t, mine, head, H, d, D), tl.trans(x))
+    return dots * load_block(f, t, SPAN, i, KEYS)
+
+
+@triton.jit
 def _read_forward(
-    q, k, target, slots, own, halo, abar, carried, m1, m2, m3, w1, w2, w3, s1, s2, s3, y,
-    H, D, V, HIDDEN, HISTORY,
+    q, k, errors, errors_h, slots, own, halo, abar, carried, m1, m2, m3, w1, w2, w3, s1, s2, s3, y,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
-    KEYS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, L2: tl.constexpr, GATED: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+    TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr,
     MOMENTUM: tl.constexpr, BEGUN: tl.constexpr,
 ):  # fmt: skip
     """y_t = M_t(q_t) without the residual: a read of W_2 (and W_3), then one of W_1."""
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
-    row, first, low, high, _, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
+    row, first, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
     if low == high:
         return
-    i, t, v = tl.arange(0, KEYS), tl.arange(0, SPAN), tl.arange(0, BV)
-    here = (slot * H + head).to(tl.int64)
-    line = (row * H + head).to(tl.int64)
-    size1, size2 = V.to(tl.int64) * HIDDEN, HIDDEN.to(tl.int64) * D
+    t, v = tl.arange(0, SPAN), tl.arange(0, BV)
+    i = tl.arange(0, HALO if HALO else 1)
+    here, line = (slot * H + head).to(tl.int64), (row * H + head).to(tl.int64)
+    size1, size2 = V * HIDDEN, HIDDEN * D
     from_1, from_2, from_3 = w1 + here * size1, w2 + here * size2, w3 + here * size2
     past_1, past_2, past_3 = s1 + here * size1, s2 + here * size2, s3 + here * size2
     at_1, at_2, at_3 = from_1, from_2, from_3
     if BEGUN and first < low:
         at_1, at_2, at_3 = m1 + line * size1, m2 + line * size2, m3 + line * size2
-    start = first + (row + 1) * HISTORY - (KEYS - SPAN)
-    seen = _seen(first, low, high, i, HISTORY, CHUNK, WINDOW, SPAN, KEYS)
-    e = _errors(
-        k, target, at_1, at_2, at_3, start, i, seen, head, H, D, V, HIDDEN, v,
-        KEYS, BD, BH, TILES, BLOCKS, L2, GATED,
-    )  # fmt: skip
-    scale_w = tl.load(abar + here * SPAN + t)
-    scale_s = scale_w
-    if MOMENTUM:
-        scale_s = tl.load(carried + here * SPAN + t)
-    dots = tl.zeros([SPAN, KEYS], tl.float32)
-    for m in range(TILES):
-        d = m * BD + tl.arange(0, BD)
-        x = load_tile(k, start, i, seen, head, H, d, D)
-        dots += dot(load_tile(q, first, t, mine, head, H, d, D), tl.trans(x))
-    dots *= _load_keys(own, halo, here, t, i, SPAN, HALO, KEYS)
+    start = first + (row + 1) * HISTORY
+    seen = (token >= low - HISTORY) & (token < high) & (t < CHUNK)
+    past = first - HALO + i
+    near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
+    abar += here * SPAN
+    carried += here * SPAN
+    own += here * SPAN * SPAN
+    halo += here * SPAN * HALO
+    e, e_h = errors + here * SPAN * V, errors_h + here * HALO * V
+    dots = _weighed_dots(
+        q, k, own, first, t, mine, start, t, seen, head, H, D, SPAN, SPAN, BD, TILES
+    )
+    inner = tl.zeros([SPAN, SPAN], tl.float32)  # h_t . h_i
+    dots_h, inner_h = dots, inner
+    if HALO:
+        dots_h = _weighed_dots(
+            q, k, halo, first, t, mine, start - HALO, i, near, head, H, D, SPAN, HALO, BD, TILES
+        )
+        inner_h = tl.zeros([SPAN, HALO], tl.float32)
     found = tl.zeros([SPAN, BV], tl.float32)
-    inner = tl.zeros([SPAN, KEYS], tl.float32)  # h_t . h_i
-    for block in range(BLOCKS):
+    for block in tl.range(BLOCKS, disable_licm=True):
         j = block * BH + tl.arange(0, BH)
-        z = _through(k, at_2, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS)
-        h, p = gelu(z), dot(e, load_block(at_1, v, V, j, HIDDEN))
-        z_t = _read_hidden(q, from_2, past_2, first, t, mine, head, H, D, j, HIDDEN,
-                           scale_w, scale_s, BH, BD, TILES, SPAN, MOMENTUM)  # fmt: skip
+        z_t = _read_hidden(
+            q, from_2, past_2, first, t, mine, head, H, D, j, HIDDEN, abar, carried,
+            BH, BD, TILES, SPAN, MOMENTUM,
+        )  # fmt: skip
+        u_t = z_t
         if GATED:
-            u = _through(k, at_3, start, i, seen, head, H, D, j, HIDDEN, BH, BD, TILES, KEYS)
-            u_t = _read_hidden(q, from_3, past_3, first, t, mine, head, H, D, j, HIDDEN,
-                               scale_w, scale_s, BH, BD, TILES, SPAN, MOMENTUM)  # fmt: skip
-            h_t = gelu(z_t - dot(dots, p * u * gelu_slope(z))) * (u_t - dot(dots, p * h))
-            h *= u
-        else:
-            h_t = gelu(z_t - dot(dots, p * gelu_slope(z)))
+            u_t = _read_hidden(
+                q, from_3, past_3, first, t, mine, head, H, D, j, HIDDEN, abar, carried,
+                BH, BD, TILES, SPAN, MOMENTUM,
+            )  # fmt: skip
+        h, p2, p3 = _factors(
+            k, e, at_1, at_2, at_3, start, t, seen, head, H, D, V, HIDDEN, v, j,
+            SPAN, BD, BH, TILES, GATED,
+        )  # fmt: skip
+        z_t -= dot(dots, p2)
+        if GATED:
+            u_t -= dot(dots, p3)
+        h_h = h
+        if HALO:
+            h_h, p2, p3 = _factors(
+                k, e_h, at_1, at_2, at_3, start - HALO, i, near, head, H, D, V, HIDDEN, v, j,
+                HALO, BD, BH, TILES, GATED,
+            )  # fmt: skip
+            z_t -= dot(dots_h, p2)
+            if GATED:
+                u_t -= dot(dots_h, p3)
+        h_t = gelu(z_t)
+        if GATED:
+            h_t *= u_t
         inner += dot(h_t, tl.trans(h))
-        found += scale_w[:, None] * dot(h_t, tl.trans(load_block(from_1, v, V, j, HIDDEN)))
+        if HALO:
+            inner_h += dot(h_t, tl.trans(h_h))
+        w = load_block(from_1, v, V, j, HIDDEN)
+        found += dot(h_t * tl.load(abar + t)[:, None], tl.trans(w))
         if MOMENTUM:
-            found -= scale_s[:, None] * dot(h_t, tl.trans(load_block(past_1, v, V, j, HIDDEN)))
-    inner *= _load_keys(own, halo, here, t, i, SPAN, HALO, KEYS)
-    store_tile(y, found - dot(inner, e), first, t, mine, head, H, v, V)
+            w = load_block(past_1, v, V, j, HIDDEN)
+            found -= dot(h_t * tl.load(carried + t)[:, None], tl.trans(w))
+    found -= dot(inner * load_block(own, t, SPAN, t, SPAN), load_block(e, t, SPAN, v, V))
+    if HALO:
+        inner_h *= load_block(halo, t, SPAN, i, HALO)
+        found -= dot(inner_h, load_block(e_h, i, HALO, v, V))
+    store_tile(y, found, first, t, mine, head, H, v, V)
 
 
 def forward(
@@ -417,6 +519,9 @@ def forward(
     scales = scale.new_zeros(at.count, heads)
     end_scale = torch.empty_like(scale)
     y = q.new_empty(*q.shape[:-1], v)
+    errors, errors_h = (
+        scale.new_empty(at.count, heads, keys, v) for keys in (spans.span, spans.halo)
+    )
 
     def three(group: list[Tensor], other: list[Tensor]) -> list[Tensor]:
         """Pointers for W_1..W_3; those to what is not there are never followed."""
@@ -427,22 +532,22 @@ def forward(
     shape = (heads, d, v, hidden, spans.history)
     settings: dict[str, Any] = {
         "CHUNK": spans.chunk, "WINDOW": spans.window, "SPAN": spans.span, "HALO": spans.halo,
-        "KEYS": padded(spans.span + spans.halo), "L2": l2, "GATED": len(w) == 3,
+        "GATED": len(w) == 3,
         "MOMENTUM": theta is not None, "BEGUN": bool(m), **tiles(d, v, hidden),
     }  # fmt: skip
     launch(
         _walk_forward, (batch * heads,),
         k, target, alpha, eta, theta, gamma, writes, scale, at.slots, at.rows,
         window.own, window.halo, window.carried, *starts, *three(end_w, w),
-        *three(end_s, end_w), strengths, scales, end_scale, *shape,
-        **settings, DISCOUNT=writes is not None,
+        *three(end_s, end_w), errors, errors_h, strengths, scales, end_scale, *shape,
+        **settings, L2=l2, DISCOUNT=writes is not None,
     )  # fmt: skip
     found = coefficients.forward(
         alpha, eta if writes is None else strengths, theta, gamma, at, spans
     )
     launch(
         _read_forward, (at.count * heads,),
-        q, k, target, at.slots, found.own, found.halo, found.abar, found.carried,
+        q, k, errors, errors_h, at.slots, found.own, found.halo, found.abar, found.carried,
         *starts, y, *shape, **settings,
     )  # fmt: skip
     return y, end_w, end_s, end_scale, starts_w, starts_s, scales

@@ -37,7 +37,7 @@ def _products(
     products = tl.zeros([SPAN, SPAN], tl.float32)
     squares = tl.zeros([SPAN], tl.float32)
     t = tl.arange(0, SPAN)
-    for j in range(TILES):
+    for j in tl.range(TILES, disable_licm=True):
         x = load_tile(k, start, t, seen, head, H, j * BD + tl.arange(0, BD), D).to(tl.float32)
         products += dot(x, tl.trans(x))
         squares += tl.sum(x * x, 1)
@@ -46,7 +46,8 @@ def _products(
 
 @triton.jit
 def _forward(
-    k, writes, slots, rho, own, H, D, HISTORY,
+    k, writes, slots, rho, own,
+    H: tl.constexpr, D: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     slot, head = tl.program_id(0), tl.program_id(1)
@@ -66,7 +67,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    k, writes, slots, d_rho, d_own, dk, d_writes, H, D, HISTORY,
+    k, writes, slots, d_rho, d_own, dk, d_writes,
+    H: tl.constexpr, D: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     slot, head = tl.program_id(0), tl.program_id(1)
@@ -88,7 +90,7 @@ def _backward(
     slope = tl.where(before, sign * g[:, None] * mass[None, :], 0.0)
     slope += tl.trans(slope)
     own = load_gate(d_own, token, mine, head, H, 0.0)
-    for j in range(TILES):
+    for j in tl.range(TILES, disable_licm=True):
         d = j * BD + tl.arange(0, BD)
         x = load_tile(k, first + shift, t, seen, head, H, d, D).to(tl.float32)
         found = dot(slope, x) + 2 * own[:, None] * x
@@ -130,7 +132,7 @@ class DiscountSums(torch.autograd.Function):
 
 
 def _settings(d: int, spans: Spans) -> dict[str, Any]:
-    block = min(64, padded(d))
+    block = min(32 if d % 16 else 64, padded(d))
     return {
         "CHUNK": spans.chunk, "SPAN": spans.span, "BD": block, "TILES": ceil_div(d, block),
         "num_warps": 4, "num_stages": 1,

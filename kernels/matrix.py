@@ -1,4 +1,4 @@
-"""The matrix memory with U = identity: walk, read, and their gradients (specification section 6).
+"""The matrix memory with U = identity: the walk over the chunks, and the reads (section 6).
 
     L = K M^(0)^T - V  ("l2"),  -V  ("dot")      over the chunk's own keys and the halo's
     y = abar Q W^T - carried Q S^T - (F o Q K^T) L
@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atlas_blocks.kernels import coefficients
 from atlas_blocks.kernels.coefficients import Coefficients, Spans
 from atlas_blocks.kernels.tiles import (
     Layout,
@@ -44,7 +43,7 @@ def _walk_forward(
     k, target, w_start, s_start, m_start, slots, rows,
     write_own, write_halo, last_own, last_halo, abar, carried, thbar,
     starts_w, starts_s, w_end, s_end,
-    H, D, V, HISTORY,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     L2: tl.constexpr, MOMENTUM: tl.constexpr, BEGUN: tl.constexpr,
@@ -53,7 +52,7 @@ def _walk_forward(
     v = tl.program_id(1) * BV + tl.arange(0, BV)
     d = tl.arange(0, BD)
     r, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
-    size = V.to(tl.int64) * D
+    size = V * D
     mine = tl.program_id(0).to(tl.int64) * size
     first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
     shift = (row + 1) * HISTORY
@@ -65,14 +64,14 @@ def _walk_forward(
         if MOMENTUM:
             s = load_block(s_start + mine, v, V, d, D).to(tl.float32)
     else:
-        for j in range(TILES):
+        for j in tl.range(TILES, disable_licm=True):
             to = (first_slot * H + head).to(tl.int64) * size
             x = load_block(w_start + mine, v, V, d + j * BD, D)
             store_block(starts_w + to, x, v, V, d + j * BD, D)
             if MOMENTUM:
                 x = load_block(s_start + mine, v, V, d + j * BD, D)
                 store_block(starts_s + to, x, v, V, d + j * BD, D)
-    for n in range(count):
+    for n in tl.range(count, disable_licm=True):
         slot = first_slot + n
         _, first, low, high, token, _ = chunk_tokens(slots, slot, SPAN, CHUNK)
         here = (slot * H + head).to(tl.int64)
@@ -114,7 +113,7 @@ def _walk_forward(
             # What the last chunk stored is what this one loads.
             tl.debug_barrier()
             if L2:
-                for j in range(TILES):
+                for j in tl.range(TILES, disable_licm=True):
                     if BEGUN and first < low:
                         m = load_block(m_start + mine, v, V, d + j * BD, D)
                     else:
@@ -124,7 +123,7 @@ def _walk_forward(
                     if HALO:
                         x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
                         e_h += dot(x, tl.trans(m))
-            for j in range(TILES):
+            for j in tl.range(TILES, disable_licm=True):
                 w = a * load_block(starts_w + here * size, v, V, d + j * BD, D)
                 x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
                 w -= dot(tl.trans(e * write[:, None]), x)
@@ -153,7 +152,7 @@ def _walk_forward(
 
 
 @triton.jit
-def _left_and_dots(
+def left_and_dots(
     q, k, target, m_start, starts_w, slot, head, row, first, low, high, token, mine, v, H, D, V,
     HISTORY,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
@@ -162,7 +161,7 @@ def _left_and_dots(
     """L [keys, BV] and Q K^T, for the chunk's own keys and the halo's (1 wide without one)."""
     d, r = tl.arange(0, BD), tl.arange(0, SPAN)
     i = tl.arange(0, HALO if HALO else 1)
-    size = V.to(tl.int64) * D
+    size = V * D
     # M^(0) of a chunk that an earlier call began is not the W it starts with here.
     weights = starts_w + (slot * H + head).to(tl.int64) * size
     shift = (row + 1) * HISTORY
@@ -173,7 +172,7 @@ def _left_and_dots(
     near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
     e_h = -load_tile(target, first + shift - HALO, i, near, head, H, v, V).to(tl.float32)
     dots_h = tl.zeros([SPAN, HALO if HALO else 1], tl.float32)
-    for j in range(TILES):
+    for j in tl.range(TILES, disable_licm=True):
         if L2:
             w = load_block(weights, v, V, d + j * BD, D).to(tl.float32)
             if BEGUN and first < low:
@@ -195,7 +194,7 @@ def _left_and_dots(
 @triton.jit
 def _read_forward(
     q, k, target, m_start, slots, own, halo, abar, carried, starts_w, starts_s, y,
-    H, D, V, HISTORY,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
     L2: tl.constexpr, MOMENTUM: tl.constexpr, BEGUN: tl.constexpr,
@@ -208,20 +207,20 @@ def _read_forward(
     d = tl.arange(0, BD)
     r, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
     here = (slot * H + head).to(tl.int64)
-    size = V.to(tl.int64) * D
+    size = V * D
     read = tl.zeros([SPAN, BV], tl.float32)
-    for j in range(TILES):
+    for j in tl.range(TILES, disable_licm=True):
         x = load_tile(q, first, r, mine, head, H, d + j * BD, D)
         w = load_block(starts_w + here * size, v, V, d + j * BD, D)
         read += dot(x, tl.trans(w))
     read = tl.load(abar + here * SPAN + r)[:, None] * read
     if MOMENTUM:
         c = tl.load(carried + here * SPAN + r)[:, None]
-        for j in range(TILES):
+        for j in tl.range(TILES, disable_licm=True):
             x = load_tile(q, first, r, mine, head, H, d + j * BD, D)
             s = load_block(starts_s + here * size, v, V, d + j * BD, D)
             read -= c * dot(x, tl.trans(s))
-    e, dots, e_h, dots_h = _left_and_dots(
+    e, dots, e_h, dots_h = left_and_dots(
         q, k, target, m_start, starts_w, slot, head, row, first, low, high, token, mine, v, H, D, V,
         HISTORY, CHUNK, WINDOW, SPAN, HALO, BD, TILES, L2, BEGUN,
     )  # fmt: skip
@@ -231,347 +230,6 @@ def _read_forward(
         f = load_block(halo + here * SPAN * HALO, r, SPAN, i, HALO)
         read -= dot(dots_h * f, e_h)
     store_tile(y, read, first, r, mine, head, H, v, V)
-
-
-@triton.jit
-def _left_backward(
-    q, k, target, dy, m_start, slots, own, halo, starts_w, e_own, e_halo, dl_own, dl_halo,
-    H, D, V, HISTORY,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    L2: tl.constexpr, BEGUN: tl.constexpr,
-):  # fmt: skip
-    """L again, and the part of its gradient that comes from the reads: -(F o Q K^T)^T dy."""
-    slot, head = tl.program_id(0) // H, tl.program_id(0) % H
-    row, first, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
-    if low == high:
-        return
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
-    r, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
-    here = (slot * H + head).to(tl.int64)
-    e, dots, e_h, dots_h = _left_and_dots(
-        q, k, target, m_start, starts_w, slot, head, row, first, low, high, token, mine, v, H, D, V,
-        HISTORY, CHUNK, WINDOW, SPAN, HALO, BD, TILES, L2, BEGUN,
-    )  # fmt: skip
-    g = load_tile(dy, first, r, mine, head, H, v, V)
-    f = load_block(own + here * SPAN * SPAN, r, SPAN, r, SPAN)
-    store_block(e_own + here * SPAN * V, e, r, SPAN, v, V)
-    dl = -dot(tl.trans(dots * f), g)
-    store_block(dl_own + here * SPAN * V, dl, r, SPAN, v, V)
-    if HALO:
-        f = load_block(halo + here * SPAN * HALO, r, SPAN, i, HALO)
-        store_block(e_halo + here * HALO * V, e_h, i, HALO, v, V)
-        dl = -dot(tl.trans(dots_h * f), g)
-        store_block(dl_halo + here * HALO * V, dl, i, HALO, v, V)
-
-
-@triton.jit
-def _walk_backward(
-    q, k, dy, slots, rows,
-    write_own, write_halo, last_own, last_halo, abar, carried, thbar,
-    dl_own, dl_halo, dw_end, ds_end, dm_end, ends_w, ends_s, dw_start, ds_start, dm_start,
-    H, D, V, HISTORY,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    L2: tl.constexpr, MOMENTUM: tl.constexpr,
-):  # fmt: skip
-    """The gradients of W and S at every chunk's end, from the last chunk to the first.
-
-    dl comes in with the reads' part and leaves complete. dm: the gradient of M^(0), at the end that
-    of the state's chunk_start.
-    """
-    row, head = tl.program_id(0) // H, tl.program_id(0) % H
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
-    d = tl.arange(0, BD)
-    r, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
-    size = V.to(tl.int64) * D
-    mine = tl.program_id(0).to(tl.int64) * size
-    first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
-    shift = (row + 1) * HISTORY
-    at = slots + (first_slot + count - 1).to(tl.int64) * 4
-    whole = tl.load(at + 3) - tl.load(at + 1) == CHUNK
-    # After a whole chunk the state's chunk_start is W itself.
-    w = load_block(dw_end + mine, v, V, d, D)
-    w += tl.where(whole, load_block(dm_end + mine, v, V, d, D), 0.0)
-    if MOMENTUM:
-        s = load_block(ds_end + mine, v, V, d, D)
-    if TILES > 1:
-        to = ((first_slot + count - 1) * H + head).to(tl.int64) * size
-        for j in range(TILES):
-            x = load_block(dw_end + mine, v, V, d + j * BD, D)
-            x += tl.where(whole, load_block(dm_end + mine, v, V, d + j * BD, D), 0.0)
-            store_block(ends_w + to, x, v, V, d + j * BD, D)
-            if MOMENTUM:
-                x = load_block(ds_end + mine, v, V, d + j * BD, D)
-                store_block(ends_s + to, x, v, V, d + j * BD, D)
-    for back in range(count):
-        slot = first_slot + count - 1 - back
-        _, first, low, high, token, out = chunk_tokens(slots, slot, SPAN, CHUNK)
-        here = (slot * H + head).to(tl.int64)
-        seen = (token >= low - HISTORY) & (token < high) & (r < CHUNK)
-        write = tl.load(write_own + here * SPAN + r)
-        a = tl.load(abar + here * SPAN + SPAN - 1)
-        if MOMENTUM:
-            last = tl.load(last_own + here * SPAN + r)
-            c = tl.load(carried + here * SPAN + SPAN - 1)
-            th = tl.load(thbar + here)
-        g = load_tile(dy, first, r, out, head, H, v, V).to(tl.float32)
-        g_w = g * tl.load(abar + here * SPAN + r)[:, None]
-        if MOMENTUM:
-            g_s = g * tl.load(carried + here * SPAN + r)[:, None]
-        dl = load_block(dl_own + here * SPAN * V, r, SPAN, v, V).to(tl.float32)
-        if HALO:
-            past = first - HALO + i
-            near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
-            write_h = tl.load(write_halo + here * HALO + i)
-            if MOMENTUM:
-                last_h = tl.load(last_halo + here * HALO + i)
-            dl_h = load_block(dl_halo + here * HALO * V, i, HALO, v, V).to(tl.float32)
-        if TILES > 1:
-            tl.debug_barrier()
-        for j in range(TILES):
-            if TILES > 1:
-                w = load_block(ends_w + here * size, v, V, d + j * BD, D)
-            x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
-            dl -= write[:, None] * dot(x, tl.trans(w))
-            if MOMENTUM:
-                if TILES > 1:
-                    s = load_block(ends_s + here * size, v, V, d + j * BD, D)
-                dl += last[:, None] * dot(x, tl.trans(s))
-            if HALO:
-                x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
-                dl_h -= write_h[:, None] * dot(x, tl.trans(w))
-                if MOMENTUM:
-                    dl_h += last_h[:, None] * dot(x, tl.trans(s))
-        store_block(dl_own + here * SPAN * V, dl, r, SPAN, v, V)
-        if HALO:
-            store_block(dl_halo + here * HALO * V, dl_h, i, HALO, v, V)
-        for j in range(TILES):
-            if TILES > 1:
-                w = load_block(ends_w + here * size, v, V, d + j * BD, D)
-                if MOMENTUM:
-                    s = load_block(ends_s + here * size, v, V, d + j * BD, D)
-            else:
-                store_block(ends_w + here * size, w, v, V, d, D)
-                if MOMENTUM:
-                    store_block(ends_s + here * size, s, v, V, d, D)
-            x = load_tile(q, first, r, out, head, H, d + j * BD, D)
-            if MOMENTUM:
-                s = th * s - c * w - dot(tl.trans(g_s), x)
-            w = a * w + dot(tl.trans(g_w), x)
-            m = load_block(dm_end + mine, v, V, d + j * BD, D)
-            m = tl.where((back == 0) & (whole == 0), m, 0.0)
-            if L2:
-                x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
-                m += dot(tl.trans(dl), x)
-                if HALO:
-                    x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
-                    m += dot(tl.trans(dl_h), x)
-            # M^(0) of a chunk that an earlier call began is not W.
-            begun = first < low
-            w += tl.where(begun, 0.0, m)
-            if back == count - 1:
-                store_block(dm_start + mine, tl.where(begun, m, 0.0), v, V, d + j * BD, D)
-                store_block(dw_start + mine, w, v, V, d + j * BD, D)
-                if MOMENTUM:
-                    store_block(ds_start + mine, s, v, V, d + j * BD, D)
-            elif TILES > 1:
-                store_block(ends_w + (here - H) * size, w, v, V, d + j * BD, D)
-                if MOMENTUM:
-                    store_block(ends_s + (here - H) * size, s, v, V, d + j * BD, D)
-
-
-@triton.jit
-def _gradients(
-    q, k, dy, m_start, slots, own, halo, abar, carried, write_own, write_halo, last_own, last_halo,
-    starts_w, starts_s, ends_w, ends_s, e_own, e_halo, dl_own, dl_halo,
-    dq, dk, dk_halo,
-    d_own, d_halo, d_abar, d_carried, d_write_own, d_write_halo, d_last_own, d_last_halo, d_thbar,
-    SLOTS, H, D, V, HISTORY,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
-    L2: tl.constexpr, MOMENTUM: tl.constexpr, BEGUN: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the queries, the keys and the coefficients, for one block of D.
-
-    Sums over D of the coefficients' gradients are left to the caller: [TILES, slots, H, ...].
-    """
-    slot, head = tl.program_id(0) // H, tl.program_id(0) % H
-    row, first, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
-    if low == high:
-        return
-    part = tl.program_id(1)
-    d = part * BD + tl.arange(0, BD)
-    r, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
-    here = (slot * H + head).to(tl.int64)
-    there = (part * SLOTS * H).to(tl.int64) + here
-    size = V.to(tl.int64) * D
-    shift = (row + 1) * HISTORY
-    seen = (token >= low - HISTORY) & (token < high) & (r < CHUNK)
-
-    past = first - HALO + i
-    near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
-    end = r == SPAN - 1
-    x = load_tile(q, first, r, mine, head, H, d, D)
-    z = load_tile(k, first + shift, r, seen, head, H, d, D)
-
-    # One thing after the other: all the sums at once would not fit the registers.
-    spread = tl.zeros([SPAN, SPAN], tl.float32)  # dy L^T
-    for n in range(VALUE_TILES):
-        v = n * BV + tl.arange(0, BV)
-        g = load_tile(dy, first, r, mine, head, H, v, V)
-        e = load_block(e_own + here * SPAN * V, r, SPAN, v, V)
-        spread += dot(g, tl.trans(e))
-    f = load_block(own + here * SPAN * SPAN, r, SPAN, r, SPAN).to(tl.float32)
-    d_dots = -f * spread
-    found = dot(d_dots, z)
-    left = dot(tl.trans(d_dots), x)
-    if part == 0:
-        dots = tl.zeros([SPAN, SPAN], tl.float32)
-        for j in range(TILES):
-            x_j = load_tile(q, first, r, mine, head, H, j * BD + tl.arange(0, BD), D)
-            z_j = load_tile(k, first + shift, r, seen, head, H, j * BD + tl.arange(0, BD), D)
-            dots += dot(x_j, tl.trans(z_j))
-        store_block(d_own + here * SPAN * SPAN, -dots * spread, r, SPAN, r, SPAN)
-    if HALO:
-        z_h = load_tile(k, first + shift - HALO, i, near, head, H, d, D)
-        spread = tl.zeros([SPAN, HALO], tl.float32)
-        for n in range(VALUE_TILES):
-            v = n * BV + tl.arange(0, BV)
-            g = load_tile(dy, first, r, mine, head, H, v, V)
-            e = load_block(e_halo + here * HALO * V, i, HALO, v, V)
-            spread += dot(g, tl.trans(e))
-        f = load_block(halo + here * SPAN * HALO, r, SPAN, i, HALO).to(tl.float32)
-        d_dots = -f * spread
-        found += dot(d_dots, z_h)
-        left_h = dot(tl.trans(d_dots), x)
-        if part == 0:
-            dots = tl.zeros([SPAN, HALO], tl.float32)
-            for j in range(TILES):
-                x_j = load_tile(q, first, r, mine, head, H, j * BD + tl.arange(0, BD), D)
-                z_j = load_tile(
-                    k, first + shift - HALO, i, near, head, H, j * BD + tl.arange(0, BD), D
-                )
-                dots += dot(x_j, tl.trans(z_j))
-            store_block(d_halo + here * SPAN * HALO, -dots * spread, r, SPAN, i, HALO)
-
-    # The queries: dq = abar o dy W - carried o dy S + d_dots K.
-    read = tl.zeros([SPAN, BD], tl.float32)
-    a = 0.0
-    for n in range(VALUE_TILES):
-        v = n * BV + tl.arange(0, BV)
-        g = load_tile(dy, first, r, mine, head, H, v, V)
-        w = load_block(starts_w + here * size, v, V, d, D)
-        a += tl.sum(w * load_block(ends_w + here * size, v, V, d, D))
-        read += dot(g, w)
-    found += tl.load(abar + here * SPAN + r)[:, None] * read
-    tl.store(d_abar + there * SPAN + r, tl.sum(read * x, 1) + tl.where(end, a, 0.0))
-    if MOMENTUM:
-        read = tl.zeros([SPAN, BD], tl.float32)
-        c, th = 0.0, 0.0
-        for n in range(VALUE_TILES):
-            v = n * BV + tl.arange(0, BV)
-            g = load_tile(dy, first, r, mine, head, H, v, V)
-            s = load_block(starts_s + here * size, v, V, d, D)
-            c += tl.sum(s * load_block(ends_w + here * size, v, V, d, D))
-            th += tl.sum(s * load_block(ends_s + here * size, v, V, d, D))
-            read += dot(g, s)
-        found -= tl.load(carried + here * SPAN + r)[:, None] * read
-        tl.store(d_carried + there * SPAN + r, -tl.sum(read * x, 1) - tl.where(end, c, 0.0))
-        tl.store(d_thbar + there, th)
-    store_tile(dq, found, first, r, mine, head, H, d, D)
-
-    # The keys: dk = dL M^(0) - write o L dW' + last o L dS' + d_dots^T Q; the halo's likewise.
-    wrote = tl.zeros([SPAN, BD], tl.float32)
-    for n in range(VALUE_TILES):
-        v = n * BV + tl.arange(0, BV)
-        e = load_block(e_own + here * SPAN * V, r, SPAN, v, V)
-        wrote += dot(e, load_block(ends_w + here * size, v, V, d, D))
-    left -= tl.load(write_own + here * SPAN + r)[:, None] * wrote
-    tl.store(d_write_own + there * SPAN + r, -tl.sum(wrote * z, 1))
-    if MOMENTUM:
-        wrote = tl.zeros([SPAN, BD], tl.float32)
-        for n in range(VALUE_TILES):
-            v = n * BV + tl.arange(0, BV)
-            e = load_block(e_own + here * SPAN * V, r, SPAN, v, V)
-            wrote += dot(e, load_block(ends_s + here * size, v, V, d, D))
-        left += tl.load(last_own + here * SPAN + r)[:, None] * wrote
-        tl.store(d_last_own + there * SPAN + r, tl.sum(wrote * z, 1))
-    if L2:
-        for n in range(VALUE_TILES):
-            v = n * BV + tl.arange(0, BV)
-            w = load_block(starts_w + here * size, v, V, d, D)
-            if BEGUN and first < low:
-                w = load_block(m_start + (row * H + head).to(tl.int64) * size, v, V, d, D)
-            dl = load_block(dl_own + here * SPAN * V, r, SPAN, v, V)
-            left += dot(dl, w)
-    store_tile(dk, left, first + shift, r, seen, head, H, d, D)
-    if HALO:
-        wrote = tl.zeros([HALO, BD], tl.float32)
-        for n in range(VALUE_TILES):
-            v = n * BV + tl.arange(0, BV)
-            e = load_block(e_halo + here * HALO * V, i, HALO, v, V)
-            wrote += dot(e, load_block(ends_w + here * size, v, V, d, D))
-        left_h -= tl.load(write_halo + here * HALO + i)[:, None] * wrote
-        tl.store(d_write_halo + there * HALO + i, -tl.sum(wrote * z_h, 1))
-        if MOMENTUM:
-            wrote = tl.zeros([HALO, BD], tl.float32)
-            for n in range(VALUE_TILES):
-                v = n * BV + tl.arange(0, BV)
-                e = load_block(e_halo + here * HALO * V, i, HALO, v, V)
-                wrote += dot(e, load_block(ends_s + here * size, v, V, d, D))
-            left_h += tl.load(last_halo + here * HALO + i)[:, None] * wrote
-            tl.store(d_last_halo + there * HALO + i, tl.sum(wrote * z_h, 1))
-        if L2:
-            for n in range(VALUE_TILES):
-                v = n * BV + tl.arange(0, BV)
-                w = load_block(starts_w + here * size, v, V, d, D)
-                if BEGUN and first < low:
-                    w = load_block(m_start + (row * H + head).to(tl.int64) * size, v, V, d, D)
-                dl = load_block(dl_halo + here * HALO * V, i, HALO, v, V)
-                left_h += dot(dl, w)
-        store_block(dk_halo + here * HALO * D, left_h, i, HALO, d, D)
-
-
-@triton.jit
-def _fold(
-    own, halo, out, slots, rows, H, D, HISTORY, LENGTH, SIGN,
-    CHUNK: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, STREAM: tl.constexpr,
-):  # fmt: skip
-    """A key's gradient: SIGN x (what it got in its own chunk + in the halos of the chunks after).
-
-    own is a stream like `out`, or [slots, H, SPAN, D].
-    """
-    row, head = tl.program_id(1) // H, tl.program_id(1) % H
-    d = tl.program_id(2) * BD + tl.arange(0, BD)
-    first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
-    at = slots + first_slot.to(tl.int64) * 4
-    first, low = tl.load(at + 1), tl.load(at + 2)
-    past = tl.program_id(0) * BT + tl.arange(0, BT)
-    there = past < LENGTH + HISTORY
-    token = low - HISTORY + past
-    # Division rounds to zero; history reaches no further back than HALO + CHUNK.
-    REACH: tl.constexpr = (HALO + CHUNK - 1) // CHUNK
-    n = (token - first + (REACH + 1) * CHUNK) // CHUNK - (REACH + 1)
-    column = (d < D)[None, :]
-    mine = there & (n >= 0) & (n < count)
-    if STREAM:
-        total = load_tile(own, low + row * HISTORY, past, mine, head, H, d, D).to(tl.float32)
-    else:
-        line = ((first_slot + n).to(tl.int64) * H + head) * SPAN + token - first - n * CHUNK
-        total = tl.load(
-            own + line[:, None] * D + d[None, :], mask=mine[:, None] & column, other=0.0
-        )
-        total = total.to(tl.float32)
-    for later in range(1, REACH + 1):
-        m = n + later
-        i = token - (first + m * CHUNK - HALO)
-        mine = there & (m >= 0) & (m < count) & (i >= 0) & (i < HALO)
-        line = ((first_slot + m).to(tl.int64) * H + head) * HALO + i
-        x = tl.load(halo + line[:, None] * D + d[None, :], mask=mine[:, None] & column, other=0.0)
-        total += x.to(tl.float32)
-    store_tile(out, SIGN * total, low + row * HISTORY, past, there, head, H, d, D)
 
 
 @dataclass(frozen=True)
@@ -589,36 +247,34 @@ class Tiles:
         block_v = min(widest_v, padded(v))
         return Tiles(block_d, block_v, ceil_div(d, block_d), ceil_div(v, block_v))
 
-    @property
-    def settings(self) -> dict[str, int]:
-        warps = 4 if self.d * self.v <= 256 else 8
+    def settings(self, warps: int = 8) -> dict[str, int]:
         return {
             "BD": self.d, "BV": self.v, "TILES": self.count, "num_warps": warps, "num_stages": 1,
         }  # fmt: skip
 
 
-# The sizes below are the largest for which `aot` finds no register spilled.
+# The sizes below are the largest for which `aot` finds no register spilled. Before Hopper the
+# operands of a product are in registers; a width that is not a multiple of 16 needs an address for
+# every element.
 
 
 def walk_tiles(d: int, v: int, resident: int, streamed: int) -> Tiles:
     """resident: the widest D whose W and S stay in registers; wider ones come in blocks."""
+    if d % 16:
+        streamed = 16
     return Tiles.of(d, v, resident if padded(d) <= resident else streamed, 16)
 
 
+def walk_forward_tiles(d: int, v: int) -> Tiles:
+    return walk_tiles(d, v, resident=128 if chip() >= 90 else 64, streamed=64)
+
+
+def walk_warps(t: Tiles) -> int:
+    return 4 if t.d == 16 and t.count == 1 and chip() >= 100 else 8
+
+
 def read_tiles(d: int, v: int) -> Tiles:
-    # Before Hopper a product's operands are in registers.
-    return Tiles.of(d, v, 64, 64) if chip() >= 90 else Tiles.of(d, v, 32, 32)
-
-
-def walk_backward_tiles(d: int, v: int, spans: Spans) -> Tiles:
-    if chip() >= 90 and spans.halo <= 16:
-        return walk_tiles(d, v, resident=64, streamed=64)
-    return walk_tiles(d, v, resident=32, streamed=32)
-
-
-def gradient_tiles(d: int, v: int, spans: Spans) -> Tiles:
-    block = 32 if spans.halo <= 16 or chip() >= 100 else 16
-    return Tiles.of(d, v, block, block)
+    return Tiles.of(d, v, 64, 64) if chip() >= 90 else Tiles.of(d, v, 32, 16)
 
 
 def forward(
@@ -646,105 +302,22 @@ def forward(
         starts_s, s_end = torch.empty_like(starts_w), torch.empty_like(s)
     shape = (heads, d, v, spans.history)
     kinds = {"L2": l2, "MOMENTUM": s is not None, "BEGUN": m is not None}
-    t = walk_tiles(d, v, resident=128, streamed=64)
+    t = walk_forward_tiles(d, v)
     launch(
         _walk_forward, (batch * heads, t.value_count),
         k, target, w, s, m, at.slots, at.rows,
         found.write_own, found.write_halo, found.last_own, found.last_halo,
         found.abar, found.carried, found.thbar, starts_w, starts_s, w_end, s_end, *shape,
-        **chunk_settings(spans), **kinds, **t.settings,
+        **chunk_settings(spans), **kinds, **t.settings(walk_warps(t)),
     )  # fmt: skip
     t = read_tiles(d, v)
     launch(
         _read_forward, (at.count * heads, t.value_count),
         q, k, target, m, at.slots, found.own, found.halo, found.abar, found.carried,
         starts_w, starts_s, y, *shape,
-        **chunk_settings(spans), **kinds, **t.settings,
+        **chunk_settings(spans), **kinds, **t.settings(),
     )  # fmt: skip
     return y, w_end, s_end, starts_w, starts_s
-
-
-def backward(
-    dy: Tensor,
-    dw: Tensor,
-    ds: Tensor | None,
-    dm: Tensor,
-    q: Tensor,
-    k: Tensor,
-    target: Tensor,
-    found: Coefficients,
-    starts_w: Tensor,
-    starts_s: Tensor | None,
-    m: Tensor | None,
-    at: Layout,
-    spans: Spans,
-    *,
-    l2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Coefficients, Tensor, Tensor | None, Tensor]:
-    """From the gradients of y, W, S and the state's chunk_start to those of q, k, target, the
-    coefficients, and the W, S and M^(0) that the call began with."""
-    batch, length, heads, d = q.shape
-    v = target.shape[-1]
-    shape = (heads, d, v, spans.history)
-    slots = (at.count, heads)
-    e_own = q.new_empty(*slots, spans.span, v, dtype=torch.float32)
-    e_halo = q.new_empty(*slots, spans.halo, v, dtype=torch.float32)
-    dl_own, dl_halo = torch.empty_like(e_own), torch.empty_like(e_halo)
-    settings = chunk_settings(spans)
-    kinds = {"L2": l2, "BEGUN": m is not None}
-    t = read_tiles(d, v)
-    launch(
-        _left_backward, (at.count * heads, t.value_count),
-        q, k, target, dy, m, at.slots, found.own, found.halo, starts_w,
-        e_own, e_halo, dl_own, dl_halo, *shape,
-        **settings, **kinds, **t.settings,
-    )  # fmt: skip
-    t = walk_backward_tiles(d, v, spans)
-    ends_w, dw_start, dm_start = (
-        torch.empty_like(starts_w),
-        torch.empty_like(dw),
-        torch.empty_like(dw),
-    )
-    ends_s = ds_start = None
-    if starts_s is not None and ds is not None:
-        ends_s, ds_start = torch.empty_like(starts_s), torch.empty_like(ds)
-    launch(
-        _walk_backward, (batch * heads, t.value_count),
-        q, k, dy, at.slots, at.rows,
-        found.write_own, found.write_halo, found.last_own, found.last_halo,
-        found.abar, found.carried, found.thbar,
-        dl_own, dl_halo, dw, ds, dm, ends_w, ends_s, dw_start, ds_start, dm_start, *shape,
-        **settings, **t.settings, L2=l2, MOMENTUM=ends_s is not None,
-    )  # fmt: skip
-    t = gradient_tiles(d, v, spans)
-    gradient = coefficients.empty(at, heads, spans, parts=t.count)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    dk_halo = q.new_empty(*slots, spans.halo, d, dtype=torch.float32)
-    launch(
-        _gradients, (at.count * heads, t.count),
-        q, k, dy, m, at.slots, found.own, found.halo, found.abar, found.carried,
-        found.write_own, found.write_halo, found.last_own, found.last_halo,
-        starts_w, starts_s, ends_w, ends_s, e_own, e_halo, dl_own, dl_halo,
-        dq, dk, dk_halo, *gradient, at.count, *shape,
-        **settings, **kinds, **t.settings,
-        MOMENTUM=ends_s is not None, VALUE_TILES=t.value_count,
-    )  # fmt: skip
-    dv = torch.empty_like(target)
-    for own, halo, out, sign, stream in (
-        (dl_own, dl_halo, dv, -1.0, False),
-        (dk, dk_halo, dk, 1.0, True),
-    ):
-        if stream and not spans.halo and not spans.history:
-            continue  # nothing to add
-        width = out.shape[-1]
-        block = min(64, padded(width))
-        grid = (ceil_div(length + spans.history, 64), batch * heads, ceil_div(width, block))
-        launch(
-            _fold, grid,
-            own, halo, out, at.slots, at.rows, heads, width, spans.history, length, sign,
-            CHUNK=spans.chunk, SPAN=spans.span, HALO=spans.halo, BT=64, BD=block, STREAM=stream,
-        )  # fmt: skip
-    return dq, dk, dv, coefficients.summed(gradient), dw_start, ds_start, dm_start
 
 
 def chunk_settings(spans: Spans) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 What is not the recurrence (feature maps, the gates' elementwise arithmetic, histories) is PyTorch
 under autograd, done again in the backward; coefficients.py, discount.py, matrix.py and deep.py do
-the rest. A deep memory's backward is still the definition's, from the chunk starts saved here.
+the rest. Deep memories are served under the interpreter alone: their forward kernels spill
+registers, and their backward is the definition's, from the chunk starts saved here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
-from atlas_blocks.kernels import coefficients, deep, matrix
+from atlas_blocks.kernels import coefficients, deep, matrix, matrix_backward
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.discount import DiscountSums
 from atlas_blocks.kernels.tiles import INTERPRETED, Layout, layout
@@ -81,6 +82,8 @@ def _supports(call: Call) -> str | None:
             return f"{name} {size} is beyond the kernels' {most}"
     if INTERPRETED:
         return None
+    if rule.memory != "matrix":
+        return f"memory {rule.memory} has no kernel that a GPU would run well yet, only matrix"
     if call.device != "cuda":
         return f"it needs a CUDA device, not {call.device} (or TRITON_INTERPRET=1, to check it)"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -243,7 +246,7 @@ def _backward(
     gates = _gates(plain)
     found = coefficients.forward(*gates, at, spans)
     starts = [t.flatten(0, 1) for t in saved[:-1]]
-    dq, dk, dv, gradient, dw, ds, dm = matrix.backward(
+    dq, dk, dv, gradient, dw, ds, dm = matrix_backward.backward(
         dy, dw, ds, dm, plain.q, plain.k, plain.target, found, starts[0], _first(starts[1:]),
         _first([t.detach() for t in memory.m]), at, spans, l2=a.rule.objective == "l2",
     )  # fmt: skip

@@ -139,30 +139,60 @@ def tile(x, start, row, head, H, column, D):
     return x + (start.to(tl.int64) * H + head) * D + (row * (H * D))[:, None] + column[None, :]
 
 
+@triton.constexpr_function
+def fits(size, block):
+    """Whether blocks fill an axis of this size."""
+    return size % block == 0
+
+
 @triton.jit
-def load_tile(x, start, row, some, head, H, column, D):
-    mask = some[:, None] & (column < D)[None, :]
+def inside(row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr):
+    """The mask of a block of a matrix [ROWS, COLUMNS]: none where the blocks fit. (A mask takes a
+    register for every element.)"""
+    mask = True
+    if not fits(ROWS, row.shape[0]):
+        mask = (row < ROWS)[:, None]
+        if not fits(COLUMNS, column.shape[0]):
+            mask = mask & (column < COLUMNS)[None, :]
+    elif not fits(COLUMNS, column.shape[0]):
+        mask = (column < COLUMNS)[None, :]
+    return mask
+
+
+@triton.jit
+def load_tile(x, start, row, some, head, H: tl.constexpr, column, D: tl.constexpr):
+    mask = some[:, None]
+    if not fits(D, column.shape[0]):
+        mask = mask & (column < D)[None, :]
     return tl.load(tile(x, start, row, head, H, column, D), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(x, value, start, row, some, head, H, column, D):
-    mask = some[:, None] & (column < D)[None, :]
+def store_tile(x, value, start, row, some, head, H: tl.constexpr, column, D: tl.constexpr):
+    mask = some[:, None]
+    if not fits(D, column.shape[0]):
+        mask = mask & (column < D)[None, :]
     tl.store(tile(x, start, row, head, H, column, D), value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_block(x, row, ROWS, column, COLUMNS):
+def load_block(x, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr):
     """A dense block [rows, columns] of a matrix [ROWS, COLUMNS]."""
-    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
-    return tl.load(x + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
+    at = x + row[:, None] * COLUMNS + column[None, :]
+    if fits(ROWS, row.shape[0]) and fits(COLUMNS, column.shape[0]):
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside(row, ROWS, column, COLUMNS), other=0.0)
 
 
 @triton.jit
-def store_block(x, value, row, ROWS, column, COLUMNS):
-    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+def store_block(x, value, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr):
     at = x + row[:, None] * COLUMNS + column[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
+    value = value.to(x.dtype.element_ty)
+    if fits(ROWS, row.shape[0]) and fits(COLUMNS, column.shape[0]):
+        tl.store(at, value)
+    else:
+        tl.store(at, value, mask=inside(row, ROWS, column, COLUMNS))
 
 
 @triton.jit

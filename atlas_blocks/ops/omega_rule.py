@@ -332,14 +332,15 @@ def _definition_backward(
 ) -> list[Tensor]:
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
-    with recording():
-        found = omega_rule_backward(unflatten(leaves, settings), wanted, saved, grads)
+    found = omega_rule_backward(unflatten(leaves, settings), wanted, saved, grads)
     return [own(g) for g in found]
 
 
 def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, provider, save = rest
-    return providers.find("omega_rule", provider).forward(tensors, Settings(*settings), save)
+    serve = providers.find("omega_rule", provider).forward
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return serve(tensors, Settings(*settings), save)
 
 
 def _backward(
@@ -347,7 +348,8 @@ def _backward(
 ) -> list[Tensor]:
     *settings, provider = rest
     serve = providers.find("omega_rule", provider).backward
-    return serve(grads, tensors, saved, Settings(*settings))
+    with torch.autocast(tensors[0].device.type, enabled=False), recording():
+        return serve(grads, tensors, saved, Settings(*settings))
 
 
 def _forward_fake(tensors: list[Tensor], *rest: Any) -> list[Tensor]:

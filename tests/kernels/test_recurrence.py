@@ -24,7 +24,7 @@ from atlas_blocks.functional import OmegaState, PolynomialMap, SketchMap, omega_
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-from atlas_blocks.kernels import coefficients, matrix  # noqa: E402
+from atlas_blocks.kernels import coefficients, matrix, matrix_backward  # noqa: E402
 from atlas_blocks.kernels import discount as discounts  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,7 +217,7 @@ def errors_against_float64(
 ) -> dict[str, float]:
     """The provider's error as a multiple of the definition's, both given rounded q, k and v."""
     if DEVICE == "cpu":
-        for module in (coefficients, discounts, matrix):
+        for module in (coefficients, discounts, matrix, matrix_backward):
             monkeypatch.setattr(module, "dot", tf32_dot)
     inputs = rule_inputs(
         length=length, heads=1, window=4, key_width=16, value_width=16, exact_gates=False
