@@ -266,7 +266,7 @@ def walk_tiles(d: int, v: int, resident: int, streamed: int) -> Tiles:
 
 
 def walk_forward_tiles(d: int, v: int) -> Tiles:
-    return walk_tiles(d, v, resident=128 if chip() >= 90 else 64, streamed=64)
+    return walk_tiles(d, v, resident=128 if chip() >= 90 else 64, streamed=32)
 
 
 def walk_warps(t: Tiles) -> int:
@@ -274,7 +274,9 @@ def walk_warps(t: Tiles) -> int:
 
 
 def read_tiles(d: int, v: int) -> Tiles:
-    return Tiles.of(d, v, 64, 64) if chip() >= 90 else Tiles.of(d, v, 32, 16)
+    if chip() < 90:
+        return Tiles.of(d, v, 32, 16)
+    return Tiles.of(d, v, 64, 64 if chip() < 100 else 32)
 
 
 def forward(

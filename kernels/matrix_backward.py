@@ -383,17 +383,16 @@ def _fold(
     store_tile(out, SIGN * total, low + row * HISTORY, past, there, head, H, d, D)
 
 
-def walk_backward_tiles(d: int, v: int, spans: Spans) -> Tiles:
-    if chip() >= 90 and spans.halo <= 16:
+def walk_backward_tiles(d: int, v: int) -> Tiles:
+    if chip() >= 90:
         return walk_tiles(d, v, resident=64, streamed=64)
-    return walk_tiles(d, v, resident=32, streamed=32 if chip() >= 90 else 16)
+    return walk_tiles(d, v, resident=32, streamed=16)
 
 
 def gradient_tiles(d: int, v: int, spans: Spans) -> Tiles:
     if chip() < 90 or d % 16:
-        return Tiles.of(d, v, 16, 32)
-    block = 32 if spans.halo <= 16 or chip() >= 100 else 16
-    return Tiles.of(d, v, block, block)
+        return Tiles.of(d, v, 16 if spans.halo or d % 16 else 32, 32)
+    return Tiles.of(d, v, 64, 32)
 
 
 def backward(
@@ -431,7 +430,7 @@ def backward(
         e_own, e_halo, dl_own, dl_halo, *shape,
         **settings, **kinds, **t.settings(),
     )  # fmt: skip
-    t = walk_backward_tiles(d, v, spans)
+    t = walk_backward_tiles(d, v)
     ends_w, dw_start, dm_start = (
         torch.empty_like(starts_w),
         torch.empty_like(dw),

@@ -121,7 +121,7 @@ def assert_provider_is_definition(
         assert gap <= 2 * definition[name] + ROUNDING, f"{name}: {gap:.2g}"
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     memory=st.sampled_from(MEMORIES),
     chunk=st.sampled_from((1, 7, 16)),
