@@ -181,12 +181,18 @@ def compile_for(one: Launch, chip: str) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.run(
-            [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return Usage(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+        report = _cuobjdump("-res-usage", cubin)
+        found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+        stack = found["STACK"] + found["LOCAL"]
+        # A frame that no instruction stores to or loads from is not a spill.
+        if stack and not re.search(r"\b(STL|LDL)\b", _cuobjdump("-sass", cubin)):
+            stack = 0
+    return Usage(found["REG"], stack, compiled.metadata.shared)
+
+
+def _cuobjdump(what: str, cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def _check(work: tuple[Configuration, int, str]) -> tuple[str, Usage | str]:

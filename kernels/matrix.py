@@ -274,9 +274,11 @@ def walk_warps(t: Tiles) -> int:
 
 
 def read_tiles(d: int, v: int) -> Tiles:
-    if chip() < 90:
-        return Tiles.of(d, v, 32, 16)
-    return Tiles.of(d, v, 64, 64 if chip() < 100 else 32)
+    return Tiles.of(d, v, 64, 64) if chip() >= 90 else Tiles.of(d, v, 32, 16)
+
+
+def read_warps() -> int:
+    return 4 if chip() >= 100 else 8
 
 
 def forward(
@@ -317,7 +319,7 @@ def forward(
         _read_forward, (at.count * heads, t.value_count),
         q, k, target, m, at.slots, found.own, found.halo, found.abar, found.carried,
         starts_w, starts_s, y, *shape,
-        **chunk_settings(spans), **kinds, **t.settings(),
+        **chunk_settings(spans), **kinds, **t.settings(read_warps()),
     )  # fmt: skip
     return y, w_end, s_end, starts_w, starts_s
 

@@ -23,6 +23,7 @@ from atlas_blocks.kernels.matrix import (
     chunk_settings,
     left_and_dots,
     read_tiles,
+    read_warps,
     walk_tiles,
     walk_warps,
 )
@@ -428,7 +429,7 @@ def backward(
         _left_backward, (at.count * heads, t.value_count),
         q, k, target, dy, m, at.slots, found.own, found.halo, starts_w,
         e_own, e_halo, dl_own, dl_halo, *shape,
-        **settings, **kinds, **t.settings(),
+        **settings, **kinds, **t.settings(read_warps()),
     )  # fmt: skip
     t = walk_backward_tiles(d, v)
     ends_w, dw_start, dm_start = (
