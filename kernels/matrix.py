@@ -243,8 +243,10 @@ class Tiles:
 
     @staticmethod
     def of(d: int, v: int, widest_d: int, widest_v: int) -> Tiles:
-        block_d = min(widest_d, padded(d))
-        block_v = min(widest_v, padded(v))
+        # On Blackwell tiles of 16 spill.
+        smallest = 32 if chip() >= 100 else 16
+        block_d = min(widest_d, max(smallest, padded(d)))
+        block_v = min(widest_v, max(smallest, padded(v)))
         return Tiles(block_d, block_v, ceil_div(d, block_d), ceil_div(v, block_v))
 
     def settings(self, warps: int = 8) -> dict[str, int]:
@@ -269,15 +271,11 @@ def walk_forward_tiles(d: int, v: int) -> Tiles:
     return walk_tiles(d, v, resident=128 if chip() >= 90 else 64, streamed=32)
 
 
-def walk_warps(t: Tiles) -> int:
-    return 4 if t.d == 16 and t.count == 1 and chip() >= 100 else 8
-
-
 def read_tiles(d: int, v: int) -> Tiles:
     return Tiles.of(d, v, 64, 64) if chip() >= 90 else Tiles.of(d, v, 32, 16)
 
 
-def read_warps() -> int:
+def state_warps() -> int:
     return 4 if chip() >= 100 else 8
 
 
@@ -312,14 +310,14 @@ def forward(
         k, target, w, s, m, at.slots, at.rows,
         found.write_own, found.write_halo, found.last_own, found.last_halo,
         found.abar, found.carried, found.thbar, starts_w, starts_s, w_end, s_end, *shape,
-        **chunk_settings(spans), **kinds, **t.settings(walk_warps(t)),
+        **chunk_settings(spans), **kinds, **t.settings(state_warps()),
     )  # fmt: skip
     t = read_tiles(d, v)
     launch(
         _read_forward, (at.count * heads, t.value_count),
         q, k, target, m, at.slots, found.own, found.halo, found.abar, found.carried,
         starts_w, starts_s, y, *shape,
-        **chunk_settings(spans), **kinds, **t.settings(read_warps()),
+        **chunk_settings(spans), **kinds, **t.settings(state_warps()),
     )  # fmt: skip
     return y, w_end, s_end, starts_w, starts_s
 
