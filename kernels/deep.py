@@ -555,7 +555,7 @@ def forward(
 
 def _starts(x: Tensor, at: Layout) -> Tensor:
     """Room for a weight [B, H, ...] at every chunk's start [slots, H, ...], the first filled in."""
-    found = x.new_empty(at.batch, at.per_row, *x.shape[1:])
+    found = x.new_zeros(at.batch, at.per_row, *x.shape[1:])
     found[:, 0] = x
     return found.flatten(0, 1)
 

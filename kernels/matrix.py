@@ -298,10 +298,13 @@ def forward(
     batch, _, heads, d = q.shape
     v = target.shape[-1]
     y = q.new_empty(*q.shape[:-1], v)
-    starts_w, w_end = w.new_empty(at.count, heads, v, d), torch.empty_like(w)
+    # Zero where a row has no chunk: that can be only after a state.
+    new = torch.empty if m is None else torch.zeros
+    starts_w = new(at.count, heads, v, d, dtype=w.dtype, device=w.device)
+    w_end = torch.empty_like(w)
     starts_s = s_end = None
     if s is not None:
-        starts_s, s_end = torch.empty_like(starts_w), torch.empty_like(s)
+        starts_s, s_end = new(*starts_w.shape, dtype=w.dtype, device=w.device), torch.empty_like(s)
     shape = (heads, d, v, spans.history)
     kinds = {"L2": l2, "MOMENTUM": s is not None, "BEGUN": m is not None}
     t = walk_forward_tiles(d, v)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from atlas_blocks import ops
 from atlas_blocks.functional import OmegaState, PolynomialMap, SketchMap, omega_rule
+from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.ops.omega_rule import flatten
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -284,3 +286,25 @@ def test_compiled_with_the_provider_in_one_graph() -> None:
     y = torch.compile(twice, backend="aot_eager", fullgraph=True)(inputs)
     true, _ = omega_rule(**inputs, chunk_size=8)
     assert difference([y], [true]) < 10 * ROUNDING
+
+
+@pytest.mark.parametrize("memory", ["matrix", "mlp"])
+def test_what_is_saved_is_what_the_definition_saves(memory: str) -> None:
+    """So a compiler pass may change the provider of the backward alone."""
+    window, chunk = 3, 8
+    inputs = cast(
+        rule_inputs(memory, batch=2, length=21, window=window), torch.float32, torch.float32
+    )
+    options = {"memory": memory, "chunk_size": chunk, "write_discount": True}
+    _, state = omega_rule(**tokens(inputs, 0, 5), **options)
+    rule = Rule(memory, "l2", "gd", 5, 1, chunk, True, window)
+    now = tokens(inputs, 5, 21)
+    a = Arguments(*(now[n] for n in ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights")),
+                  None, rule, state.map(torch.clone).detach())  # fmt: skip
+    tensors, arguments = flatten(a)
+    tensors = [t.detach() for t in tensors]
+    ours, true = (
+        torch.ops.atlas.omega_rule.default(tensors, *arguments, provider, True)
+        for provider in ("triton", "definition")
+    )
+    assert difference([t.double() for t in ours], [t.double() for t in true]) < 20 * ROUNDING
