@@ -111,7 +111,8 @@ class DiscountSums(torch.autograd.Function):
         ctx.at, ctx.spans = at, spans
         launch(
             _forward, (at.count, heads),
-            k, writes, at.slots, rho, own, heads, d, spans.history, **_settings(d, spans),
+            k, writes, at.slots, rho, own, heads, d, spans.history,
+            **_settings(d, spans), num_warps=8,
         )  # fmt: skip
         return rho, own
 
@@ -126,7 +127,7 @@ class DiscountSums(torch.autograd.Function):
         launch(
             _backward, (ctx.at.count, heads),
             k, writes, ctx.at.slots, d_rho, d_own, dk, d_writes, heads, d, ctx.spans.history,
-            **_settings(d, ctx.spans),
+            **_settings(d, ctx.spans), num_warps=4,
         )  # fmt: skip
         return dk, d_writes, None, None
 
@@ -135,5 +136,5 @@ def _settings(d: int, spans: Spans) -> dict[str, Any]:
     block = min(32 if d % 16 else 64, padded(d))
     return {
         "CHUNK": spans.chunk, "SPAN": spans.span, "BD": block, "TILES": ceil_div(d, block),
-        "num_warps": 4, "num_stages": 1,
+        "num_stages": 1,
     }  # fmt: skip
