@@ -262,3 +262,29 @@ def block_in_pieces(
         y, state = block(part, state, **options)
         outputs.append(y)
     return torch.cat(outputs, 1), state
+
+
+def cast(
+    inputs: dict[str, Any],
+    dtype: torch.dtype,
+    streams: torch.dtype,
+    *,
+    device: str = "cpu",
+    gradients: bool = True,
+) -> dict[str, Any]:
+    """q, k and v in one dtype, everything else in another, as fresh leaves on a device."""
+
+    def to(x: Any, kind: torch.dtype) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().to(device, kind).requires_grad_(gradients)
+
+    found = {n: to(x, streams if n in "qkv" else dtype) for n, x in inputs.items()}
+    found["weights"] = [to(w, dtype) for w in inputs["weights"]]
+    phi = inputs["feature_map"]
+    if isinstance(phi, PolynomialMap):
+        found["feature_map"] = PolynomialMap(to(phi.coefficients, dtype))
+    elif isinstance(phi, SketchMap):
+        tables = phi.buckets.to(device), phi.signs.to(device, dtype)
+        found["feature_map"] = SketchMap(to(phi.coefficients, dtype), *tables, phi.width)
+    return found

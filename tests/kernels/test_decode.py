@@ -3,15 +3,17 @@
 The fixtures are those of test_recurrence.py; a step multiplies in float32 everywhere.
 """
 
+from functools import partial
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from helpers import OBJECTIVES, STREAMS, UPDATES, difference, everything, rows, rule_inputs, tokens
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from atlas_blocks.functional import OmegaState, PolynomialMap, SketchMap, omega_rule
+from atlas_blocks.functional import OmegaState, omega_rule
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops import omega_rule_step
 from atlas_blocks.ops.omega_rule import flatten
@@ -22,38 +24,7 @@ from atlas_blocks.kernels.tiles import recorded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 2e-6  # relative to a tensor's largest entry
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote is NaN, not the zeros of a fresh page."""
-
-    def filled(make: Any) -> Any:
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-(2**30))
-
-        return empty
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
-
-
-def cast(inputs: dict[str, Any], dtype: torch.dtype, streams: torch.dtype) -> dict[str, Any]:
-    """q, k and v in one dtype, everything else in another, on the device."""
-
-    def to(x: Any, kind: torch.dtype) -> Any:
-        return x.to(DEVICE, kind) if isinstance(x, Tensor) else x
-
-    found = {n: to(x, streams if n in "qkv" else dtype) for n, x in inputs.items()}
-    found["weights"] = [to(w, dtype) for w in inputs["weights"]]
-    phi = inputs["feature_map"]
-    if isinstance(phi, PolynomialMap):
-        found["feature_map"] = PolynomialMap(to(phi.coefficients, dtype))
-    elif isinstance(phi, SketchMap):
-        tables = phi.buckets.to(DEVICE), phi.signs.to(DEVICE, dtype)
-        found["feature_map"] = SketchMap(to(phi.coefficients, dtype), *tables, phi.width)
-    return found
+cast = partial(helpers.cast, device=DEVICE, gradients=False)
 
 
 def begun(inputs: dict[str, Any], places: tuple[int, ...], options: dict[str, Any]) -> OmegaState:

@@ -2,8 +2,10 @@
 small shapes, on a GPU with real ones as well.
 """
 
+from functools import partial
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from helpers import (
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.functional import OmegaState, PolynomialMap, SketchMap, omega_rule
+from atlas_blocks.functional import OmegaState, omega_rule
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops.omega_rule import flatten
 
@@ -32,21 +34,7 @@ from atlas_blocks.kernels import discount as discounts  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of float32 under the interpreter, of tf32 on a GPU, each relative to a tensor's largest entry.
 ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-6
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote is NaN, not the zeros of a fresh page."""
-
-    def filled(make: Any) -> Any:
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-(2**30))
-
-        return empty
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+cast = partial(helpers.cast, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -55,23 +43,6 @@ def _tf32() -> Any:
     torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision(before)
-
-
-def cast(inputs: dict[str, Any], dtype: torch.dtype, streams: torch.dtype) -> dict[str, Any]:
-    """q, k and v in one dtype, everything else in another, as leaves on the device."""
-
-    def to(x: Any, kind: torch.dtype) -> Any:
-        return x.detach().to(DEVICE, kind).requires_grad_() if isinstance(x, Tensor) else x
-
-    found = {n: to(x, streams if n in "qkv" else dtype) for n, x in inputs.items()}
-    found["weights"] = [to(w, dtype) for w in inputs["weights"]]
-    phi = inputs["feature_map"]
-    if isinstance(phi, PolynomialMap):
-        found["feature_map"] = PolynomialMap(to(phi.coefficients, dtype))
-    elif isinstance(phi, SketchMap):
-        tables = phi.buckets.to(DEVICE), phi.signs.to(DEVICE, dtype)
-        found["feature_map"] = SketchMap(to(phi.coefficients, dtype), *tables, phi.width)
-    return found
 
 
 def run_in_pieces(
