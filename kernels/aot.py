@@ -103,8 +103,7 @@ def _forward_and_backward(c: Configuration) -> None:
     # W, S and M^(0) of every weight; keys, values, writes, scale, position.
     count = MEMORIES[c.memory].weights * (2 + c.momentum) + 5
     grads = [y, *rest[: count - 1]]
-    if c.memory == "matrix":  # a deep memory's backward is the definition's
-        omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
+    omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
 
 
 def _decode_step(c: Configuration) -> None:

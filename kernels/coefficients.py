@@ -55,9 +55,10 @@ class Spans:
     halo: int  # HALO, 0 for a window of 1
 
     @staticmethod
-    def of(chunk: int, window: int, history: int) -> Spans:
+    def of(chunk: int, window: int, history: int, least: int = 16) -> Spans:
+        """least: of HALO, where the chunk is as long."""
         span = padded(chunk)
-        halo = padded(window - 1) if window > 1 else 0
+        halo = max(padded(window - 1), min(least, span)) if window > 1 else 0
         return Spans(chunk, window, history, span, halo)
 
 
@@ -333,11 +334,14 @@ def backward(
     at: Layout,
     spans: Spans,
     gradient: Coefficients,
+    into: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of alpha, eta, theta, gamma."""
+    """Gradients of alpha, eta, theta, gamma; into: where those of the slots' tokens are put."""
     heads = alpha.shape[-1]
-    d_alpha, d_eta, d_gamma = (torch.empty_like(x) for x in (alpha, eta, gamma))
-    d_theta = None if theta is None else torch.empty_like(theta)
+    if into is None:
+        momentum = None if theta is None else torch.empty_like(theta)
+        into = torch.empty_like(alpha), torch.empty_like(eta), momentum, torch.empty_like(gamma)
+    d_alpha, d_eta, d_theta, d_gamma = into
     g = gradient
     launch(
         _backward_write, (at.count, heads),

@@ -16,8 +16,10 @@ from torch import Tensor
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
-from atlas_blocks.kernels import coefficients, deep, matrix, matrix_backward
+from atlas_blocks.kernels import coefficients, matrix, matrix_backward
 from atlas_blocks.kernels.coefficients import Spans
+from atlas_blocks.kernels.deep import backward as deep_backward
+from atlas_blocks.kernels.deep import forward as deep
 from atlas_blocks.kernels.discount import DiscountSums
 from atlas_blocks.kernels.tiles import INTERPRETED, Layout, layout
 from atlas_blocks.ops.omega_rule import Call, Settings, unflatten
@@ -100,7 +102,8 @@ def _layout(a: Arguments) -> tuple[Layout, Spans]:
     position = None if a.state is None else a.state.position
     history = 0 if a.state is None else a.rule.history
     batch, length = a.q.shape[:2]
-    spans = Spans.of(a.rule.chunk_size, a.rule.window, history)
+    least = 16 if a.rule.memory == "matrix" else deep.LEAST_HALO
+    spans = Spans.of(a.rule.chunk_size, a.rule.window, history, least)
     return layout(batch, length, spans.chunk, position, a.q.device), spans
 
 
@@ -186,10 +189,10 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
             # A matrix memory's discount carries no scale.
             scale, scales = memory.scale, memory.scale.new_zeros(at.count, a.q.shape[2])
         else:
-            y, w, s, scale, starts_w, starts_s, scales = deep.forward(
-                x.q, x.k, x.target, *gates, x.mass, memory.scale, memory.w, memory.s, memory.m,
-                at, spans, l2=l2,
-            )  # fmt: skip
+            call = deep.Call(
+                x.q, x.k, x.target, *gates, x.mass, memory.w, memory.s, memory.m, at, spans, l2
+            )
+            y, w, s, scale, starts_w, starts_s, scales = deep.forward(call, memory.scale)
             if _has_residual(a):
                 y = y + a.q
         first = torch.zeros_like(at.rows[:, 0]) if a.state is None else a.state.position
@@ -230,32 +233,48 @@ def _first(group: list[Tensor]) -> Tensor | None:
 def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
-    if 0 in tensors[0].shape[:2] or settings.memory != "matrix":
+    if 0 in tensors[0].shape[:2]:
         # Of no token there is nothing to do: the state passes through.
         return find("omega_rule", DEFINITION).backward(grads, tensors, saved, settings)
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
     a = unflatten(leaves, settings)
-    dy, dw, *rest = (g.contiguous() for g in grads)
-    ds = rest.pop(0) if settings.momentum else None
-    dm, *d_history, d_scale = rest
+    dy, *rest = (g.contiguous() for g in grads)
+    count = len(a.weights)
+    dw, rest = rest[:count], rest[count:]
+    ds, rest = (rest[:count], rest[count:]) if settings.momentum else ([], rest)
+    dm, (*d_history, d_scale) = rest[:count], rest[count:]
     at, spans = _layout(a)
     with torch.enable_grad():
         x, memory, history = _prepare(a, at, spans)
+    *starts, scales = (t.flatten(0, 1) for t in saved)
+    starts_w, starts_s = starts[:count], starts[count:]
     plain = _Streams._make(None if t is None else t.detach() for t in x)
-    gates = _gates(plain)
-    found = coefficients.forward(*gates, at, spans)
-    starts = [t.flatten(0, 1) for t in saved[:-1]]
-    dq, dk, dv, gradient, dw, ds, dm = matrix_backward.backward(
-        dy, dw, ds, dm, plain.q, plain.k, plain.target, found, starts[0], _first(starts[1:]),
-        _first([t.detach() for t in memory.m]), at, spans, l2=a.rule.objective == "l2",
-    )  # fmt: skip
-    d_gates = coefficients.backward(*gates, at, spans, gradient)
-    outputs = (x.q, x.k, x.target, x.alpha, x.eta, x.theta, x.gamma, *history)
-    outputs += (memory.w[0], _first(memory.s), _first(memory.m), memory.scale)
-    found = (dq, dk, dv, *d_gates, *d_history, dw, ds, dm, d_scale)
+    w, s, m = ([t.detach() for t in group] for group in memory[:3])
+    gates, l2 = _gates(plain), a.rule.objective == "l2"
+    d_mass = d_read = None
+    if a.rule.memory == "matrix":
+        found = coefficients.forward(*gates, at, spans)
+        dq, dk, dv, gradient, *one = matrix_backward.backward(
+            dy, dw[0], _first(ds), dm[0], plain.q, plain.k, plain.target, found, starts_w[0],
+            _first(starts_s), _first(m), at, spans, l2=l2,
+        )  # fmt: skip
+        dw, ds, dm = ([] if t is None else [t] for t in one)
+        d_gates = coefficients.backward(*gates, at, spans, gradient)
+    else:
+        call = deep.Call(plain.q, plain.k, plain.target, *gates, plain.mass, w, s, m, at, spans, l2)
+        dq, dk, dv, d_gates, d_mass, dw, ds, dm, d_scale = deep_backward.backward(
+            call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale
+        )
+        if _has_residual(a):
+            d_read = dy
+    outputs = (x.q, x.k, x.target, x.alpha, x.eta, x.theta, x.gamma, x.mass, *history)
+    outputs += (*memory.w, *memory.s, *memory.m, memory.scale, a.q)
+    found = (dq, dk, dv, *d_gates, d_mass, *d_history, *dw, *ds, *dm, d_scale, d_read)
+    if a.state is None:
+        found = found[: -len(dm) - 2] + found[-2:]
     pairs = [
-        (t, g.view_as(t))
+        (t, g.view_as(t).to(t.dtype))
         for t, g in zip(outputs, found, strict=True)
         if t is not None and g is not None and t.requires_grad
     ]

@@ -43,6 +43,11 @@ class Layout:
     def count(self) -> int:
         return self.slots.shape[0]
 
+    def ends_whole(self) -> Tensor:
+        """Whether a row's last chunk is whole [R]; of no chunk it is not."""
+        newest = self.slots[(self.rows[:, 0] + self.rows[:, 1] - 1).clamp(min=0).long()]
+        return (newest[:, 3] - newest[:, 1] == self.chunk) & (self.rows[:, 1] > 0)
+
 
 def layout(
     batch: int, length: int, chunk: int, position: Tensor | None, device: torch.device
