@@ -1,6 +1,6 @@
 """Compile every kernel that ships for GPUs that are not here, and see what it needs of them.
 
-    python -m atlas_blocks.kernels.aot [--quick] [--chip sm_90]
+    python -m atlas_blocks.kernels.aot [--quick] [--chip sm_90] [--memory mlp]
 
 Prints registers, spilled bytes and shared memory, and exits with 1 where a kernel spills, needs
 more shared memory than the chip has, or does not compile. The kernels are found by running the
@@ -72,6 +72,7 @@ class Configuration(NamedTuple):
 
 
 QUICK = [Configuration(torch.bfloat16, 64, 64, 16, True, step=step) for step in (False, True)]
+DEEP = ("mlp", "gated_mlp")
 
 
 def configurations() -> Iterator[Configuration]:
@@ -87,6 +88,15 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(dtype, d, v, 64, momentum)
             yield Configuration(dtype, d, v, 16, momentum, begun=False)
             yield Configuration(dtype, d, v, 16, momentum, objective="dot")
+    dtype = torch.bfloat16
+    for memory, (d, v), momentum in itertools.product(DEEP, widths, (True, False)):
+        if v <= omega_rule.LARGEST_DEEP_VALUE:
+            yield Configuration(dtype, d, v, 16, momentum, memory=memory)
+    for memory in DEEP:
+        yield Configuration(dtype, 64, 64, 1, True, memory=memory)
+        yield Configuration(dtype, 64, 64, 64, True, memory=memory)
+        yield Configuration(dtype, 64, 64, 16, True, begun=False, memory=memory)
+        yield Configuration(dtype, 64, 64, 16, True, objective="dot", memory=memory)
 
 
 def launches(c: Configuration, chip: str) -> list[Launch]:
@@ -166,6 +176,8 @@ def compile_for(one: Launch, chip: str) -> Usage:
             aligned[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float) and not one.kernel.params[i].is_constexpr:
             signature[name] = "fp32"
+        elif isinstance(value, int) and one.kernel.params[i].do_not_specialize:
+            signature[name] = "i32"
         elif value is None or one.kernel.params[i].is_constexpr or value == 1:
             # The runtime, too, compiles a 1 in.
             signature[name] = "constexpr"
@@ -237,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m atlas_blocks.kernels.aot", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the default layer's alone")
     parser.add_argument("--chip", choices=list(SHARED_MEMORY), action="append")
+    parser.add_argument("--memory", choices=list(MEMORIES), action="append")
     given = parser.parse_args(arguments)
     if INTERPRETED:
         print(
@@ -244,6 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     found = QUICK if given.quick else list(configurations())
+    if given.memory:
+        found = [c for c in found if c.memory in given.memory]
     width = None if sys.stdout.isatty() else 160
     return 1 if check(given.chip or list(SHARED_MEMORY), found, Console(width=width)) else 0
 

@@ -1,9 +1,8 @@
 """The Triton provider of `atlas::omega_rule` and its backward, for update="gd".
 
 What is not the recurrence (feature maps, the gates' elementwise arithmetic, histories) is PyTorch
-under autograd, done again in the backward; coefficients.py, discount.py, matrix.py and deep.py do
-the rest. Deep memories are served under the interpreter alone: their forward kernels spill
-registers, and their backward is the definition's, from the chunk starts saved here.
+under autograd, done again in the backward; coefficients.py, discount.py, matrix.py and deep/ do
+the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from atlas_blocks.ops.providers import DEFINITION, Provider, find
 
 # Beyond these a chunk's matrices no longer fit one program.
 LARGEST_CHUNK, LARGEST_WINDOW = 64, 64
-LARGEST_VALUE, LARGEST_FEATURES = 256, 8192
+LARGEST_VALUE, LARGEST_DEEP_VALUE, LARGEST_FEATURES = 256, 128, 8192
 
 
 class _Streams(NamedTuple):
@@ -73,7 +72,7 @@ def _supports(call: Call) -> str | None:
     ):
         if value not in served:
             return f"{name} {value} has no kernel, only {' and '.join(map(str, served))}"
-    widest = LARGEST_VALUE if rule.memory == "matrix" else LARGEST_VALUE // 2
+    widest = LARGEST_VALUE if rule.memory == "matrix" else LARGEST_DEEP_VALUE
     for name, size, most in (
         ("chunk_size", rule.chunk_size, LARGEST_CHUNK),
         ("window", rule.window, LARGEST_WINDOW),
@@ -84,8 +83,6 @@ def _supports(call: Call) -> str | None:
             return f"{name} {size} is beyond the kernels' {most}"
     if INTERPRETED:
         return None
-    if rule.memory != "matrix":
-        return f"memory {rule.memory} has no kernel that a GPU would run well yet, only matrix"
     if call.device != "cuda":
         return f"it needs a CUDA device, not {call.device} (or TRITON_INTERPRET=1, to check it)"
     if torch.cuda.get_device_capability() < (8, 0):

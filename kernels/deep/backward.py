@@ -59,7 +59,7 @@ def backward(
 ) -> Gradients:
     """From the gradients of y, and of W, S, M^(0) and scale after the call, to those of what the
     call had. starts_w, starts_s, scales: at the chunks' starts, as `deep.forward` returns them."""
-    at, spans, settings = call.at, call.spans, call.settings()
+    at, spans, settings = call.at, call.spans, call.settings(widest=16)
     heads, d, v, hidden = call.shape
     lines, keys = at.batch * GROUP * heads, spans.span + spans.halo
     discount = call.mass is not None
@@ -142,16 +142,17 @@ def backward(
             )  # fmt: skip
             launch(
                 writes_backward.ends_backward, (at.batch * heads,),
-                at.rows, w1, w2, w3, s1, s2, s3, gw1, gw2, gw3, gs1, gs2, gs3, d_ends,
-                group.start, n, at.per_row, heads, d, v, hidden, **settings,
+                at.rows, cutter.tokens, w1, w2, w3, s1, s2, s3, gw1, gw2, gw3, gs1, gs2, gs3,
+                d_ends, call.alpha, c, thbar, df, d_carried, d_write, slopes, group.start, n,
+                at.per_row, heads, d, v, hidden, **settings, DISCOUNT=discount,
             )  # fmt: skip
             if discount:
                 launch(
                     writes_backward.discount_backward, (at.batch * heads,),
-                    x, at.rows, cutter.tokens, cutter.keys, cutter.filled, call.alpha, call.eta,
-                    call.theta, call.gamma, call.mass, scales, strengths, c, thbar, rooms.hidden,
-                    rooms.errors, rooms.features, rooms.grams, squares, slopes, all_e, df,
-                    d_carried, d_write, d_ends, d_eta, held_theta, d_mass, d_scale, *where,
+                    x, at.rows, cutter.tokens, cutter.keys, cutter.filled, call.eta,
+                    call.theta, call.gamma, call.mass, scales, strengths, rooms.hidden,
+                    rooms.errors, rooms.features, rooms.grams, squares, slopes, all_e, d_eta,
+                    held_theta, d_mass, d_scale, *where,
                     **settings, WINDOW=spans.window, HALO=spans.halo,
                 )  # fmt: skip
             launch(

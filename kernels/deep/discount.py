@@ -209,11 +209,13 @@ def strengths_of(
 
 
 @triton.jit
-def _strength_gradient(
-    df, d_write, d_carried, dc, window, thbar, alpha, t,
+def strength_gradient(
+    df, d_write, d_carried, dc, window, thbar, alpha, tokens, slopes, head, H,
     SPAN: tl.constexpr, KEYS: tl.constexpr, BK: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """Of the coefficients F = P C and carried = P thbar, P = A diag(strength)."""
+    """That of the write strengths, to the first of slopes: from the coefficients F = P C and
+    carried = P thbar, P = A diag(strength)."""
+    t = tl.arange(0, SPAN)
     end = t == SPAN - 1
     step = tl.zeros([SPAN, SPAN], tl.float32)
     for n in tl.range(KEYS // BK, disable_licm=True):
@@ -224,7 +226,8 @@ def _strength_gradient(
     if MOMENTUM:
         g = tl.load(d_carried + t) + tl.where(end, dc, 0.0)
         step += g[:, None] * tl.load(thbar + t)[None, :]
-    return tl.sum(step * decay(alpha, SPAN), 0)
+    keep = _gate(alpha, tl.load(tokens + t), head, H, 1.0)
+    tl.store(slopes + t, tl.sum(step * decay(keep, SPAN), 0))
 
 
 @triton.jit
@@ -234,9 +237,8 @@ def _sign(x):
 
 @triton.jit
 def gradient_of_strengths(
-    x, e, z, u, features, squares, slopes, gram, de, window, thbar, df, d_carried, d_write, dc,
-    tokens, key_tokens, filled, alpha, eta, theta, gamma, mass, strengths, before, after,
-    d_eta, d_theta, d_mass, head, H,
+    x, e, z, u, features, squares, slopes, gram, de, tokens, key_tokens, filled,
+    eta, theta, gamma, mass, strengths, before, after, d_eta, d_theta, d_mass, head, H,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr, WINDOW: tl.constexpr,
     SPAN: tl.constexpr, HALO: tl.constexpr, KEYS: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
@@ -244,18 +246,15 @@ def gradient_of_strengths(
 ):  # fmt: skip
     """The gradients of eta and m, of theta through what is held, and of e, which is added to de.
 
-    before: held, of the last chunk; after: the gradient of held of this chunk's newest token. Those
-    of h, x, z and u come of `squares` [2, SPAN, SPAN] and `slopes` [6, KEYS], which are written
-    here, by the functions below. Returns the gradient of before, and what W_1 W_1^T is to be
-    multiplied by for that of W_1.
+    The first of slopes holds that of the strengths. before: held, of the last chunk; after: the
+    gradient of held of this chunk's newest token. Those of h, x, z and u come of `squares`
+    [2, SPAN, SPAN] and `slopes` [6, KEYS], which are written here, by the functions below. Returns
+    the gradient of before, and what W_1 W_1^T is to be multiplied by for that of W_1.
     """
     t = tl.arange(0, SPAN)
     token, own_token = tl.load(tokens + t), tl.load(key_tokens + t)
     at = token.to(tl.int64) * H + head
-    g = _strength_gradient(
-        df, d_write, d_carried, dc, window, thbar, _gate(alpha, token, head, H, 1.0), t,
-        SPAN, KEYS, BK, MOMENTUM,
-    )  # fmt: skip
+    g = tl.load(slopes + t)
     strength = tl.load(strengths + at, mask=token >= 0, other=0.0)
     m = _gate(mass, own_token, head, H, 0.0)
     held_own = _held_own(features, gamma, token, head, H, t, WINDOW, SPAN, HALO, KEYS, BK)
@@ -277,12 +276,15 @@ def gradient_of_strengths(
         largest = aged == young[:, None]
         each = d_held * share / tl.sum(largest.to(tl.float32), 1)
         flow = tl.where(largest, each[:, None], 0.0)
+        d_held = tl.sum(flow * ages, 0)
+        flow *= held_own[None, :]
+        tl.debug_barrier()
         earlier = tl.load(tokens + t - 1, mask=t > 0, other=-1)
         earlier = _gate(theta, earlier, head, H, 1.0)
-        found = decay_gradient(flow * held_own[None, :], d_old * before, gate, earlier, SPAN)
+        found = decay_gradient(flow, d_old * before, gate, earlier, SPAN)
         tl.store(d_theta + at, found, mask=token >= 0)
-        d_held = tl.sum(flow * ages, 0)
 
+    tl.debug_barrier()
     hidden, dots = _products(x, z, u, D, HIDDEN, SPAN, KEYS, BD, BH, TILES, BLOCKS, GATED)
     inner = _inner(features, t, KEYS, GATED)
     kappa = tl.abs(hidden) + inner * tl.abs(dots)
@@ -298,7 +300,8 @@ def gradient_of_strengths(
     store_block(squares, d_kappa * _sign(hidden), t, SPAN, t, SPAN)
     store_block(squares + SPAN * SPAN, d_kappa * inner * _sign(dots), t, SPAN, t, SPAN)
     d_kappa *= tl.abs(dots)
-    for i in tl.static_range(4):
+    tl.debug_barrier()
+    for i in tl.range(4, disable_licm=True):
         f = tl.load(features + i * KEYS + t)
         tl.store(slopes + i * KEYS + t, tl.sum(d_kappa * f[None, :], 1))
     ties = tl.zeros([SPAN], tl.float32)

@@ -35,6 +35,7 @@ from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
 from atlas_blocks.kernels.tiles import (
     Layout,
     ceil_div,
+    chip,
     dot,
     launch,
     load_block,
@@ -446,15 +447,16 @@ class Call:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """H, D, V and hidden units."""
-        return self.q.shape[2], self.q.shape[3], *self.w[0].shape[-2:]
+        v, hidden = self.w[0].shape[-2:]
+        return self.q.shape[2], self.q.shape[3], v, hidden
 
-    def settings(self) -> dict[str, Any]:
-        """The compile-time settings that all kernels share."""
+    def settings(self, widest: int = 32) -> dict[str, Any]:
+        """The compile-time settings that all kernels share; widest: tile of hidden units."""
         _, d, v, hidden = self.shape
         spans = self.spans
         keys = {"SPAN": spans.span, "KEYS": spans.span + spans.halo, "GROUP": GROUP}
         kinds = {"GATED": len(self.w) == 3, "MOMENTUM": self.theta is not None}
-        return keys | kinds | tiles(d, v, hidden, spans)
+        return keys | kinds | tiles(d, v, hidden, spans, widest)
 
     def window(self, group: Group) -> Coefficients:
         """C, and thbar where P thbar would be: with alpha = 0 and eta = 1 P is the identity."""
@@ -557,12 +559,14 @@ def _starts(x: Tensor, at: Layout) -> Tensor:
     return found.flatten(0, 1)
 
 
-def tiles(d: int, v: int, hidden: int, spans: Spans) -> dict[str, int]:
-    """How keys, D and the hidden units are cut; V is not."""
-    block_d, block_h = min(64, padded(d)), min(32, padded(hidden))
+def tiles(d: int, v: int, hidden: int, spans: Spans, widest: int) -> dict[str, int]:
+    """How keys, D and the hidden units are cut; V is not. The largest that `aot` finds no register
+    spilled with."""
+    block_d = min(64 if chip() >= 90 else 32, padded(d))
+    block_h = min(widest, padded(hidden))
     return {
         "BK": min(LEAST_HALO, spans.span, spans.halo or spans.span),
         "BD": block_d, "BV": padded(v), "BH": block_h,
         "TILES": ceil_div(d, block_d), "BLOCKS": ceil_div(hidden, block_h),
-        "num_warps": 4, "num_stages": 1,
+        "num_warps": 8, "num_stages": 1,
     }  # fmt: skip

@@ -94,19 +94,25 @@ def read_backward(
     z_t, u_t = room(rooms, 8, mine, LINES, ROOM), room(rooms, 9, mine, LINES, ROOM)
     dz_t, du_t = room(rooms, 10, mine, LINES, ROOM), room(rooms, 11, mine, LINES, ROOM)
     t, v, j = tl.arange(0, SPAN), tl.arange(0, BV), m * BH + tl.arange(0, BH)
-    keep = tl.load(abar + key * SPAN + t)[:, None]
-    g = load_block(dy + key * SPAN * V, t, SPAN, v, V).to(tl.float32)
+    at_dy = dy + key * SPAN * V
     h_t = hidden_of(z_t, u_t, t, SPAN, j, HIDDEN, GATED)
-    back = dot(g, load_block(w1 + here * size, v, V, j, HIDDEN))
-    tl.store(d_abar + part + t, tl.sum(back * h_t, 1))
-    found = keep * back
-    store_block(rw1 + key * size, dot(tl.trans(g * keep), h_t), v, V, j, HIDDEN)
+    keep = tl.load(abar + key * SPAN + t)[:, None]
+    found = load_block(at_dy, t, SPAN, v, V).to(tl.float32) * keep
+    store_block(rw1 + key * size, dot(tl.trans(found), h_t), v, V, j, HIDDEN)
     if MOMENTUM:
         keep = tl.load(carried + key * SPAN + t)[:, None]
+        found = load_block(at_dy, t, SPAN, v, V).to(tl.float32) * keep
+        store_block(rs1 + key * size, -dot(tl.trans(found), h_t), v, V, j, HIDDEN)
+    tl.debug_barrier()
+    h_t = hidden_of(z_t, u_t, t, SPAN, j, HIDDEN, GATED)
+    g = load_block(at_dy, t, SPAN, v, V).to(tl.float32)
+    back = dot(g, load_block(w1 + here * size, v, V, j, HIDDEN))
+    tl.store(d_abar + part + t, tl.sum(back * h_t, 1))
+    found = tl.load(abar + key * SPAN + t)[:, None] * back
+    if MOMENTUM:
         back = dot(g, load_block(s1 + here * size, v, V, j, HIDDEN))
         tl.store(d_carried + part + t, -tl.sum(back * h_t, 1))
-        found -= keep * back
-        store_block(rs1 + key * size, -dot(tl.trans(g * keep), h_t), v, V, j, HIDDEN)
+        found -= tl.load(carried + key * SPAN + t)[:, None] * back
     for i in tl.range(KEYS // BK, disable_licm=True):
         r = i * BK + tl.arange(0, BK)
         outer = load_block(spread + key * SPAN * KEYS, t, SPAN, r, KEYS)

@@ -12,6 +12,7 @@ from atlas_blocks.kernels.deep.discount import (
     gradient_of_strengths,
     hidden_discounted,
     inputs_discounted,
+    strength_gradient,
     units_discounted,
 )
 from atlas_blocks.kernels.deep.forward import project, room
@@ -81,22 +82,17 @@ def factors_backward(
     write_r, last_r = tl.load(write + key * KEYS + r), tl.load(last + key * KEYS + r)
     of_write = tl.zeros([BK], tl.float32)
     of_last = of_write
-    found = load_block(de + key * KEYS * V, r, KEYS, v, V)
     for m in tl.range(BLOCKS, disable_licm=True):
         j = m * BH + tl.arange(0, BH)
-        error = load_block(errors + key * KEYS * V, r, KEYS, v, V)
         h_ = load_block(h, r, KEYS, j, HIDDEN)
-        g = load_block(gw1, v, V, j, HIDDEN)
-        through = dot(error, g)
+        error = load_block(errors + key * KEYS * V, r, KEYS, v, V)
+        through = dot(error, load_block(gw1, v, V, j, HIDDEN))
         of_write -= tl.sum(through * h_, 1)
         total = load_block(dh, r, KEYS, j, HIDDEN) - write_r[:, None] * through
-        found -= dot(h_ * write_r[:, None], tl.trans(g))
         if MOMENTUM:
-            g = load_block(gs1, v, V, j, HIDDEN)
-            through = dot(error, g)
+            through = dot(error, load_block(gs1, v, V, j, HIDDEN))
             of_last += tl.sum(through * h_, 1)
             total += last_r[:, None] * through
-            found += dot(h_ * last_r[:, None], tl.trans(g))
         store_block(dh_all, total, r, KEYS, j, HIDDEN)
         of_write, of_last = _left_written(
             x + key * KEYS * D, gw2, gs2, p2, dp2, dp2_all, write_r, last_r, of_write, of_last,
@@ -107,7 +103,14 @@ def factors_backward(
                 x + key * KEYS * D, gw3, gs3, p3, dp3, dp3_all, write_r, last_r, of_write, of_last,
                 r, j, D, HIDDEN, KEYS, BD, TILES, MOMENTUM,
             )  # fmt: skip
-        tl.debug_barrier()
+    tl.debug_barrier()
+    found = load_block(de + key * KEYS * V, r, KEYS, v, V)
+    for m in tl.range(BLOCKS, disable_licm=True):
+        j = m * BH + tl.arange(0, BH)
+        h_ = load_block(h, r, KEYS, j, HIDDEN)
+        found -= dot(h_ * write_r[:, None], tl.trans(load_block(gw1, v, V, j, HIDDEN)))
+        if MOMENTUM:
+            found += dot(h_ * last_r[:, None], tl.trans(load_block(gs1, v, V, j, HIDDEN)))
         slope = _slope(z, u, dp2_all, dp3_all, r, KEYS, j, HIDDEN, GATED)
         found += dot(slope, tl.trans(load_block(weights, v, V, j, HIDDEN)))
     store_block(de_all + key * KEYS * V, found, r, KEYS, v, V)
@@ -144,14 +147,15 @@ def _products(
 
 @triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW"])
 def ends_backward(
-    rows, w1, w2, w3, s1, s2, s3, gw1, gw2, gw3, gs1, gs2, gs3, d_ends,
-    START, OFFSET, PER_ROW, H: tl.constexpr,
+    rows, tokens, w1, w2, w3, s1, s2, s3, gw1, gw2, gw3, gs1, gs2, gs3, d_ends, alpha,
+    window, thbar, df, d_carried, d_write, slopes, START, OFFSET, PER_ROW, H: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
+    DISCOUNT: tl.constexpr,
 ):  # fmt: skip
-    """da, dc and dth."""
+    """da, dc and dth, and the gradient of the write strengths where they are discounted."""
     line = tl.program_id(0)
     there, mine, here = place(rows, START, OFFSET, PER_ROW, line, H, GROUP)
     if there == 0:
@@ -179,13 +183,19 @@ def ends_backward(
     tl.store(d_ends + key * 3, da)
     tl.store(d_ends + key * 3 + 1, dc)
     tl.store(d_ends + key * 3 + 2, dth)
+    if DISCOUNT:
+        strength_gradient(
+            df + key * SPAN * KEYS, d_write + key * KEYS, d_carried + key * SPAN, dc,
+            window + key * SPAN * KEYS, thbar + key * SPAN, alpha, tokens + mine // H * SPAN,
+            slopes + key * 6 * KEYS, line % H, H, SPAN, KEYS, BK, MOMENTUM,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW", "LINES"])
 def discount_backward(
-    x, rows, tokens, key_tokens, filled, alpha, eta, theta, gamma, mass, scales, strengths,
-    window, thbar, rooms, errors, features, grams, squares, slopes, de_all, df, d_carried, d_write,
-    d_ends, d_eta, d_theta, d_mass, d_scale, START, OFFSET, PER_ROW, LINES, H: tl.constexpr,
+    x, rows, tokens, key_tokens, filled, eta, theta, gamma, mass, scales, strengths,
+    rooms, errors, features, grams, squares, slopes, de_all, d_eta, d_theta, d_mass, d_scale,
+    START, OFFSET, PER_ROW, LINES, H: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
@@ -204,10 +214,8 @@ def discount_backward(
     before, into_gram = gradient_of_strengths(
         x + key * KEYS * D, errors + key * KEYS * V, z, u, features + key * 13 * KEYS,
         squares + key * 2 * SPAN * SPAN, slopes + key * 6 * KEYS, grams + key * V * V,
-        de_all + key * KEYS * V, window + key * SPAN * KEYS, thbar + key * SPAN,
-        df + key * SPAN * KEYS, d_carried + key * SPAN, d_write + key * KEYS,
-        tl.load(d_ends + key * 3 + 1), tokens + spot * SPAN, key_tokens + spot * KEYS,
-        tl.load(filled + spot), alpha, eta, theta, gamma, mass, strengths, tl.load(scales + here),
+        de_all + key * KEYS * V, tokens + spot * SPAN, key_tokens + spot * KEYS,
+        tl.load(filled + spot), eta, theta, gamma, mass, strengths, tl.load(scales + here),
         tl.load(d_scale + line), d_eta, d_theta, d_mass, line % H, H,
         D, V, HIDDEN, WINDOW, SPAN, HALO, KEYS, BK, BD, BV, BH, TILES, BLOCKS, GATED, MOMENTUM,
     )  # fmt: skip
