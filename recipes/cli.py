@@ -57,9 +57,11 @@ def _fail(message: str, code: int) -> int:
 
 
 @app.command()
-def recipes() -> None:
-    """List every recipe: pattern, parameters, memory state."""
-    Console().print(display.recipe_table())
+def recipes(
+    part: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+) -> None:
+    """List the recipes: pattern, parameters, memory state."""
+    Console().print(display.recipe_table(part))
 
 
 @app.command()

@@ -30,6 +30,13 @@ def test_recipes_lists_every_name(run):
     assert "12 x MAG(mlp, Muon, c=16 | window 512)" in out
 
 
+def test_recipes_of_one_kind(run):
+    code, out, _ = run("recipes", "titans-mag")
+    assert code == 0
+    assert "titans-mag-1.3b" in out
+    assert "atlas-mag" not in out
+
+
 def test_show_prints_the_tree(run):
     code, out, _ = run("show", "atlas-mag-tiny")
     assert code == 0
@@ -93,6 +100,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(run, tmp_path, monkeypatch, command, 
         ("show",),
         ("shwo", "atlas-tiny"),
         ("recipes", "--unknown"),
+        ("recipes", "giant"),
         ("train", "atlas-tiny"),
         ("train", "atlas-tiny", "--out", "x", "--steps", "many"),
         ("train", "atlas-tiny", "--out", "x", "--steps", "-1"),
