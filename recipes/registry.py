@@ -39,7 +39,7 @@ def config(name: str) -> LanguageModelConfig:
         depth=size.depth,
         block=ARCHITECTURES[architecture](size),
     )
-    return _with_width(start, _fitted_width(start, target(name), size.multiple))
+    return fitted(start, target(name), multiple=size.multiple)
 
 
 def build(name: str, **overrides: Any) -> LanguageModel:
@@ -88,12 +88,13 @@ def parameter_count(config: LanguageModelConfig) -> int:
     return one.parameter_count() + (config.depth - 1) * block
 
 
-def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
-    return config.replace(block=config.block.replace(mlp_width=width))
-
-
-def _fitted_width(config: LanguageModelConfig, aim: float, multiple: int) -> int:
-    """The multiple of `multiple` that, as MLP width, brings the model closest to `aim`."""
+def fitted(config: LanguageModelConfig, aim: float, *, multiple: int) -> LanguageModelConfig:
+    """The config with the MLP width, a multiple of `multiple`, that brings it closest to `aim`
+    parameters."""
     least = parameter_count(_with_width(config, multiple))
     slope = parameter_count(_with_width(config, 2 * multiple)) - least
-    return multiple * max(1, 1 + round((aim - least) / slope))
+    return _with_width(config, multiple * max(1, 1 + round((aim - least) / slope)))
+
+
+def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
+    return config.replace(block=config.block.replace(mlp_width=width))

@@ -6,21 +6,7 @@ import signal
 import pytest
 import torch
 
-from atlas_blocks.recipes import cli, names, training
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """run("show", "atlas-tiny") -> exit code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(a) for a in arguments])
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
+from atlas_blocks.recipes import names, training
 
 
 def test_recipes_lists_every_name(run):
