@@ -405,8 +405,9 @@ def plot(console: Console, path: Path, config: CapacityConfig, rows: Sequence[Ro
         counts = range(1, config.longest + 1)
         passing.plot(counts, row.recalled["delta rule"], label=row.name, color=f"C{i}")
     passing.set(xlabel="pairs shown once", ylabel="pairs recalled", title="one pass, delta rule")
+    exact.legend(frameon=False, fontsize=7, loc="center right")
+    passing.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (exact, passing):
         axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=7)
     figure.savefig(path)
     return [path.name]
