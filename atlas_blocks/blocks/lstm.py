@@ -32,7 +32,10 @@ class LSTMState(State):
 
 
 class LSTM(Block):
-    """torch.nn.LSTM in the form of every block: x [B, T, dim] -> y [B, T, dim], LSTMState."""
+    """torch.nn.LSTM in the form of every block: x [B, T, dim] -> y [B, T, dim], LSTMState.
+
+    torch.compile cannot trace it and breaks the graph here.
+    """
 
     state_type = LSTMState
 

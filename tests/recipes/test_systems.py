@@ -238,3 +238,25 @@ def test_the_truncated_exponential_is_an_exponential(architecture):
     q, k = F.normalize(draw(50, 4), dim=-1), F.normalize(draw(50, 4, seed=2), dim=-1)
     phi = layer.feature_map()
     assert (phi(q) @ phi(k).mT - (q @ k.mT).exp()).abs().max() < math.e / math.factorial(5)
+
+
+DEEP = ("dla", "deep-transformer", "swdt", "dot", "titans", "ttt")
+MATRIX = ("gated-deltanet", "deltanet")
+
+
+@pytest.mark.parametrize("logit", [None, 30.0])
+@pytest.mark.parametrize("architecture", [*DEEP, *MATRIX])
+def test_repetition_leaves_every_memory_bounded(architecture, logit):
+    """Gates as they start and wide open; rows of 1, 2 and 16 distinct tokens. A plain sum of outer
+    products grows with the text, as it must: it is not among these."""
+    layer = layer_of(architecture).float()
+    for gate in layer.modules():
+        if isinstance(gate, Gate):
+            nn.init.zeros_(gate[1].weight)
+            nn.init.constant_(gate[1].bias, logit or 0.0)
+    table = draw(16, DIM, dtype=torch.float32)
+    x = torch.stack([table[torch.randint(n, (800,))] for n in (1, 2, 16)])
+    with torch.no_grad():
+        y, state = layer(x)
+    assert y.abs().max() < 20
+    assert max(w.abs().max() for w in state.rule.weights) < 10
