@@ -244,6 +244,8 @@ def _load(path: Path, config: AblationConfig) -> dict[str, Any]:
     """The file as far as it has come, or an empty one. More seeds or switches continue a run."""
     if not path.exists():
         return {
+            "what": "Atlas with one thing changed at a time; every cell is a switch and a seed",
+            "score": TASKS[config.task].unit,
             "config": config.to_dict(),
             "hardware": machine(torch.device("cpu")),
             "versions": versions(),
@@ -269,44 +271,52 @@ def _save(path: Path, result: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _of(config: AblationConfig, cells: dict[str, Any], switch: str, field: str) -> list[float]:
+def _of(config: AblationConfig, cells: dict[str, Any], switch: str, field: str) -> dict[int, float]:
     """One figure of a switch, by seed; not of seeds that diverged."""
-    found = [cells[_key(switch, seed)] for seed in range(config.seeds)]
-    return [cell[field] for cell in found if field in cell]
+    found = {seed: cells[_key(switch, seed)] for seed in range(config.seeds)}
+    return {seed: cell[field] for seed, cell in found.items() if field in cell}
 
 
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def against_base(config: AblationConfig, cells: dict[str, Any], switch: str) -> list[float]:
+    """Score less that of Atlas with the same seed, so the same data: much of the spread cancels."""
+    ours, base = (_of(config, cells, name, "score") for name in (switch, BASE))
+    return [score - base[seed] for seed, score in ours.items() if seed in base]
 
 
 def table(config: AblationConfig, cells: dict[str, Any]) -> Table:
     """Mean and spread of every switch, beside Atlas and the paper."""
     task = TASKS[config.task]
+    weights = registry.parameter_count(config.model(BASE))
     found = Table(
         title=f"{task.unit} after {config.steps} steps of {config.batch} x {config.length}, "
         f"{config.seeds} seeds",
         title_justify="left",
-        caption="± one standard deviation over seeds. paper: perplexity / accuracy at 760M.",
+        caption=f"± one standard deviation over seeds; s: median seconds of a cell; every variant "
+        f"has {weights:,} weights within 1 %. paper: mean perplexity / accuracy at 760M.",
         caption_justify="left",
     )
     found.add_column("switch", style="cyan", no_wrap=True)
-    for column in ("parameters", "mean ± spread", "against Atlas", "seconds", "diverged", "paper"):
+    for column in ("mean ± spread", "- atlas, by seed", "s", "paper"):
         found.add_column(column, justify="right", no_wrap=True)
-    base = _of(config, cells, BASE, "score")
     for switch in config.switches:
         values = _of(config, cells, switch, "score")
-        row = ["-", "-", "-", "-"]
-        if values:
-            mean = statistics.mean(values)
-            row = [
-                f"{registry.parameter_count(config.model(switch)):,}",
-                f"{mean:.3f} ± {_spread(values):.3f}",
-                f"{mean - statistics.mean(base):+.3f}" if base and switch != BASE else "",
-                f"{statistics.median(_of(config, cells, switch, 'seconds')):.0f}",
-            ]
+        seconds = _of(config, cells, switch, "seconds")
         lost = config.seeds - len(values)
-        found.add_row(switch, *row, f"{lost}" if lost else "", SWITCHES[switch].paper)
+        found.add_row(
+            switch,
+            _mean(list(values.values()), ".3f") + (f", {lost} diverged" if lost else ""),
+            "" if switch == BASE else _mean(against_base(config, cells, switch), "+.3f"),
+            f"{statistics.median(seconds.values()):.0f}" if seconds else "-",
+            SWITCHES[switch].paper,
+        )
     return found
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
 
 
 def plot(console: Console, path: Path, config: AblationConfig, cells: dict[str, Any]) -> list[str]:
@@ -322,7 +332,7 @@ def plot(console: Console, path: Path, config: AblationConfig, cells: dict[str, 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for row, switch in enumerate(config.switches):
-        values = _of(config, cells, switch, "score")
+        values = list(_of(config, cells, switch, "score").values())
         if values:
             colour = "tab:orange" if switch == BASE else "tab:blue"
             axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.5)

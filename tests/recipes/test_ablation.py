@@ -126,6 +126,15 @@ def test_a_cell_that_diverges_is_told(ablate, tmp_path, monkeypatch):
     assert "diverged" in cells(tmp_path)["atlas/0"]
 
 
+def test_differences_are_taken_seed_by_seed():
+    config = AblationConfig(seeds=3, switches=(BASE, "mag"))
+    scores = {"atlas/0": 1.0, "atlas/1": 2.0, "mag/0": 1.5, "mag/1": 2.25, "mag/2": 9.0}
+    cells = {key: {"score": score, "seconds": 1.0} for key, score in scores.items()}
+    cells["atlas/2"] = {"diverged": "step 1: loss nan"}
+    assert ablation.against_base(config, cells, "mag") == [0.5, 0.25]
+    assert ablation.against_base(config, cells, BASE) == [0.0, 0.0]
+
+
 def test_another_config_is_refused(ablate, tmp_path):
     assert ablate("--only", "atlas", "--seeds", 1)[0] == 0
     code, _, err = ablate("--only", "atlas", "--seeds", 1, "--lr", 1e-3)
