@@ -4,6 +4,7 @@ from atlas_blocks import functional
 from atlas_blocks.blocks.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ShortConv
+from atlas_blocks.blocks.lstm import LSTM, LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemory, AtlasMemoryConfig
 from atlas_blocks.blocks.stacks import (
     AtlasBlock,
@@ -21,12 +22,14 @@ from atlas_blocks.ops import ProviderWarning, use_provider
 from atlas_blocks.state import State
 
 __all__ = [
+    "LSTM",
     "AtlasBlock",
     "AtlasBlockConfig",
     "AtlasMemory",
     "AtlasMemoryConfig",
     "Block",
     "Config",
+    "LSTMConfig",
     "MemoryAsContext",
     "MemoryAsContextConfig",
     "MemoryAsGate",

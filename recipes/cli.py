@@ -57,9 +57,11 @@ def _fail(message: str, code: int) -> int:
 
 
 @app.command()
-def recipes() -> None:
-    """List every recipe: pattern, parameters, memory state."""
-    Console().print(display.recipe_table())
+def recipes(
+    part: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+) -> None:
+    """List the recipes: pattern, parameters, memory state."""
+    Console().print(display.recipe_table(part))
 
 
 @app.command()
@@ -214,6 +216,68 @@ def kernels(
         problem = benchmark.run(Console(), chosen, out)
     if problem:
         raise typer.Exit(_fail(problem, WRONG))
+
+
+@app.command()
+def capacity(
+    dim: Annotated[int, typer.Option(help="Width of keys and values.")] = 4,
+    degrees: Annotated[str, typer.Option(help="Of the polynomial features.")] = "1,2,3",
+    seeds: Annotated[int, typer.Option(help="Draws of the pairs.")] = 3,
+    iterations: Annotated[int, typer.Option(help="Of the descent.")] = 800,
+    longest: Annotated[int, typer.Option(help="Pairs that one pass is shown.")] = 64,
+    unit_keys: Annotated[
+        bool, typer.Option("--unit-keys", help="Keys of length 1, as in the layer.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("capacity_output"),
+) -> None:
+    """Measure how many pairs each memory stores: closed form, descent, one pass."""
+    from atlas_blocks.recipes import capacity as laboratory
+
+    config = laboratory.CapacityConfig(
+        dim=dim,
+        degrees=_integers("degrees", degrees),
+        seeds=seeds,
+        iterations=iterations,
+        longest=longest,
+        unit_keys=unit_keys,
+    )
+    laboratory.run(Console(), config, out)
+
+
+@app.command()
+def ablate(
+    task: Annotated[str, typer.Option(help="text or recall.")] = "text",
+    only: Annotated[
+        str, typer.Option(help="Switches, such as atlas,mag,window-1; all if not given.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(help="Of weights and data, for every switch.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps of each cell.")] = 300,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    pairs: Annotated[int, typer.Option(help="Of the recall task.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    dim: Annotated[int, typer.Option(help="Width of the models.")] = 64,
+    heads: Annotated[int, typer.Option(help="Heads of the models.")] = 4,
+    depth: Annotated[int, typer.Option(help="Blocks of the models.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ablate_output"),
+) -> None:
+    """Train Atlas with one thing changed at a time; resumes what --out holds."""
+    from atlas_blocks.recipes import ablation
+
+    config = ablation.AblationConfig(
+        task=task,
+        switches=tuple(only.split(",")) if only else tuple(ablation.SWITCHES),
+        seeds=seeds,
+        steps=steps,
+        batch=batch,
+        length=length,
+        pairs=pairs,
+        lr=lr,
+        dim=dim,
+        heads=heads,
+        depth=depth,
+    )
+    ablation.run(Console(), config, out)
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:

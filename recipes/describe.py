@@ -11,6 +11,7 @@ from atlas_blocks import (
     AtlasBlockConfig,
     AtlasMemoryConfig,
     Config,
+    LSTMConfig,
     MemoryAsContextConfig,
     MemoryAsGateConfig,
     MemoryAsLayerConfig,
@@ -28,9 +29,13 @@ def _part(config: Config) -> str:
     match config:
         case AtlasMemoryConfig():
             update = "Muon" if config.update == "muon" else "gradient descent"
-            return f"{config.memory}, {update}, c={config.window}"
+            kind = f"{config.memory}, dot" if config.objective == "dot" else config.memory
+            cut = f", exp to degree {config.degree}" if "coefficients" in config.fixed else ""
+            return f"{kind}{cut}, {update}, c={config.window}"
         case SlidingWindowAttentionConfig():
             return "full attention" if config.window is None else f"window {config.window}"
+        case LSTMConfig():
+            return "LSTM"
         case AtlasBlockConfig():
             return f"({_part(config.mixer)})"
         case MemoryAsGateConfig():

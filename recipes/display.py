@@ -15,14 +15,21 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 
+from atlas_blocks import check
 from atlas_blocks.recipes import describe, registry, training
 
 BARS = "▁▂▃▄▅▆▇█"
 CONTEXT = 4096
 
 
-def recipe_table() -> Group:
-    """Every recipe with its pattern, parameters and state."""
+def recipe_table(part: str = "") -> Group:
+    """Every recipe whose name contains `part`, with its pattern, parameters and state.
+
+    Raises ValueError where there is none.
+    """
+    names = [name for name in registry.names() if part in name]
+    if not names:
+        check.fail("part", "a part of a recipe's name", repr(part))
     table = Table(title="Recipes", title_justify="left", row_styles=["", "dim"])
     table.add_column("name", style="bold cyan", no_wrap=True)
     table.add_column("pattern")
@@ -30,7 +37,7 @@ def recipe_table() -> Group:
     table.add_column("paper", justify="right", no_wrap=True)
     table.add_column("state", justify="right", no_wrap=True)
     notes = []
-    for name in registry.names():
+    for name in names:
         config = registry.config(name)
         paper = registry.SIZES[name.rpartition("-")[2]].parameters
         state = describe.human(describe.state_bytes(config, CONTEXT), "B")

@@ -1,4 +1,4 @@
-"""Named recipes `<architecture>-<size>`: each is a function from a size to a block config.
+"""Named recipes `<architecture>-<size>`: an architecture of architectures.py at a size.
 
 Sizes are the paper's (depth, width, heads); it does not state the width of the MLPs. Each recipe
 takes the width that brings its parameters to the number in its name, and every tiny recipe the
@@ -7,99 +7,14 @@ width that gives it as many parameters as atlas-mag-tiny.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from atlas_blocks import (
-    AtlasBlockConfig,
-    AtlasMemoryConfig,
-    MemoryAsContextConfig,
-    MemoryAsGateConfig,
-    MemoryAsLayerConfig,
-    SlidingWindowAttentionConfig,
-)
-from atlas_blocks.recipes.model import BlockConfig, LanguageModel, LanguageModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """One row of the paper's table of sizes, and what we add to it.
-
-    parameters: what the name promises; None: as many as atlas-mag of this size with the default
-    MLP width. reach: attention window of the hybrids, and segment of MAC. multiple: MLP widths
-    are rounded to it.
-    """
-
-    depth: int
-    dim: int
-    heads: int
-    parameters: float | None
-    vocab_size: int = 32_000
-    expansion: int = 4
-    reach: int = 512
-    multiple: int = 64
-
-
-SIZES = {
-    "tiny": Size(2, 64, 4, None, vocab_size=256, expansion=1, reach=32, multiple=8),
-    "170m": Size(12, 768, 16, 170e6),
-    "340m": Size(24, 1024, 16, 340e6),
-    "760m": Size(24, 1536, 16, 760e6),
-    "1.3b": Size(18, 2048, 8, 1.3e9),
-}
-
-
-def _memory(size: Size) -> AtlasMemoryConfig:
-    """The paper's Atlas: l2, window, sketched polynomial features, MLP memory, momentum, Muon."""
-    return AtlasMemoryConfig(expansion=size.expansion)
-
-
-def _attention(size: Size) -> SlidingWindowAttentionConfig:
-    return SlidingWindowAttentionConfig(window=size.reach)
-
-
-def _atlas(size: Size) -> BlockConfig:
-    return AtlasBlockConfig(mixer=_memory(size))
-
-
-def _atlas_plus_plus(size: Size) -> BlockConfig:
-    return AtlasBlockConfig(mixer=_memory(size).replace(memory="gated_mlp"))
-
-
-def _omeganet(size: Size) -> BlockConfig:
-    return AtlasBlockConfig(mixer=_memory(size).replace(update="gd", momentum=False))
-
-
-def _atlas_mag(size: Size) -> BlockConfig:
-    return MemoryAsGateConfig(memory=_memory(size), attention=_attention(size))
-
-
-def _atlas_mal(size: Size) -> BlockConfig:
-    return MemoryAsLayerConfig(memory=_memory(size), attention=_attention(size))
-
-
-def _atlas_mac(size: Size) -> BlockConfig:
-    return MemoryAsContextConfig(memory=_memory(size), segment=size.reach)
-
-
-def _transformer(size: Size) -> BlockConfig:
-    return AtlasBlockConfig(mixer=SlidingWindowAttentionConfig(window=None))
-
-
-ARCHITECTURES: dict[str, Callable[[Size], BlockConfig]] = {
-    "atlas": _atlas,
-    "atlas-mag": _atlas_mag,
-    "atlas-mal": _atlas_mal,
-    "atlas-mac": _atlas_mac,
-    "atlas-plus-plus": _atlas_plus_plus,
-    "omeganet": _omeganet,
-    "transformer": _transformer,
-}
+from atlas_blocks.recipes.architectures import ARCHITECTURES, SIZES
+from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
 
 
 def names() -> list[str]:
@@ -124,7 +39,7 @@ def config(name: str) -> LanguageModelConfig:
         depth=size.depth,
         block=ARCHITECTURES[architecture](size),
     )
-    return _with_width(start, _fitted_width(start, target(name), size.multiple))
+    return fitted(start, target(name), multiple=size.multiple)
 
 
 def build(name: str, **overrides: Any) -> LanguageModel:
@@ -147,7 +62,7 @@ def target(name: str) -> float:
         dim=size.dim,
         heads=size.heads,
         depth=size.depth,
-        block=_atlas_mag(size),
+        block=ARCHITECTURES["atlas-mag"](size),
     )
     return parameter_count(reference)
 
@@ -173,12 +88,13 @@ def parameter_count(config: LanguageModelConfig) -> int:
     return one.parameter_count() + (config.depth - 1) * block
 
 
-def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
-    return config.replace(block=config.block.replace(mlp_width=width))
-
-
-def _fitted_width(config: LanguageModelConfig, aim: float, multiple: int) -> int:
-    """The multiple of `multiple` that, as MLP width, brings the model closest to `aim`."""
+def fitted(config: LanguageModelConfig, aim: float, *, multiple: int) -> LanguageModelConfig:
+    """The config with the MLP width, a multiple of `multiple`, that brings it closest to `aim`
+    parameters."""
     least = parameter_count(_with_width(config, multiple))
     slope = parameter_count(_with_width(config, 2 * multiple)) - least
-    return multiple * max(1, 1 + round((aim - least) / slope))
+    return _with_width(config, multiple * max(1, 1 + round((aim - least) / slope)))
+
+
+def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
+    return config.replace(block=config.block.replace(mlp_width=width))

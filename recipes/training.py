@@ -103,14 +103,25 @@ def train_step(
     config: TrainingConfig,
     step: int,
 ) -> tuple[float, float]:
-    """One update on rows [B, L + 1]; returns the loss and the gradient norm.
+    """One update on rows [B, L + 1]; returns and raises as `descend`."""
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=config.bf16):
+        loss = next_byte_loss(model, rows)
+    return descend(model, optimizer, loss, config, step)
+
+
+def descend(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    config: TrainingConfig,
+    step: int,
+) -> tuple[float, float]:
+    """One update down a loss of the model; returns the loss and the gradient norm.
 
     Raises FloatingPointError, before the weights are touched, where either is not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
-    with torch.autocast(rows.device.type, torch.bfloat16, enabled=config.bf16):
-        loss = next_byte_loss(model, rows)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)

@@ -36,6 +36,7 @@ from atlas_blocks.state import State
 # delayed gradients drive apart, so the layer's theta stays below this.
 MAX_THETA = 0.99
 FEATURE_MAPS = ("identity", "polynomial", "sketch", "taylor_exp")
+FIXABLE = ("alpha", "eta", "theta", "gamma", "coefficients")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class AtlasMemoryConfig(Config):
     expansion: hidden units of a deep memory, as a multiple of the head width.
     write_discount: None turns it on for update="gd".
     conv_width, gate_rank: of the short convolution and of the gates' low-rank Linears.
-    retention_init, eta_init, momentum_init, lag_init: what alpha, eta, theta and the gamma of
-    older lags start at; gamma of the token itself starts at 0.98. eta_init: None is 0.5 for
-    update="gd" and 0.05 for "muon", whose steps all have spectral size 1, whatever the error.
+    retention_init, eta_init, momentum_init, own_init, lag_init: what alpha, eta, theta, the gamma
+    of the token itself and that of older lags start at. eta_init: None is 0.5 for update="gd" and
+    0.05 for "muon", whose steps all have spectral size 1, whatever the error. retention_init: a
+    pair spreads the heads between the two, 1 - alpha evenly in its logarithm (RetNet).
+    fixed: which of "alpha", "eta", "theta", "gamma" and "coefficients" (of the feature map) keep
+    the value they start at, for every token and throughout training; a fixed gate may be 0 or 1.
+    initial_memory: M_0, "learned" or, for a matrix memory, "zero" (no gradient in deep ones).
     Raises ValueError naming the bad field.
     """
 
@@ -70,10 +75,13 @@ class AtlasMemoryConfig(Config):
     write_discount: bool | None = None
     conv_width: int = 4
     gate_rank: int = 32
-    retention_init: float = 0.99
+    retention_init: float | tuple[float, float] = 0.99
     eta_init: float | None = None
     momentum_init: float = 0.5
+    own_init: float = 0.98
     lag_init: float = 0.02
+    fixed: tuple[str, ...] = ()
+    initial_memory: str = "learned"
 
     def __post_init__(self) -> None:
         check.choice("memory", self.memory, MEMORIES)
@@ -98,11 +106,41 @@ class AtlasMemoryConfig(Config):
             check.at_least("degree", self.degree, 2)
         if self.sketch_width is not None:
             check.at_least("sketch_width", self.sketch_width, 1)
-        for name in ("retention_init", "lag_init"):
-            check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
+        check.choice("initial_memory", self.initial_memory, ("learned", "zero"))
+        if self.initial_memory == "zero" and self.memory != "matrix":
+            check.fail("initial_memory", f'"learned" for memory={self.memory!r}', "'zero'")
+        if not isinstance(self.fixed, tuple):
+            check.fail("fixed", "a tuple of names", repr(self.fixed))
+        for name in self.fixed:
+            check.choice("fixed", name, FIXABLE)
+        self._check_start("alpha", "retention_init", *self._retention_ends())
         if self.eta_init is not None:
-            check.between("eta_init", self.eta_init, 1e-6, 1 - 1e-6)
-        check.between("momentum_init", self.momentum_init, 1e-6, MAX_THETA - 1e-6)
+            self._check_start("eta", "eta_init", self.eta_init)
+        self._check_start("theta", "momentum_init", self.momentum_init, top=MAX_THETA)
+        self._check_start("gamma", "own_init", self.own_init)
+        self._check_start("gamma", "lag_init", self.lag_init)
+
+    def _retention_ends(self) -> tuple[float, float]:
+        ends = self.retention_init
+        if not isinstance(ends, tuple):
+            return ends, ends
+        if len(ends) != 2:
+            check.fail("retention_init", "a number or a pair of them", repr(ends))
+        return ends
+
+    def _check_start(self, gate: str, name: str, *starts: float, top: float = 1.0) -> None:
+        # A sigmoid reaches neither end, a constant does.
+        margin = 0.0 if gate in self.fixed else 1e-6
+        for start in starts:
+            check.between(name, start, margin, top - margin)
+
+    def retentions(self, heads: int) -> list[float]:
+        """alpha of every head at the start."""
+        first, last = self._retention_ends()
+        if first == last:
+            return heads * [first]
+        spread = [head / max(1, heads - 1) for head in range(heads)]
+        return [1 - (1 - first) ** (1 - x) * (1 - last) ** x for x in spread]
 
     def build(self, dim: int, heads: int) -> AtlasMemory:
         return AtlasMemory(dim, heads, self)
@@ -139,11 +177,25 @@ class Gate(nn.Sequential):
         return self.top * torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
+class FixedGate(nn.Module):
+    """x [B, T, dim] -> the same constants for every token [B, T, width]."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Made anew each time: a buffer would lose 1 - alpha to a half-precision dtype.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        row = torch.tensor(self.values, dtype=dtype, device=x.device)
+        return row.expand(*x.shape[:-1], -1)
+
+
 class AtlasMemory(Block):
     """A layer whose memory is optimised at test time over a window of tokens (ATLAS Fig. 3).
 
         q, k, v = silu(conv(W x)), q and k of unit length
-        alpha, eta, theta, gamma = sigmoid(low-rank Linears of x)
+        alpha, eta, theta, gamma = sigmoid(low-rank Linears of x), or constants
         M_t by the Omega rule; y = W_out (norm(M_t(phi(q_t))) * silu(W_gate x))
 
     x [B, T, dim] -> y [B, T, dim]; state MemoryState of a size that does not depend on T.
@@ -168,28 +220,38 @@ class AtlasMemory(Block):
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, c.conv_width)
-        self.alpha = Gate(dim, c.gate_rank, heads * [c.retention_init])
-        eta = c.eta_init or (0.5 if c.update == "gd" else 0.05)
-        self.eta = Gate(dim, c.gate_rank, heads * [eta])
+        self.alpha = self._gate("alpha", c.retentions(heads))
+        eta = (0.5 if c.update == "gd" else 0.05) if c.eta_init is None else c.eta_init
+        self.eta = self._gate("eta", heads * [eta])
         self.theta = None
         if c.momentum:
-            self.theta = Gate(dim, c.gate_rank, heads * [c.momentum_init], MAX_THETA)
-        self.gamma = Gate(dim, c.gate_rank, heads * [0.98, *(c.window - 1) * [c.lag_init]])
+            self.theta = self._gate("theta", heads * [c.momentum_init], MAX_THETA)
+        self.gamma = self._gate("gamma", heads * [c.own_init, *(c.window - 1) * [c.lag_init]])
 
         self._make_feature_map(width)
         features = self.feature_width(width)
+        self.shapes = weight_shapes(c.memory, features, width, c.expansion * width)
         self.memory = nn.ParameterList(
             torch.empty(heads, *shape)
-            for shape in weight_shapes(c.memory, features, width, c.expansion * width)
+            for shape in (self.shapes if c.initial_memory == "learned" else ())
         )
         self.norm = RMSNorm(width)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.reset_parameters()
 
+    def _gate(self, name: str, init: list[float], top: float = 1.0) -> Gate | FixedGate:
+        if name in self.config.fixed:
+            return FixedGate(init)
+        return Gate(self.dim, self.config.gate_rank, init, top)
+
+    def _learns_coefficients(self) -> bool:
+        c = self.config
+        return c.feature_map in ("polynomial", "sketch") and "coefficients" not in c.fixed
+
     def _make_feature_map(self, width: int) -> None:
         c = self.config
-        if c.feature_map in ("polynomial", "sketch"):
+        if self._learns_coefficients():
             # a_n = exp(log a_n) stays positive.
             self.log_coefficients = nn.Parameter(torch.empty(c.degree + 1))
         if c.feature_map == "sketch":
@@ -211,18 +273,26 @@ class AtlasMemory(Block):
         name = self.config.feature_map
         if name == "identity":
             return None
-        if name == "taylor_exp":
-            return PolynomialMap(taylor_coefficients(self.config.degree).to(self.out.weight.device))
-        coefficients = self.log_coefficients.exp()
-        if name == "polynomial":
-            return PolynomialMap(coefficients)
-        return SketchMap(coefficients, self.buckets, self.signs, self.sketch_width)
+        if self._learns_coefficients():
+            coefficients = self.log_coefficients.exp()
+        else:
+            coefficients = taylor_coefficients(self.config.degree).to(self.out.weight.device)
+        if name == "sketch":
+            return SketchMap(coefficients, self.buckets, self.signs, self.sketch_width)
+        return PolynomialMap(coefficients)
+
+    def initial_weights(self) -> list[Tensor]:
+        """M_0, a list of [H, dout, din]."""
+        if self.config.initial_memory == "learned":
+            return list(self.memory)
+        like = self.out.weight
+        return [like.new_zeros(self.heads, *shape) for shape in self.shapes]
 
     def reset_parameters(self) -> None:
         """M_0 with 1/sqrt(din) entries, gates at their initial values, a_n = 1/n!."""
         for weight in self.memory:
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        if self.config.feature_map in ("polynomial", "sketch"):
+        if self._learns_coefficients():
             with torch.no_grad():
                 self.log_coefficients.copy_(taylor_coefficients(self.config.degree).log())
 
@@ -238,7 +308,7 @@ class AtlasMemory(Block):
             eta=self.eta(x),
             theta=None if self.theta is None else self.theta(x),
             gamma=self.gamma(x).unflatten(-1, (self.heads, c.window)),
-            weights=list(self.memory),
+            weights=self.initial_weights(),
             memory=c.memory,
             objective=c.objective,
             feature_map=self.feature_map(),

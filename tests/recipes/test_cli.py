@@ -6,21 +6,7 @@ import signal
 import pytest
 import torch
 
-from atlas_blocks.recipes import cli, names, training
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """run("show", "atlas-tiny") -> exit code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main([str(a) for a in arguments])
-        printed = capsys.readouterr()
-        return left.value.code, printed.out, printed.err
-
-    return call
+from atlas_blocks.recipes import names, training
 
 
 def test_recipes_lists_every_name(run):
@@ -28,6 +14,13 @@ def test_recipes_lists_every_name(run):
     assert code == 0
     assert all(name in out for name in names())
     assert "12 x MAG(mlp, Muon, c=16 | window 512)" in out
+
+
+def test_recipes_of_one_kind(run):
+    code, out, _ = run("recipes", "titans-mag")
+    assert code == 0
+    assert "titans-mag-1.3b" in out
+    assert "atlas-mag" not in out
 
 
 def test_show_prints_the_tree(run):
@@ -93,6 +86,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(run, tmp_path, monkeypatch, command, 
         ("show",),
         ("shwo", "atlas-tiny"),
         ("recipes", "--unknown"),
+        ("recipes", "giant"),
         ("train", "atlas-tiny"),
         ("train", "atlas-tiny", "--out", "x", "--steps", "many"),
         ("train", "atlas-tiny", "--out", "x", "--steps", "-1"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from atlas_blocks.recipes import TrainingConfig, build, text, train
+from atlas_blocks.recipes import TrainingConfig, build, names, text, train
 from atlas_blocks.recipes.training import bits_per_byte, make_optimizer, train_step
 
 PATTERN = torch.arange(4096).remainder(13).to(torch.uint8)
@@ -64,3 +64,12 @@ def test_real_text_never_gives_nan(name, bf16, steps):
     assert result.step == steps
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert sum(result.losses[-50:]) < 0.8 * sum(result.losses[:50])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in names() if name.endswith("-tiny")])
+def test_every_recipe_learns_real_text(name):
+    torch.manual_seed(0)
+    settings = TrainingConfig(steps=60, batch=2, length=128, lr=4e-3)
+    losses = train(build(name), text.standard_library().train, settings).losses
+    assert sum(losses[-10:]) / 10 < 0.65 * losses[0]
