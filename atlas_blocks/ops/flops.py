@@ -9,14 +9,15 @@ L tokens of a chunk, E keys it sees; T, Dk, Dv, Dphi as in omega_rule.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from atlas_blocks.functional.features import sketch_sizes
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.newton_schulz import flops as newton_schulz_flops
+from atlas_blocks.functional.newton_schulz import backward_flops as newton_schulz_backward_flops
+from atlas_blocks.functional.newton_schulz import forward_flops as newton_schulz_flops
 from atlas_blocks.ops.omega_rule import Settings
 
 Shape = Sequence[int]
@@ -66,8 +67,12 @@ def forward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
 
 
 def backward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
-    """Of the definition's backward: each product again, and one for each factor's gradient."""
+    """Of the definition's backward: each product again, and one for each factor's gradient;
+    Newton-Schulz has a backward of its own."""
     total = 3 * forward_flops(tensors, settings)
+    if settings.update == "muon":
+        total += _newton_schulz_flops(tensors, settings, newton_schulz_backward_flops)
+        total -= 2 * _newton_schulz_flops(tensors, settings, newton_schulz_flops)
     if settings.objective == "dot":
         # -<M(k), v> has no use for M(k) itself: its last product is computed, but not its gradient.
         batch, length, heads, _ = tensors[0]
@@ -75,6 +80,17 @@ def backward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
         keys = length + -(-length // settings.chunk_size) * (tensors[5][-1] - 1)
         total -= 2 * batch * heads * 2 * keys * dout * din
     return total
+
+
+def _newton_schulz_flops(
+    tensors: Sequence[Shape], settings: Settings, one: Callable[[int, int, int], int]
+) -> int:
+    """All the steps of Muon, `one(dout, din, steps)` each."""
+    batch, length, heads, _ = tensors[0]
+    whole, tail = divmod(length, settings.chunk_size)
+    taken = whole * sum(_steps(settings, settings.chunk_size)) + sum(_steps(settings, tail))
+    weights = tensors[6 + settings.momentum :][: MEMORIES[settings.memory].weights]
+    return batch * heads * taken * sum(one(*w[1:], settings.ns_steps) for w in weights)
 
 
 def _feature_flops(tensors: Sequence[Shape], settings: Settings, dk: int) -> int:
