@@ -9,6 +9,7 @@ L tokens of a chunk, E keys it sees; T, Dk, Dv, Dphi as in omega_rule.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,8 +46,18 @@ def register_flop_formulas() -> None:
         """Monomials are elementwise products."""
         return 0
 
+    def newton_schulz(s: Shape, steps: int, *rest: Any, out_shape: Any = None) -> int:
+        return math.prod(s[:-2]) * newton_schulz_flops(*s[-2:], steps)
+
+    def newton_schulz_backward(
+        grad: Shape, s: Shape, steps: int, *rest: Any, out_shape: Any = None
+    ) -> int:
+        return math.prod(s[:-2]) * newton_schulz_backward_flops(*s[-2:], steps)
+
     register_flop_formula(ops.omega_rule)(forward)
     register_flop_formula(ops.omega_rule_backward)(backward)
+    register_flop_formula(ops.newton_schulz)(newton_schulz)
+    register_flop_formula(ops.newton_schulz_backward)(newton_schulz_backward)
     register_flop_formula([ops.polynomial_features, ops.polynomial_features_backward])(none)
 
 
@@ -90,7 +101,7 @@ def _newton_schulz_flops(
     whole, tail = divmod(length, settings.chunk_size)
     taken = whole * sum(_steps(settings, settings.chunk_size)) + sum(_steps(settings, tail))
     weights = tensors[6 + settings.momentum :][: MEMORIES[settings.memory].weights]
-    return batch * heads * taken * sum(one(*w[1:], settings.ns_steps) for w in weights)
+    return batch * heads * taken * sum(one(w[1], w[2], settings.ns_steps) for w in weights)
 
 
 def _feature_flops(tensors: Sequence[Shape], settings: Settings, dk: int) -> int:
