@@ -19,7 +19,7 @@ from atlas_blocks.functional.rule import Arguments, OmegaState
 from atlas_blocks.kernels import coefficients, deep, matrix, matrix_backward
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.discount import DiscountSums
-from atlas_blocks.kernels.tiles import INTERPRETED, Layout, layout
+from atlas_blocks.kernels.tiles import INTERPRETED, Layout, layout, no_device
 from atlas_blocks.ops.omega_rule import Call, Settings, unflatten
 from atlas_blocks.ops.providers import DEFINITION, Provider, find
 
@@ -80,20 +80,9 @@ def _supports(call: Call) -> str | None:
     ):
         if size > most:
             return f"{name} {size} is beyond the kernels' {most}"
-    if INTERPRETED:
-        return None
-    if rule.memory != "matrix":
+    if rule.memory != "matrix" and not INTERPRETED:
         return f"memory {rule.memory} has no kernel that a GPU would run well yet, only matrix"
-    if call.device != "cuda":
-        return f"it needs a CUDA device, not {call.device} (or TRITON_INTERPRET=1, to check it)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or higher"
-    if call.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return (
-            "it multiplies float32 in tf32, and torch.get_float32_matmul_precision() is "
-            "'highest' (torch.set_float32_matmul_precision('high') allows it)"
-        )
-    return None
+    return no_device(call.device, call.dtype)
 
 
 def _layout(a: Arguments) -> tuple[Layout, Spans]:

@@ -66,6 +66,11 @@ def _imported(module: str) -> Provider:
 # Every op's providers but the definition, by name, the fastest first. A module named here is
 # imported when its provider is first needed and has it as PROVIDER.
 _PROVIDERS: dict[str, dict[str, _Entry]] = {
+    "newton_schulz": {
+        "triton": _Entry(
+            ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.newton_schulz")
+        )
+    },
     "omega_rule": {
         "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule"))
     },

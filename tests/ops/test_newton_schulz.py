@@ -101,7 +101,7 @@ def test_wrong_arguments_are_named():
         ({"steps": -1}, "steps: expected an int >= 0, got -1"),
         ({"coefficients": "best"}, "coefficients: expected one of jordan, polar_express"),
         ({"gradient": "none"}, "gradient: expected one of exact, straight_through"),
-        ({"provider": "other"}, "provider: expected one of auto, definition, got 'other'"),
+        ({"provider": "other"}, "provider: expected one of auto, definition, triton, got 'other'"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.newton_schulz(**{"s": torch.eye(3), **bad})
