@@ -343,7 +343,7 @@ def _forward_plan(m: int, n: int) -> _Plan:
 
 def _backward_plan(m: int, n: int) -> _Plan:
     bm, bn, hopper = padded(m), padded(n), chip() >= 90
-    if bn <= 32 or (bn <= 64 and hopper):
+    if bn <= 32 or (bn <= 64 and (hopper or bm == 16)):
         return _Plan(_resident_backward, bn, 4 if bn <= 32 else 8, 0)
     if bm <= 64 and hopper:
         return _Plan(_streamed_backward, 32, 8, m * n)

@@ -1,9 +1,13 @@
-"""The Triton provider of `atlas::omega_rule` and its backward, for update="gd".
+"""The Triton provider of `atlas::omega_rule` and its backward.
 
 What is not the recurrence (feature maps, the gates' elementwise arithmetic, histories) is PyTorch
 under autograd, done again in the backward; coefficients.py, discount.py, matrix.py and deep.py do
 the rest. Deep memories are served under the interpreter alone: their forward kernels spill
 registers, and their backward is the definition's, from the chunk starts saved here.
+
+With update="muon" nine tenths of the arithmetic are Newton-Schulz: the kernels of newton_schulz.py
+do that, forward and backward, for all tokens, heads and rows of a chunk at once. The rest is the
+definition's batched products, so that one chunk's matrices S_t and W_t are in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +20,18 @@ from torch import Tensor
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
-from atlas_blocks.kernels import coefficients, deep, matrix, matrix_backward
+from atlas_blocks.kernels import coefficients, deep, matrix, matrix_backward, newton_schulz
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.discount import DiscountSums
 from atlas_blocks.kernels.tiles import INTERPRETED, Layout, layout, no_device
-from atlas_blocks.ops.omega_rule import Call, Settings, unflatten
+from atlas_blocks.ops.newton_schulz import NewtonSchulz
+from atlas_blocks.ops.omega_rule import (
+    Call,
+    Settings,
+    definition_backward,
+    definition_forward,
+    unflatten,
+)
 from atlas_blocks.ops.providers import DEFINITION, Provider, find
 
 # Beyond these a chunk's matrices no longer fit one program.
@@ -65,12 +76,14 @@ class _History(NamedTuple):
 def _supports(call: Call) -> str | None:
     rule = call.rule
     for name, value, served in (
-        ("update", rule.update, ("gd",)),
         ("dtype of q", call.dtype, (torch.bfloat16, torch.float16, torch.float32)),
         ("state dtype", call.state_dtype, (torch.float32,)),
     ):
         if value not in served:
             return f"{name} {value} has no kernel, only {' and '.join(map(str, served))}"
+    if rule.update == "muon":
+        refused = (newton_schulz.refused_shape(*shape) for shape in call.weight_shapes)
+        return no_device(call.device, call.dtype) or next(filter(None, refused), None)
     widest = LARGEST_VALUE if rule.memory == "matrix" else LARGEST_VALUE // 2
     for name, size, most in (
         ("chunk_size", rule.chunk_size, LARGEST_CHUNK),
@@ -83,6 +96,10 @@ def _supports(call: Call) -> str | None:
     if rule.memory != "matrix" and not INTERPRETED:
         return f"memory {rule.memory} has no kernel that a GPU would run well yet, only matrix"
     return no_device(call.device, call.dtype)
+
+
+def _orthogonalise(s: Tensor, steps: int) -> Tensor:
+    return NewtonSchulz.apply("triton", steps, steps, "jordan", s)
 
 
 def _layout(a: Arguments) -> tuple[Layout, Spans]:
@@ -158,6 +175,8 @@ def _gates(x: _Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 
 
 def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
+    if settings.update == "muon":
+        return definition_forward(tensors, settings, save, _orthogonalise)
     a = unflatten(tensors, settings)
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
         return find("omega_rule", DEFINITION).forward(tensors, settings, save)
@@ -219,6 +238,8 @@ def _first(group: list[Tensor]) -> Tensor | None:
 def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
+    if settings.update == "muon":
+        return definition_backward(grads, tensors, saved, settings, _orthogonalise)
     if 0 in tensors[0].shape[:2] or settings.memory != "matrix":
         # Of no token there is nothing to do: the state passes through.
         return find("omega_rule", DEFINITION).backward(grads, tensors, saved, settings)

@@ -47,12 +47,12 @@ def register_flop_formulas() -> None:
         return 0
 
     def newton_schulz(s: Shape, steps: int, *rest: Any, out_shape: Any = None) -> int:
-        return math.prod(s[:-2]) * newton_schulz_flops(*s[-2:], steps)
+        return math.prod(s[:-2]) * newton_schulz_flops(s[-2], s[-1], steps)
 
     def newton_schulz_backward(
         grad: Shape, s: Shape, steps: int, *rest: Any, out_shape: Any = None
     ) -> int:
-        return math.prod(s[:-2]) * newton_schulz_backward_flops(*s[-2:], steps)
+        return math.prod(s[:-2]) * newton_schulz_backward_flops(s[-2], s[-1], steps)
 
     register_flop_formula(ops.omega_rule)(forward)
     register_flop_formula(ops.omega_rule_backward)(backward)

@@ -66,7 +66,7 @@ def newton_schulz(
         return definition(s, steps=steps, coefficients=coefficients, gradient=gradient)
     if needs_grad:
         differentiated = steps if gradient == "exact" else 0
-        return _NewtonSchulz.apply(chosen, steps, differentiated, coefficients, s)
+        return NewtonSchulz.apply(chosen, steps, differentiated, coefficients, s)
     return torch.ops.atlas.newton_schulz.default(s, steps, coefficients, chosen)
 
 
@@ -77,8 +77,9 @@ def _choose(provider: str, context: str, *facts: Any) -> str:
     return providers.choose("newton_schulz", provider, context, call.device, call)
 
 
-class _NewtonSchulz(torch.autograd.Function):
-    """Both directions are ops, so that a pass can lower each."""
+class NewtonSchulz(torch.autograd.Function):
+    """Both directions are ops, so that a pass can lower each. The gradient is that of the first
+    `differentiated` steps."""
 
     @staticmethod
     def forward(
