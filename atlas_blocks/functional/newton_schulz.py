@@ -169,7 +169,7 @@ def _derivative(x: Tensor, d: Tensor, steps: int, coefficients: str) -> Tensor:
     for i, (a, b, c) in enumerate(polynomials):
         gram, along = x @ x.mT, _symmetric(d @ x.mT)
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        slope = torch.add(b * along, _symmetric(along @ gram), alpha=c)
+        slope = _symmetric(torch.baddbmm(along, along, gram, beta=b / 2, alpha=c))
         d = torch.baddbmm(torch.baddbmm(d, p, d, beta=a), slope, x)
         if i + 1 < steps:
             x = torch.baddbmm(x, p, x, beta=a)
@@ -207,7 +207,7 @@ def _gram_derivative(
     product = slopes = None
     for i, (a, b, c) in enumerate(polynomials):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * eye
-        slope = torch.add(b * along, _symmetric(along @ gram), alpha=c)
+        slope = _symmetric(torch.baddbmm(along, along, gram, beta=b / 2, alpha=c))
         if product is None or slopes is None:
             product, slopes = p, slope
         else:
