@@ -3,7 +3,7 @@
     python benchmarks/peak_memory.py [--dim 64] [--heads 4] [--json FILE]
 
 Each length runs in a process of its own; the figure is its peak resident memory less what it held
-before the forward. Linear growth doubles it with T.
+before the forward. Linear growth multiplies it by 4 from one length to the next.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from importlib.metadata import version
 
 from atlas_blocks.recipes.demo import hardware
 
-LENGTHS = (4096, 8192, 16384)
+LENGTHS = (1024, 4096, 16384)
 LAYERS = {
     "matrix, gd": {"memory": "matrix", "update": "gd"},
     "mlp, gd": {"update": "gd", "expansion": 1},
+    "matrix, muon": {"memory": "matrix", "update": "muon"},
     "mlp, muon": {"update": "muon", "expansion": 1},
 }
 
@@ -39,7 +40,7 @@ def measure(layer: str, dim: int, heads: int, length: int) -> int:
 
     from atlas_blocks import AtlasMemory, AtlasMemoryConfig
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     block = AtlasMemory(dim, heads, AtlasMemoryConfig().replace(**LAYERS[layer]))
     block(torch.randn(1, 64, dim))[0].sum().backward()
     x = torch.randn(1, length, dim, requires_grad=True)

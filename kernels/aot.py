@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 
 from atlas_blocks.functional.memories import MEMORIES, weight_shapes
 from atlas_blocks.functional.rule import Arguments, Rule, initial_state
-from atlas_blocks.kernels import decode, omega_rule
+from atlas_blocks.kernels import decode, newton_schulz, omega_rule
 from atlas_blocks.kernels.tiles import INTERPRETED, Launch, recorded
 from atlas_blocks.ops.omega_rule import flatten
 
@@ -71,11 +71,29 @@ class Configuration(NamedTuple):
         )
 
 
-QUICK = [Configuration(torch.bfloat16, 64, 64, 16, True, step=step) for step in (False, True)]
+class Orthogonalisation(NamedTuple):
+    """What the compilation of Newton-Schulz depends on."""
+
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    steps: int = 5
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"newton_schulz {kind} [{self.rows}, {self.columns}] {self.steps} steps"
+
+
 DEEP = ("mlp", "gated_mlp")
 
 
-def configurations() -> Iterator[Configuration]:
+QUICK: list[Configuration | Orthogonalisation] = [
+    Configuration(torch.bfloat16, 64, 64, 16, True, step=step) for step in (False, True)
+]
+QUICK += [Orthogonalisation(torch.float32, 64, n) for n in (64, 256)]
+
+
+def configurations() -> Iterator[Configuration | Orthogonalisation]:
     """Everything that ships: widths stand for the tiles they lead to, 2145 for a polynomial map."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     widths = ((16, 16), (64, 64), (128, 128), (256, 256), (2145, 64))
@@ -97,12 +115,29 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(dtype, 64, 64, 64, True, memory=memory)
         yield Configuration(dtype, 64, 64, 16, True, begun=False, memory=memory)
         yield Configuration(dtype, 64, 64, 16, True, objective="dot", memory=memory)
+    sizes = [(d, d) for d in (16, 32, 64, 128)]
+    sizes += [(16, 64), (48, 48), (64, 128), (64, 256), (256, 64), (64, 2145)]
+    sizes += [(128, 512), (512, 128), (100, 2145)]
+    for rows, columns in sizes:
+        yield Orthogonalisation(torch.float32, rows, columns)
+    for dtype in (torch.bfloat16, torch.float16):
+        for columns in (64, 256):
+            yield Orthogonalisation(dtype, 64, columns)
 
 
-def launches(c: Configuration, chip: str) -> list[Launch]:
+def launches(c: Configuration | Orthogonalisation, chip: str) -> list[Launch]:
     """The kernels of a forward and a backward, or of a decode step."""
-    with recorded(int(chip.removeprefix("sm_"))) as found:
-        _decode_step(c) if c.step else _forward_and_backward(c)
+    number = int(chip.removeprefix("sm_"))
+    with recorded(number) as found:
+        if isinstance(c, Orthogonalisation):
+            if newton_schulz.refused_shape(c.rows, c.columns) is None:
+                s = torch.empty(4096, c.rows, c.columns, dtype=c.dtype, device="meta")
+                newton_schulz.PROVIDER.forward(s, c.steps, "jordan")
+                newton_schulz.PROVIDER.backward(s, s, c.steps, "jordan")
+        elif c.step:
+            _decode_step(c)
+        else:
+            _forward_and_backward(c)
     return found
 
 
@@ -206,7 +241,7 @@ def _cuobjdump(what: str, cubin: Path) -> str:
     return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
 
 
-def _check(work: tuple[Configuration, int, str]) -> tuple[str, Usage | str]:
+def _check(work: tuple[Configuration | Orthogonalisation, int, str]) -> tuple[str, Usage | str]:
     """Compile one launch of a configuration: the kernel's name and what it needs, or the error."""
     c, index, chip = work
     one = launches(c, chip)[index]
@@ -217,7 +252,9 @@ def _check(work: tuple[Configuration, int, str]) -> tuple[str, Usage | str]:
         return name, f"{type(error).__name__}: {error}"
 
 
-def check(chips: list[str], found: list[Configuration], console: Console) -> int:
+def check(
+    chips: list[str], found: list[Configuration | Orthogonalisation], console: Console
+) -> int:
     """Compile and print; the number of faults."""
     work, seen = [], set()
     for c, chip in itertools.product(found, chips):
@@ -258,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     found = QUICK if given.quick else list(configurations())
     if given.memory:
-        found = [c for c in found if c.memory in given.memory]
+        found = [c for c in found if isinstance(c, Configuration) and c.memory in given.memory]
     width = None if sys.stdout.isatty() else 160
     return 1 if check(given.chip or list(SHARED_MEMORY), found, Console(width=width)) else 0
 

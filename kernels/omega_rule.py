@@ -1,4 +1,4 @@
-"""The Triton provider of `atlas::omega_rule` and its backward, for update="gd".
+"""The Triton provider of `atlas::omega_rule` and its backward.
 
 What is not the recurrence (feature maps, the gates' elementwise arithmetic, histories) is PyTorch
 under autograd, done again in the backward; coefficients.py, discount.py, matrix.py and deep/ do
@@ -15,13 +15,20 @@ from torch import Tensor
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
-from atlas_blocks.kernels import coefficients, matrix, matrix_backward
+from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.deep import backward as deep_backward
 from atlas_blocks.kernels.deep import forward as deep
 from atlas_blocks.kernels.discount import DiscountSums
-from atlas_blocks.kernels.tiles import INTERPRETED, Layout, layout
-from atlas_blocks.ops.omega_rule import Call, Settings, unflatten
+from atlas_blocks.kernels.tiles import Layout, layout, no_device
+from atlas_blocks.ops.newton_schulz import NewtonSchulz
+from atlas_blocks.ops.omega_rule import (
+    Call,
+    Settings,
+    definition_backward,
+    definition_forward,
+    unflatten,
+)
 from atlas_blocks.ops.providers import DEFINITION, Provider, find
 
 # Beyond these a chunk's matrices no longer fit one program.
@@ -66,12 +73,14 @@ class _History(NamedTuple):
 def _supports(call: Call) -> str | None:
     rule = call.rule
     for name, value, served in (
-        ("update", rule.update, ("gd",)),
         ("dtype of q", call.dtype, (torch.bfloat16, torch.float16, torch.float32)),
         ("state dtype", call.state_dtype, (torch.float32,)),
     ):
         if value not in served:
             return f"{name} {value} has no kernel, only {' and '.join(map(str, served))}"
+    if rule.update == "muon":
+        refused = (newton_schulz.refused_shape(*shape) for shape in call.weight_shapes)
+        return no_device(call.device, call.dtype) or next(filter(None, refused), None)
     widest = LARGEST_VALUE if rule.memory == "matrix" else LARGEST_DEEP_VALUE
     for name, size, most in (
         ("chunk_size", rule.chunk_size, LARGEST_CHUNK),
@@ -81,18 +90,11 @@ def _supports(call: Call) -> str | None:
     ):
         if size > most:
             return f"{name} {size} is beyond the kernels' {most}"
-    if INTERPRETED:
-        return None
-    if call.device != "cuda":
-        return f"it needs a CUDA device, not {call.device} (or TRITON_INTERPRET=1, to check it)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or higher"
-    if call.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return (
-            "it multiplies float32 in tf32, and torch.get_float32_matmul_precision() is "
-            "'highest' (torch.set_float32_matmul_precision('high') allows it)"
-        )
-    return None
+    return no_device(call.device, call.dtype)
+
+
+def _orthogonalise(s: Tensor, steps: int) -> Tensor:
+    return NewtonSchulz.apply("triton", steps, steps, "jordan", s)
 
 
 def _layout(a: Arguments) -> tuple[Layout, Spans]:
@@ -169,6 +171,8 @@ def _gates(x: _Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 
 
 def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
+    if settings.update == "muon":
+        return definition_forward(tensors, settings, save, _orthogonalise)
     a = unflatten(tensors, settings)
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
         return find("omega_rule", DEFINITION).forward(tensors, settings, save)
@@ -230,6 +234,8 @@ def _first(group: list[Tensor]) -> Tensor | None:
 def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
+    if settings.update == "muon":
+        return definition_backward(grads, tensors, saved, settings, _orthogonalise)
     if 0 in tensors[0].shape[:2]:
         # Of no token there is nothing to do: the state passes through.
         return find("omega_rule", DEFINITION).backward(grads, tensors, saved, settings)

@@ -118,6 +118,22 @@ def chip() -> int:
     return 10 * major + minor
 
 
+def no_device(device: str, dtype: torch.dtype) -> str | None:
+    """Why no kernel runs on this type of device, or not in this dtype; None where one does."""
+    if INTERPRETED:
+        return None
+    if device != "cuda":
+        return f"it needs a CUDA device, not {device} (or TRITON_INTERPRET=1, to check it)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or higher"
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return (
+            "it multiplies float32 in tf32, and torch.get_float32_matmul_precision() is "
+            "'highest' (torch.set_float32_matmul_precision('high') allows it)"
+        )
+    return None
+
+
 @triton.jit
 def chunk_tokens(slots, slot, SPAN: tl.constexpr, CHUNK: tl.constexpr) -> Any:
     """Row and token range of a slot, its SPAN token indices and which of them it writes."""

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional.chunks import Read, Write, cut
+from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.omega_rule import by_position, pieces, prepare
 from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.functional.walk import ChunkMemory, muon_chunk, walk_gradient
+from atlas_blocks.functional.walk import (
+    ChunkMemory,
+    Orthogonalise,
+    muon_chunk,
+    walk_gradient,
+)
 
 # How many chunks are recomputed together. On a CPU (2048 tokens, 4 heads of 64, c = 16, b = 64) 8
 # are as fast as the whole call under autograd, 1 takes 1.3 times as long; Muon gains nothing.
@@ -22,7 +28,11 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 def omega_rule_backward(
-    a: Arguments, inputs: Sequence[Tensor], starts: Sequence[Tensor], grads: Sequence[Tensor]
+    a: Arguments,
+    inputs: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    orthogonalise: Orthogonalise = orthogonalise,
 ) -> list[Tensor]:
     """Gradients of `inputs`, leaves that require one and that the arguments `a` are made of.
 
@@ -40,12 +50,16 @@ def omega_rule_backward(
             starts_here, grads_here = (
                 [t if whole else t[rows] for t in group] for group in (starts, grads)
             )
-            pairs += _one_position(part, position, starts_here, grads_here)
+            pairs += _one_position(part, position, starts_here, grads_here, orthogonalise)
         return _gradients(pairs, inputs) if pairs else [torch.zeros_like(t) for t in inputs]
 
 
 def _one_position(
-    a: Arguments, position: int, starts: Sequence[Tensor], grads: Sequence[Tensor]
+    a: Arguments,
+    position: int,
+    starts: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    orthogonalise: Orthogonalise,
 ) -> Pairs:
     """What the rule computes before any memory and what comes of it: each with its gradient."""
     tokens, before, history = prepare(a, position)
@@ -68,7 +82,14 @@ def _one_position(
 
             grad = grad_y[:, tokens_there]
             gradients, after = _chunks(
-                a.rule, write.map(chunks), read.map(chunks), memory, piece.place, grad, after
+                a.rule,
+                write.map(chunks),
+                read.map(chunks),
+                memory,
+                piece.place,
+                grad,
+                after,
+                orthogonalise,
             )
             found.append(gradients)
         whole = [torch.cat(parts) for parts in zip(*reversed(found), strict=True)]
@@ -103,6 +124,7 @@ def _chunks(
     place: int,
     grad_y: Tensor,
     after: ChunkMemory,
+    orthogonalise: Orthogonalise,
 ) -> tuple[list[Tensor], ChunkMemory]:
     """Gradients of a few chunks' write and read and of the memory before them.
 
@@ -121,7 +143,7 @@ def _chunks(
     else:
         # Not `walk_muon`, which would compute it once more to keep less for its backward.
         (chunk,) = zip(write.unbind(), read.unbind(), strict=True)
-        y, result = muon_chunk(rule, *chunk, start, place)
+        y, result = muon_chunk(rule, *chunk, start, place, orthogonalise)
     outputs = [(y, grad_y), *zip(result.tensors(), after.tensors(), strict=True)]
     floats = iter(_gradients(outputs, [t for t in leaves if t.requires_grad]))
     found = iter([next(floats) if t.requires_grad else torch.zeros_like(t) for t in leaves])

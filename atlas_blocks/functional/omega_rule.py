@@ -6,6 +6,7 @@ Axes as in chunks.py, which computes what needs no memory; walk.py computes what
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from atlas_blocks.functional.chunks import Piece, Tokens, cut
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import (
     Arguments,
     OmegaState,
@@ -22,7 +24,7 @@ from atlas_blocks.functional.rule import (
     validate,
     write_mass,
 )
-from atlas_blocks.functional.walk import ChunkMemory, walk_gradient, walk_muon
+from atlas_blocks.functional.walk import ChunkMemory, Orthogonalise, walk_gradient, walk_muon
 
 
 def omega_rule(
@@ -87,8 +89,12 @@ def chunk_count(length: int, chunk: int, begun: bool) -> int:
     return (length + chunk - 1 + (chunk - 1 if begun else 0)) // chunk
 
 
-def run(a: Arguments, starts: Sequence[Tensor] | None = None) -> tuple[Tensor, OmegaState]:
-    """`omega_rule` on validated arguments.
+def run(
+    a: Arguments,
+    starts: Sequence[Tensor] | None = None,
+    orthogonalise: Orthogonalise = orthogonalise,
+) -> tuple[Tensor, OmegaState]:
+    """`omega_rule` on validated arguments, with this Newton-Schulz.
 
     starts: zeros to write the memory at every chunk's start to (for a chunk that an earlier call
     began: at this call's): each weight [B, N, H, dout, din], each momentum likewise, then the
@@ -100,7 +106,7 @@ def run(a: Arguments, starts: Sequence[Tensor] | None = None) -> tuple[Tensor, O
     with torch.autocast(a.q.device.type, enabled=False):
         for position, rows, part in by_position(a):
             kept: list[ChunkMemory] | None = None if starts is None else []
-            parts.append(_run(part, position, kept))
+            parts.append(_run(part, position, kept, orthogonalise))
             order += rows
             for n, memory in enumerate(kept or ()):
                 for out, t in zip(starts or (), memory.start(), strict=True):
@@ -127,10 +133,13 @@ def by_position(a: Arguments) -> list[tuple[int, list[int], Arguments]]:
     return [(position, rows, a if whole else a.rows(rows)) for position, rows in groups.items()]
 
 
-def _run(a: Arguments, position: int, kept: list[ChunkMemory] | None) -> tuple[Tensor, OmegaState]:
+def _run(
+    a: Arguments, position: int, kept: list[ChunkMemory] | None, orthogonalise: Orthogonalise
+) -> tuple[Tensor, OmegaState]:
     """`run` for rows that are all at this position of their sequence; chunk starts to `kept`."""
     tokens, memory, history = prepare(a, position)
-    walk = walk_gradient if a.rule.update == "gd" else walk_muon
+    muon = partial(walk_muon, orthogonalise=orthogonalise)
+    walk = walk_gradient if a.rule.update == "gd" else muon
     outputs = []
     for piece in pieces(a.q.shape[1], position, a.rule.chunk_size):
         write, read = cut(a.rule, a.feature_map, tokens, piece)

@@ -17,6 +17,9 @@ from atlas_blocks.functional.memories import MEMORIES, Factor
 from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import Rule
 
+# S [..., m, n] and the number of steps -> U(S), differentiable in S.
+Orthogonalise = Callable[[Tensor, int], Tensor]
+
 
 class ChunkMemory(NamedTuple):
     """M, S and M^(0), each a list of [G, dout, din]; S is empty without momentum."""
@@ -101,6 +104,7 @@ def walk_muon(
     memory: ChunkMemory,
     place: int,
     kept: list[ChunkMemory] | None,
+    orthogonalise: Orthogonalise = orthogonalise,
 ) -> tuple[Tensor, ChunkMemory]:
     """U = Newton-Schulz, chunk by chunk. For the backward nothing is kept per token: only M and S
     at the chunks' starts. Returns y [G, N L, Dv] and the memory after the chunks."""
@@ -108,7 +112,7 @@ def walk_muon(
     for chunk in zip(write.unbind(), read.unbind(), strict=True):
         if kept is not None:
             kept.append(memory)
-        arguments = (rule, *chunk, memory, place)
+        arguments = (rule, *chunk, memory, place, orthogonalise)
         if torch.is_grad_enabled():
             y, memory = checkpoint(
                 muon_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
@@ -120,7 +124,12 @@ def walk_muon(
 
 
 def muon_chunk(
-    rule: Rule, write: Write, read: Read, memory: ChunkMemory, place: int
+    rule: Rule,
+    write: Write,
+    read: Read,
+    memory: ChunkMemory,
+    place: int,
+    orthogonalise: Orthogonalise = orthogonalise,
 ) -> tuple[Tensor, ChunkMemory]:
     """One chunk of `walk_muon`: S_t is formed where a step is taken, and orthogonalised; W_t is
     formed for every token."""

@@ -1,6 +1,7 @@
 """Op contracts: what torch.compile, export and FLOP counters see of functional/."""
 
 from atlas_blocks.ops.flops import register_flop_formulas
+from atlas_blocks.ops.newton_schulz import newton_schulz
 from atlas_blocks.ops.omega_rule import omega_rule
 from atlas_blocks.ops.omega_step import omega_rule_step
 from atlas_blocks.ops.polynomial_features import polynomial_features
@@ -18,6 +19,7 @@ __all__ = [
     "Provider",
     "ProviderWarning",
     "explain_choice",
+    "newton_schulz",
     "omega_rule",
     "omega_rule_step",
     "polynomial_features",

@@ -9,14 +9,16 @@ L tokens of a chunk, E keys it sees; T, Dk, Dv, Dphi as in omega_rule.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from atlas_blocks.functional.features import sketch_sizes
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.newton_schulz import flops as newton_schulz_flops
+from atlas_blocks.functional.newton_schulz import backward_flops as newton_schulz_backward_flops
+from atlas_blocks.functional.newton_schulz import forward_flops as newton_schulz_flops
 from atlas_blocks.ops.omega_rule import Settings
 
 Shape = Sequence[int]
@@ -44,8 +46,18 @@ def register_flop_formulas() -> None:
         """Monomials are elementwise products."""
         return 0
 
+    def newton_schulz(s: Shape, steps: int, *rest: Any, out_shape: Any = None) -> int:
+        return math.prod(s[:-2]) * newton_schulz_flops(s[-2], s[-1], steps)
+
+    def newton_schulz_backward(
+        grad: Shape, s: Shape, steps: int, *rest: Any, out_shape: Any = None
+    ) -> int:
+        return math.prod(s[:-2]) * newton_schulz_backward_flops(s[-2], s[-1], steps)
+
     register_flop_formula(ops.omega_rule)(forward)
     register_flop_formula(ops.omega_rule_backward)(backward)
+    register_flop_formula(ops.newton_schulz)(newton_schulz)
+    register_flop_formula(ops.newton_schulz_backward)(newton_schulz_backward)
     register_flop_formula([ops.polynomial_features, ops.polynomial_features_backward])(none)
 
 
@@ -66,8 +78,12 @@ def forward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
 
 
 def backward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
-    """Of the definition's backward: each product again, and one for each factor's gradient."""
+    """Of the definition's backward: each product again, and one for each factor's gradient;
+    Newton-Schulz has a backward of its own."""
     total = 3 * forward_flops(tensors, settings)
+    if settings.update == "muon":
+        total += _newton_schulz_flops(tensors, settings, newton_schulz_backward_flops)
+        total -= 2 * _newton_schulz_flops(tensors, settings, newton_schulz_flops)
     if settings.objective == "dot":
         # -<M(k), v> has no use for M(k) itself: its last product is computed, but not its gradient.
         batch, length, heads, _ = tensors[0]
@@ -75,6 +91,17 @@ def backward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
         keys = length + -(-length // settings.chunk_size) * (tensors[5][-1] - 1)
         total -= 2 * batch * heads * 2 * keys * dout * din
     return total
+
+
+def _newton_schulz_flops(
+    tensors: Sequence[Shape], settings: Settings, one: Callable[[int, int, int], int]
+) -> int:
+    """All the steps of Muon, `one(dout, din, steps)` each."""
+    batch, length, heads, _ = tensors[0]
+    whole, tail = divmod(length, settings.chunk_size)
+    taken = whole * sum(_steps(settings, settings.chunk_size)) + sum(_steps(settings, tail))
+    weights = tensors[6 + settings.momentum :][: MEMORIES[settings.memory].weights]
+    return batch * heads * taken * sum(one(w[1], w[2], settings.ns_steps) for w in weights)
 
 
 def _feature_flops(tensors: Sequence[Shape], settings: Settings, dk: int) -> int:

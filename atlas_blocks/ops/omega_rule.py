@@ -23,9 +23,11 @@ from torch.autograd.function import once_differentiable
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
 from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.omega_backward import omega_rule_backward
 from atlas_blocks.functional.omega_rule import chunk_count, run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
+from atlas_blocks.functional.walk import Orthogonalise
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.contract import own, own_empty, recording, untraced
 
@@ -319,20 +321,32 @@ def _state_dtype(a: Arguments) -> torch.dtype:
     return rules.state_dtype(a.q, a.v, *weights)
 
 
-def _definition(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
+def definition_forward(
+    tensors: list[Tensor],
+    settings: Settings,
+    save: bool,
+    orthogonalise: Orthogonalise = orthogonalise,
+) -> list[Tensor]:
+    """The op's body: the definition, with this Newton-Schulz."""
     a = unflatten(tensors, settings)
     with torch.no_grad():
         starts = starts_like(a) if save else []
-        y, state = run(a, starts if save else None)
+        y, state = run(a, starts if save else None, orthogonalise)
         return [*(own(t) for t in (y, *state.tensors())), *starts]
 
 
-def _definition_backward(
-    grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
+def definition_backward(
+    grads: list[Tensor],
+    tensors: list[Tensor],
+    saved: list[Tensor],
+    settings: Settings,
+    orthogonalise: Orthogonalise = orthogonalise,
 ) -> list[Tensor]:
+    """The body of the op's backward."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
-    found = omega_rule_backward(unflatten(leaves, settings), wanted, saved, grads)
+    a = unflatten(leaves, settings)
+    found = omega_rule_backward(a, wanted, saved, grads, orthogonalise)
     return [own(g) for g in found]
 
 
@@ -368,7 +382,7 @@ def _backward_fake(
     return [own_empty(t) for t in tensors if t.is_floating_point()]
 
 
-providers.define("omega_rule", _definition, _definition_backward)
+providers.define("omega_rule", definition_forward, definition_backward)
 for _name, _implementation, _fake in (
     ("omega_rule", _forward, _forward_fake),
     ("omega_rule_backward", _backward, _backward_fake),

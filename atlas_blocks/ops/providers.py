@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from atlas_blocks import check
 
 DEFINITION = "definition"
@@ -39,7 +37,7 @@ class Provider:
     name: str
     supports: Callable[[Any], str | None]
     forward: Callable[..., Any]
-    backward: Callable[..., list[Tensor]]
+    backward: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,11 @@ def _imported(module: str) -> Provider:
 # Every op's providers but the definition, by name, the fastest first. A module named here is
 # imported when its provider is first needed and has it as PROVIDER.
 _PROVIDERS: dict[str, dict[str, _Entry]] = {
+    "newton_schulz": {
+        "triton": _Entry(
+            ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.newton_schulz")
+        )
+    },
     "omega_rule": {
         "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule"))
     },
@@ -78,7 +81,7 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
 _DEFINITIONS: dict[str, Provider] = {}
 
 
-def define(op: str, forward: Callable[..., Any], backward: Callable[..., list[Tensor]]) -> None:
+def define(op: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
     """Make `op` known by its definition, which serves every call."""
     _DEFINITIONS[op] = Provider(DEFINITION, lambda call: None, forward, backward)
     _PROVIDERS.setdefault(op, {})

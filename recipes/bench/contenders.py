@@ -16,8 +16,10 @@ from torch import Tensor
 
 from atlas_blocks import ops
 from atlas_blocks.functional.memories import weight_shapes
+from atlas_blocks.functional.newton_schulz import backward_flops, forward_flops
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops import flops as formulas
+from atlas_blocks.ops.newton_schulz import Call
 from atlas_blocks.ops.omega_rule import describe, flatten
 from atlas_blocks.ops.providers import DEFINITION, explain_choice, refusal
 from atlas_blocks.recipes.bench.stepwise import CompiledSteps
@@ -63,13 +65,15 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """One line of the table. extra: only with --all. sweep: also at every length."""
+    """One line of the table. extra: only with --all. sweep: also at every length. tokens: what is
+    timed goes over the shape's tokens, which tokens/s are counted of."""
 
     name: str
     what: str
     build: Callable[[Shape, torch.device], Subject]  # raises Unavailable
     extra: bool = False
     sweep: bool = False
+    tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,13 @@ class Variant:
     momentum: bool = True
     discount: bool = True
     window: int = WINDOW
+    ns_every: int = 1
 
     def __str__(self) -> str:
         name = f"{self.memory} x{EXPANSION}" if self.memory != "matrix" else self.memory
         window = "" if self.window == WINDOW else f", window {self.window}"
         momentum = "" if self.momentum else ", no momentum"
+        window += "" if self.ns_every == 1 else f" every {self.ns_every} tokens"
         return f"{name}, {self.update}{window}{momentum}{'' if self.discount else ', no discount'}"
 
     def arguments(
@@ -121,7 +127,7 @@ class Variant:
                 objective="l2",
                 update=self.update,
                 ns_steps=NS_STEPS,
-                ns_every=1,
+                ns_every=self.ns_every,
                 chunk_size=CHUNK,
                 write_discount=self.discount,
                 window=self.window,
@@ -245,6 +251,9 @@ VARIANTS: tuple[tuple[Variant, bool], ...] = (
     (Variant(memory="mlp"), False),
     (Variant(update="muon"), False),
     (Variant(memory="mlp", update="muon"), False),
+    # One step a chunk, as LaCT takes it (arXiv 2505.23884).
+    (Variant(update="muon", ns_every=CHUNK), False),
+    (Variant(memory="mlp", update="muon", ns_every=CHUNK), False),
 )
 COMPILED_VARIANT = Variant()
 
@@ -268,6 +277,29 @@ def _product(shape: Shape, device: torch.device) -> Subject:
     size = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return Subject(lambda: a @ b, [], lambda both: 2 * size**3)
+
+
+def _newton_schulz(provider: str, wide: int) -> Callable[[Shape, torch.device], Subject]:
+    """One chunk's S_t, [D, wide D] each: the stage that a step of Muon mostly consists of."""
+
+    def build(shape: Shape, device: torch.device) -> Subject:
+        count, m, n = shape.batch * shape.heads * CHUNK, shape.dim, wide * shape.dim
+        if provider != DEFINITION:
+            call = Call(device.type, torch.float32, m, n, needs_grad=True)
+            reason = refusal("newton_schulz", provider, call)
+            if reason is None and interpreted(provider, device):
+                reason = "under Triton's interpreter it is checked, not timed"
+            if reason is not None:
+                raise Unavailable(reason)
+        s = torch.randn(count, m, n, device=device, requires_grad=True)
+
+        def flops(both: bool) -> int:
+            one = forward_flops(m, n, NS_STEPS)
+            return count * (one + backward_flops(m, n, NS_STEPS) if both else one)
+
+        return Subject(lambda: ops.newton_schulz(s, steps=NS_STEPS, provider=provider), [s], flops)
+
+    return build
 
 
 def _attention(shape: Shape, device: torch.device) -> Subject:
@@ -354,8 +386,18 @@ def _missing(package: str, error: ImportError) -> str:
     return f"{package} cannot be imported: {error}"
 
 
-PRODUCT = Contender("matrix product", "bf16, large and square", _product, sweep=True)
+PRODUCT = Contender("matrix product", "bf16, large and square", _product, sweep=True, tokens=False)
 OTHERS = (
+    *(
+        Contender(
+            provider,
+            f"newton_schulz of one chunk, [D, {wide if wide > 1 else ''}D]",
+            _newton_schulz(provider, wide),
+            tokens=False,
+        )
+        for wide in (1, EXPANSION)
+        for provider in (DEFINITION, "triton")
+    ),
     Contender("fla", "chunk_gated_delta_rule", _delta_rule, sweep=True),
     Contender("FlashAttention", "causal attention (sdpa)", _attention, sweep=True),
     Contender("titans-pytorch", f"whole layer, mlp x{EXPANSION}, gd", _titans(None), sweep=True),

@@ -134,7 +134,7 @@ def compare(
                 )
         for contender, row in rows.items():
             if not row.problem:
-                _fill(row, times[contender], counts_tokens=contender != PRODUCT)
+                _fill(row, times[contender], counts_tokens=contender.tokens)
         rate = next((r.tflops for c, r in rows.items() if c == PRODUCT), None)
         for row in rows.values():
             if rate and row.tflops:

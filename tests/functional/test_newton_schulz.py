@@ -52,17 +52,17 @@ def test_does_not_see_the_scale_of_its_input(scale: float) -> None:
     assert difference([newton_schulz(scale * s)], [newton_schulz(s)]) < bound
 
 
-@pytest.mark.parametrize("backward", ["exact", "straight_through"])
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
 @pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_zero_gives_zero_and_a_zero_gradient(
-    shape: tuple[int, int], backward: str, dtype: torch.dtype
+    shape: tuple[int, int], gradient: str, dtype: torch.dtype
 ) -> None:
     # Between two others: the batch's other gradients must not suffer either.
     s = draw(3, *shape).to(dtype)
     s[1] = 0
     s.requires_grad_()
-    out = newton_schulz(s, backward=backward)
+    out = newton_schulz(s, gradient=gradient)
     (out * draw(*out.shape, seed=1).to(dtype)).sum().backward()
     assert not out[1].any()
     assert s.grad is not None
@@ -110,7 +110,7 @@ def test_five_steps_have_the_gradient_of_the_literal_loop() -> None:
 
 def test_straight_through_differentiates_the_normalisation_alone() -> None:
     s, weight = draw(3, 4, 6).requires_grad_(), draw(3, 4, 6, seed=1)
-    out = newton_schulz(s, backward="straight_through")
+    out = newton_schulz(s, gradient="straight_through")
     assert difference([out.detach()], [newton_schulz(s.detach())]) < 1e-12
     (ours,) = torch.autograd.grad((out * weight).sum(), s)
     unit = s / (torch.linalg.vector_norm(s, dim=(-2, -1), keepdim=True) + EPS)
@@ -197,7 +197,7 @@ def test_keeps_only_its_input_for_the_backward() -> None:
             {"coefficients": "best"},
             "coefficients: expected one of jordan, polar_express, got 'best'",
         ),
-        ({"backward": "none"}, "backward: expected one of exact, straight_through, got 'none'"),
+        ({"gradient": "none"}, "gradient: expected one of exact, straight_through, got 'none'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:

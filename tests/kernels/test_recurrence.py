@@ -11,7 +11,6 @@ import torch
 from helpers import (
     MEMORIES,
     OBJECTIVES,
-    UPDATES,
     difference,
     named_leaves,
     rule_inputs,
@@ -233,8 +232,6 @@ def test_low_precision_over_64k_tokens(discount: bool, monkeypatch: pytest.Monke
 
 def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
     inputs = cast(rule_inputs(), torch.float32, torch.float32)
-    with pytest.raises(ValueError, match="update muon has no kernel"):
-        triton_rule(**inputs, update=UPDATES[1])
     with pytest.raises(ValueError, match="chunk_size 65 is beyond"):
         triton_rule(**inputs, chunk_size=65)
     with pytest.raises(ValueError, match="float64"):

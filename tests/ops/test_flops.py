@@ -95,8 +95,9 @@ def test_an_eager_model_is_counted(update):
         inputs = rule_inputs("mlp", length=16, key_width=6, value_width=6, window=5)
         assert 0 < rule_flops(inputs, rule) < forward
     both, _ = counted(lambda: block(x)[0].sum().backward())
-    # Muon's chunks are computed once more for the backward.
-    assert (2.5 if update == "gd" else 3.5) * forward < both < 4 * forward
+    # Muon's chunks are computed once more for the backward, and Newton-Schulz in it again.
+    low, high = (2.5, 4) if update == "gd" else (3.5, 4.5)
+    assert low * forward < both < high * forward
 
 
 def rule_flops(inputs, rule):

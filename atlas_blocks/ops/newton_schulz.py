@@ -1,0 +1,140 @@
+"""Newton-Schulz as an op, forward and backward: see omega_rule.py.
+
+... any batch shape, m rows, n columns.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atlas_blocks import check
+from atlas_blocks.functional.newton_schulz import backward as iteration_backward
+from atlas_blocks.functional.newton_schulz import forward as iteration
+from atlas_blocks.functional.newton_schulz import newton_schulz as definition
+from atlas_blocks.functional.newton_schulz import validate
+from atlas_blocks.ops import providers
+from atlas_blocks.ops.contract import own_empty, untraced
+
+_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
+_LIBRARY.define("newton_schulz(Tensor s, int steps, str coefficients, str provider) -> Tensor")
+# -> the gradient of s. With 0 steps, of the normalisation alone: the straight-through gradient.
+_LIBRARY.define(
+    "newton_schulz_backward(Tensor grad, Tensor s, int steps, str coefficients, str provider)"
+    " -> Tensor"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a provider's `supports` learns of a call."""
+
+    device: str  # the device's type
+    dtype: torch.dtype  # of s
+    rows: int  # m
+    columns: int  # n
+    needs_grad: bool
+
+
+def newton_schulz(
+    s: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: str = "jordan",
+    gradient: str = "exact",
+    provider: str = "auto",
+) -> Tensor:
+    """`functional.newton_schulz` by a provider: same arguments, result and errors.
+
+    provider: as of `ops.omega_rule`. Raises ValueError where the one asked for cannot serve. One
+    graph node when compiled.
+    """
+    validate(s, steps, coefficients, gradient)
+    check.tensor("s", s, "[..., m, n]", s.ndim * [None])
+    needs_grad = torch.is_grad_enabled() and s.requires_grad
+    # operator.index: a graph serves one width and number of steps, where they are symbolic.
+    steps = operator.index(steps)
+    rows, columns = operator.index(s.shape[-2]), operator.index(s.shape[-1])
+    facts = (s.device.type, s.dtype, rows, columns, needs_grad)
+    chosen = _choose(provider, providers.context(), *facts)
+    if chosen == providers.DEFINITION and not torch.compiler.is_compiling():
+        return definition(s, steps=steps, coefficients=coefficients, gradient=gradient)
+    if needs_grad:
+        differentiated = steps if gradient == "exact" else 0
+        return NewtonSchulz.apply(chosen, steps, differentiated, coefficients, s)
+    return torch.ops.atlas.newton_schulz.default(s, steps, coefficients, chosen)
+
+
+@untraced
+def _choose(provider: str, context: str, *facts: Any) -> str:
+    """Not traced: providers are imported here, may look at the device, and warn."""
+    call = Call(*facts)
+    return providers.choose("newton_schulz", provider, context, call.device, call)
+
+
+class NewtonSchulz(torch.autograd.Function):
+    """Both directions are ops, so that a pass can lower each. The gradient is that of the first
+    `differentiated` steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, provider: str, steps: int, differentiated: int, coefficients: str, s: Tensor
+    ) -> Tensor:
+        ctx.options = (differentiated, coefficients, provider)
+        ctx.save_for_backward(s)
+        return torch.ops.atlas.newton_schulz.default(s, steps, coefficients, provider)
+
+    @staticmethod
+    @once_differentiable  # second derivatives are the definition's
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (s,) = ctx.saved_tensors
+        found = torch.ops.atlas.newton_schulz_backward.default(grads[0], s, *ctx.options)
+        return None, None, None, None, found
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In the dtype that the definition computes in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _definition(s: Tensor, steps: int, coefficients: str) -> Tensor:
+    return iteration(_wide(s), steps, coefficients).to(s.dtype).contiguous()
+
+
+def _definition_backward(grad: Tensor, s: Tensor, steps: int, coefficients: str) -> Tensor:
+    found = iteration_backward(_wide(grad), _wide(s), steps, coefficients)
+    return found.to(s.dtype).contiguous()
+
+
+def _forward(s: Tensor, steps: int, coefficients: str, provider: str) -> Tensor:
+    serve = providers.find("newton_schulz", provider).forward
+    with torch.autocast(s.device.type, enabled=False):
+        return serve(s, steps, coefficients)
+
+
+def _backward(grad: Tensor, s: Tensor, steps: int, coefficients: str, provider: str) -> Tensor:
+    serve = providers.find("newton_schulz", provider).backward
+    with torch.autocast(s.device.type, enabled=False):
+        return serve(grad, s, steps, coefficients)
+
+
+def _forward_fake(s: Tensor, steps: int, coefficients: str, provider: str) -> Tensor:
+    return own_empty(s)
+
+
+def _backward_fake(grad: Tensor, s: Tensor, steps: int, coefficients: str, provider: str) -> Tensor:
+    return own_empty(s)
+
+
+providers.define("newton_schulz", _definition, _definition_backward)
+for _name, _implementation, _fake in (
+    ("newton_schulz", _forward, _forward_fake),
+    ("newton_schulz_backward", _backward, _backward_fake),
+):
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"atlas::{_name}", _fake, lib=_LIBRARY)
