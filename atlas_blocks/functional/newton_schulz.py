@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atlas_blocks import check
 
+Polynomial = tuple[float, float, float]
 # Polynomials x -> a x + b x^3 + c x^5 on the singular values, one triple a step; the last repeats.
 COEFFICIENTS = {
     # K. Jordan et al., "Muon", 2024.
@@ -29,7 +30,7 @@ COEFFICIENTS = {
 }
 EPS = 1e-7
 # In the Gram space rounding errors of A grow by a^2 a step, so X is formed anew after this many.
-_GRAM_STEPS = 5
+GRAM_STEPS = 5
 
 
 def newton_schulz(
@@ -84,14 +85,13 @@ def iterate(x: Tensor, steps: int, coefficients: str) -> Tensor:
     """The polynomial iteration on X [..., m, n] of Frobenius norm at most 1."""
     if x.shape[-2] > x.shape[-1]:
         return iterate(x.mT, steps, coefficients).mT
-    table = COEFFICIENTS[coefficients]
-    polynomials = [table[min(i, len(table) - 1)] for i in range(steps)]
+    table = polynomials(steps, coefficients)
     flat = x.reshape(-1, *x.shape[-2:])
-    if _in_gram_space(*x.shape[-2:]):
-        for i in range(0, steps, _GRAM_STEPS):
-            flat = _gram_steps(flat, polynomials[i : i + _GRAM_STEPS])
+    if in_gram_space(*x.shape[-2:]):
+        for i in range(0, steps, GRAM_STEPS):
+            flat = _gram_steps(flat, table[i : i + GRAM_STEPS])
     else:
-        for a, b, c in polynomials:
+        for a, b, c in table:
             gram = flat @ flat.mT
             flat = torch.baddbmm(
                 flat, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), flat, beta=a
@@ -99,7 +99,13 @@ def iterate(x: Tensor, steps: int, coefficients: str) -> Tensor:
     return flat.reshape(x.shape)
 
 
-def _in_gram_space(m: int, n: int) -> bool:
+def polynomials(steps: int, coefficients: str = "jordan") -> list[Polynomial]:
+    """(a, b, c) of every step."""
+    table = COEFFICIENTS[coefficients]
+    return [table[min(i, len(table) - 1)] for i in range(steps)]
+
+
+def in_gram_space(m: int, n: int) -> bool:
     """A wide X costs 3 products of width n a step, its Gram matrix 4 of width m."""
     return n > 1.5 * m
 
@@ -107,21 +113,21 @@ def _in_gram_space(m: int, n: int) -> bool:
 def flops(m: int, n: int, steps: int) -> int:
     """Of all matrix products of `orthogonalise` for one [m, n]."""
     m, n = min(m, n), max(m, n)
-    if not _in_gram_space(m, n):
+    if not in_gram_space(m, n):
         return steps * (4 * m * m * n + 2 * m**3)
-    groups = [min(_GRAM_STEPS, steps - i) for i in range(0, steps, _GRAM_STEPS)]
+    groups = [min(GRAM_STEPS, steps - i) for i in range(0, steps, GRAM_STEPS)]
     # X X^T and P X once a group; a step squares the Gram matrix, and all but the last pass it on.
     return sum(4 * m * m * n + 2 * m**3 * (k + (k - 1) + 2 * (k - 1)) for k in groups)
 
 
-def _gram_steps(x: Tensor, polynomials: list[tuple[float, float, float]]) -> Tensor:
+def _gram_steps(x: Tensor, table: list[Polynomial]) -> Tensor:
     """NS_k(X) = P_k(X X^T) X: the steps' polynomials commute, so only the Gram matrix iterates."""
     eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     gram = x @ x.mT
     product = None
-    for i, (a, b, c) in enumerate(polynomials):
+    for i, (a, b, c) in enumerate(table):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * eye
         product = p if product is None else p @ product
-        if i + 1 < len(polynomials):
+        if i + 1 < len(table):
             gram = p @ gram @ p
     return x if product is None else product @ x

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional.chunks import Read, Write, cut
+from atlas_blocks.functional.newton_schulz_backward import orthogonalise_once
 from atlas_blocks.functional.omega_rule import by_position, pieces, prepare
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.functional.walk import ChunkMemory, muon_chunk, walk_gradient
@@ -121,7 +122,7 @@ def _chunks(
     else:
         # Not `walk_muon`, which would compute it once more to keep less for its backward.
         (chunk,) = zip(write.unbind(), read.unbind(), strict=True)
-        y, result = muon_chunk(rule, *chunk, start, place)
+        y, result = muon_chunk(rule, *chunk, start, place, orthogonalise_once)
     outputs = [(y, grad_y), *zip(result.tensors(), after.tensors(), strict=True)]
     floats = iter(_gradients(outputs, [t for t in leaves if t.requires_grad]))
     found = iter([next(floats) if t.requires_grad else torch.zeros_like(t) for t in leaves])
@@ -130,7 +131,15 @@ def _chunks(
 
 
 def _gradients(outputs: Pairs, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of `inputs` for those of the outputs, each given with its output."""
-    outputs = [(t, g) for t, g in outputs if t.requires_grad]
+    """Gradients of `inputs` for those of the outputs, each given with its output.
+
+    Outputs whose gradient is zero, as that of a state nobody goes on from, are left out: what led
+    to them alone need not be differentiated. (On a GPU it would have to be waited for.)
+    """
+    outputs = [
+        (t, g) for t, g in outputs if t.requires_grad and (g.device.type != "cpu" or g.any())
+    ]
+    if not outputs:
+        return [torch.zeros_like(t) for t in inputs]
     results, gradients = zip(*outputs, strict=True)
     return list(torch.autograd.grad(results, inputs, gradients, materialize_grads=True))

@@ -120,10 +120,15 @@ def walk_muon(
 
 
 def muon_chunk(
-    rule: Rule, write: Write, read: Read, memory: ChunkMemory, place: int
+    rule: Rule,
+    write: Write,
+    read: Read,
+    memory: ChunkMemory,
+    place: int,
+    unit: Callable[[Tensor, int], Tensor] = orthogonalise,
 ) -> tuple[Tensor, ChunkMemory]:
     """One chunk of `walk_muon`: S_t is formed where a step is taken, and orthogonalised; W_t is
-    formed for every token."""
+    formed for every token. unit: what orthogonalises, given the steps."""
     memory = _enter(memory, place)
     factors, eta, scale = _gradients(rule, write, memory)
     step = read.decay * eta.unsqueeze(-2)  # P
@@ -140,7 +145,7 @@ def muon_chunk(
             s = (write.window[:, rows] @ gradients).unflatten(-1, weight.shape[1:])
             if write.thbar is not None:
                 s = s + write.thbar[:, rows].unsqueeze(-1) * memory.momentum[i].unsqueeze(1)
-            u = orthogonalise(s, rule.ns_steps)
+            u = unit(s, rule.ns_steps)
             now = torch.baddbmm(now.flatten(2), step[:, :, rows], u.flatten(2), alpha=-1)
             now = now.unflatten(2, weight.shape[1:])
         per_token.append(now)

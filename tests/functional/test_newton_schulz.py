@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from atlas_blocks.functional import newton_schulz
-from atlas_blocks.functional.newton_schulz import COEFFICIENTS, EPS
+from atlas_blocks.functional import newton_schulz_backward as written_out
+from atlas_blocks.functional.newton_schulz import COEFFICIENTS, EPS, orthogonalise
 
 NAMES = tuple(COEFFICIENTS)
 SHAPES = ((4, 4), (3, 5), (5, 3), (2, 9), (9, 2), (1, 6), (6, 1), (1, 1), (2, 3, 4, 6), (3, 6, 4))
@@ -203,3 +204,22 @@ def test_keeps_only_its_input_for_the_backward() -> None:
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         newton_schulz(**{"s": torch.eye(3), **arguments})
+
+
+@pytest.mark.parametrize("block", [1, 40, 2**15])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 7])
+@pytest.mark.parametrize(
+    "shape", [(6, 4, 4), (7, 3, 9), (2, 3, 9, 3), (5, 4, 5), (2, 1, 6)], ids=str
+)
+def test_the_gradient_written_out_is_autograds(
+    shape: tuple[int, ...], steps: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written_out, "BLOCK", block)
+    s, weight = draw(*shape).requires_grad_(), draw(*shape, seed=1)
+    with torch.no_grad():
+        s[0] = 0
+    found = []
+    for once in (written_out.orthogonalise_once, orthogonalise):
+        y = once(s, steps)
+        found.append([y, *torch.autograd.grad((y * weight).sum(), s)])
+    assert difference(*found) < 1e-12
