@@ -143,7 +143,7 @@ class Subject:
         if self.mode == BOTH:
             return {"gradients": self.backward()}
         if self.mode == TRAINING:
-            return {"loss": {"loss": torch.tensor(self.train())}}
+            return {"loss": {"loss": torch.tensor(self.train(), dtype=torch.float64)}}
         y, state = self.outputs()
         tensors = [] if state is None else [t for t in state.tensors() if t.is_floating_point()]
         return {"outputs": {"y": y}, "state": {f"state[{i}]": t for i, t in enumerate(tensors)}}
