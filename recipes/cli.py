@@ -1,4 +1,4 @@
-"""The command line: `atlas-blocks recipes | show | demo | train | generate | bench`.
+"""The command line: `atlas-blocks recipes | show | demo | train | generate | export | bench`.
 
 Bad input gets one line on stderr and exit code 2; a run that diverges, or a kernel that is wrong,
 one line and exit code 1; Ctrl-C saves what has been trained and exits with 130.
@@ -184,6 +184,35 @@ def generate(
         if batch > 1:
             print(f"--- {index + 1} ---")
         print(text.printable(row))
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A file that `train` wrote, or a recipe's name.")],
+    out: Annotated[Path, typer.Option(help="Package to write, a .pt2 file.")],
+    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Compile one token's step ahead of time: a package that runs without Python."""
+    # Imported here: exporting loads the whole compiler.
+    from atlas_blocks.recipes.export import package
+
+    if batch < 1:
+        raise ValueError(f"batch: expected an int >= 1, got {batch}")
+    where = _device(device)
+    torch.manual_seed(0)
+    saved = Path(source)
+    model = checkpoints.load(saved, where) if saved.is_file() else registry.build(source).to(where)
+    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=where)
+    console = Console()
+    with torch.no_grad():
+        state = model(tokens[:, :0]).state
+    with console.status("compiling"):
+        package(model, tokens, state, out)
+    console.print(
+        f"[bold]{out}[/]: (tokens [{batch}, 1], {len(state.tensors())} tensors of the state) -> "
+        "(logits, the state after the token)"
+    )
 
 
 @bench.command("model")
