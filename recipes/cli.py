@@ -229,6 +229,9 @@ def bench_model(
         str | None, typer.Option(help=f"Such as forward,decode; of {', '.join(MODES)}.")
     ] = None,
     cold: Annotated[bool, typer.Option(help="Also time the first call in fresh processes.")] = True,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="By the process's CPU time: on a shared machine.")
+    ] = False,
     against: Annotated[
         Path | None, typer.Option(help="A .json of an earlier run: say what moved beyond noise.")
     ] = None,
@@ -243,6 +246,7 @@ def bench_model(
         modes=MODES if modes is None else tuple(modes.split(",")),
         rounds=rounds,
         cold=cold,
+        cpu_time=cpu_time,
     )
     problem = benchmark.run(Console(), plan, out, against)
     if problem:

@@ -20,7 +20,10 @@ int main(int count, char** names) {
   c10::InferenceMode inference;
   std::ifstream input(names[2], std::ios::binary);
   std::vector<char> bytes((std::istreambuf_iterator<char>(input)), {});
-  std::vector<at::Tensor> state = torch::pickle_load(bytes).toTensorVector();
+  std::vector<at::Tensor> state;
+  for (const c10::IValue& value : torch::pickle_load(bytes).toListRef()) {
+    state.push_back(value.toTensor());
+  }
   at::Tensor tokens = state[0];
 
   torch::inductor::AOTIModelPackageLoader step(names[1]);

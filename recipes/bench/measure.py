@@ -56,10 +56,16 @@ class Row:
 
 
 class Meter:
-    """Time and memory of one call on a device."""
+    """Time and memory of one call on a device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    clock: what tells seconds on a CPU; time.process_time leaves out the time that other processes
+    had the cores, and adds up the threads.
+    """
+
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.device, self.clock = device, clock
         self.on_gpu = device.type == "cuda"
         # Larger than any last-level cache of the device.
         size = 2**28 if self.on_gpu else 2**26
@@ -69,9 +75,9 @@ class Meter:
         """Of one call that finds none of its data in the cache."""
         self._flush.zero_()
         if not self.on_gpu:
-            began = time.perf_counter()
+            began = self.clock()
             call()
-            return 1e3 * (time.perf_counter() - began)
+            return 1e3 * (self.clock() - began)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -140,10 +146,12 @@ def interleave(
     meter: Meter,
     rounds: int,
     on_step: Callable[[str], None],
+    enough_seconds: float = ENOUGH_SECONDS,
 ) -> tuple[dict[K, list[float]], dict[K, str]]:
     """Milliseconds of every runner, each called once a round, and why some failed.
 
-    on_step: told what comes next, `rounds` times.
+    on_step: told what comes next, `rounds` times. enough_seconds: after so many of its own, and
+    ENOUGH_SAMPLES, a runner leaves the rounds.
     """
     times: dict[K, list[float]] = {name: [] for name in runners}
     problems: dict[K, str] = {}
@@ -151,7 +159,7 @@ def interleave(
         on_step(f"round {number + 1} of {rounds}")
         for name, run in runners.items():
             so_far = times[name]
-            enough = sum(so_far) > 1e3 * ENOUGH_SECONDS and len(so_far) >= ENOUGH_SAMPLES
+            enough = sum(so_far) > 1e3 * enough_seconds and len(so_far) >= ENOUGH_SAMPLES
             if name in problems or enough:
                 continue
             problem = meter.attempt(lambda r=run, t=so_far: t.append(meter.milliseconds(r)))

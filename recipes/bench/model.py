@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +36,15 @@ from atlas_blocks.recipes.bench.subjects import (
 # A compiled result may err by so many times what eager float32 does, and by what float32 is good
 # for where eager happens to be exact.
 LIMIT, FLOOR = 4.0, 1e-5
+# Of one contender in one mode.
+ENOUGH_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to time. modes: which of subjects.MODES. cold: also time the first call in fresh
-    processes, for the training step (or the last of `modes`)."""
+    processes, for the training step (or the last of `modes`). cpu_time: a CPU's time is that of
+    this process, not the wall clock's."""
 
     name: str
     device: torch.device
@@ -48,12 +52,18 @@ class Plan:
     modes: tuple[str, ...]
     rounds: int
     cold: bool
+    cpu_time: bool
 
     def __post_init__(self) -> None:
         check.choice("device", self.device.type, ("cpu", "cuda"))
         check.at_least("rounds", self.rounds, 1)
         for mode in self.modes:
             check.choice("modes", mode, MODES)
+
+    @property
+    def clock_name(self) -> str:
+        """Of a CPU's time."""
+        return "CPU time of the process" if self.cpu_time else "wall clock"
 
 
 @dataclass
@@ -92,7 +102,7 @@ def run(console: Console, plan: Plan, out: Path, earlier: Path | None) -> str:
         "benchmark": "model",
         **report.stamp(plan.device),
         "what": _what(plan),
-        "timer": "CUDA events" if plan.device.type == "cuda" else "wall clock",
+        "timer": "CUDA events" if plan.device.type == "cuda" else plan.clock_name,
         "memory": "CUDA allocator" if plan.device.type == "cuda" else "CPU allocator, by profiler",
         "limit": LIMIT,
         "compile": [],
@@ -102,7 +112,8 @@ def run(console: Console, plan: Plan, out: Path, earlier: Path | None) -> str:
     def write() -> None:
         file.write_text(json.dumps(record, indent=2) + "\n")
 
-    meter, rows = Meter(plan.device), []
+    meter = Meter(plan.device, time.process_time if plan.cpu_time else time.perf_counter)
+    rows: list[Row] = []
     compiled = [c for c in CONTENDERS if c != EAGER and not subjects.unavailable(c)]
     with report.progress(console) as bar:
         steps = len(plan.modes) * (len(CONTENDERS) + plan.rounds) + plan.cold * len(compiled)
@@ -143,7 +154,13 @@ def _what(plan: Plan) -> dict[str, Any]:
     size = dataclasses.asdict(plan.size)
     if plan.name not in subjects.BLOCKS:
         del size["dim"], size["heads"]
-    return {"name": plan.name, **size, "dtype": "float32", "threads": torch.get_num_threads()}
+    return {
+        "name": plan.name,
+        **size,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "clock": plan.clock_name,
+    }
 
 
 def _mode(
@@ -173,7 +190,11 @@ def _mode(
             if not row.problem:
                 ready[contender] = subject.call
     times, problems = interleave(
-        ready, meter, plan.rounds, lambda words: on_step(f"{mode}: {words}")
+        ready,
+        meter,
+        plan.rounds,
+        lambda words: on_step(f"{mode}: {words}"),
+        ENOUGH_SECONDS,
     )
     tokens = plan.size.batch * (1 if mode == DECODE else plan.size.tokens)
     for contender, samples in times.items():
