@@ -20,8 +20,9 @@ int main(int count, char** names) {
   c10::InferenceMode inference;
   std::ifstream input(names[2], std::ios::binary);
   std::vector<char> bytes((std::istreambuf_iterator<char>(input)), {});
+  const c10::IValue values = torch::pickle_load(bytes);
   std::vector<at::Tensor> state;
-  for (const c10::IValue& value : torch::pickle_load(bytes).toListRef()) {
+  for (const c10::IValue& value : values.toListRef()) {
     state.push_back(value.toTensor());
   }
   at::Tensor tokens = state[0];
