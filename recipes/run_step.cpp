@@ -2,8 +2,8 @@
 //
 //   run_step PACKAGE INPUT OUTPUT
 //
-// INPUT: torch.save of [tokens [B, T], the state's tensors]; OUTPUT, for torch.load: the logits
-// [B, T, V] and the state after token T.
+// INPUT: torch.save of [tokens [B, T], the state's tensors]; OUTPUT, for
+// torch.load(weights_only=False): the logits [B, T, V] and the state after token T.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
