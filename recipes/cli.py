@@ -1,4 +1,4 @@
-"""The command line: `atlas-blocks recipes | show | demo | train | generate | bench`.
+"""The command line: `atlas-blocks recipes | show | demo | train | generate | export | bench`.
 
 Bad input gets one line on stderr and exit code 2; a run that diverges, or a kernel that is wrong,
 one line and exit code 1; Ctrl-C saves what has been trained and exits with 130.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import demo as demonstration
 from atlas_blocks.recipes import display, registry, text, training
+from atlas_blocks.recipes.bench.subjects import MODES, Size
 from atlas_blocks.recipes.generate import stream
 
 INTERRUPTED = 130
@@ -30,7 +32,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-bench = typer.Typer(help="Time the kernels against other libraries'.", no_args_is_help=True)
+
+class _NameOrCommand(TyperGroup):
+    """`bench NAME` for `bench model NAME`, where NAME is no command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["model", *args]
+        return super().resolve_command(ctx, args)
+
+
+bench = typer.Typer(
+    cls=_NameOrCommand,
+    help="Check and time: `bench NAME` a recipe or a block, eager and compiled; `bench kernels` "
+    "the kernels beside other libraries'.",
+    no_args_is_help=True,
+    subcommand_metavar="NAME|kernels [OPTIONS]",
+)
 app.add_typer(bench, name="bench")
 
 
@@ -168,6 +186,73 @@ def generate(
         if batch > 1:
             print(f"--- {index + 1} ---")
         print(text.printable(row))
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A file that `train` wrote, or a recipe's name.")],
+    out: Annotated[Path, typer.Option(help="Package to write, a .pt2 file.")],
+    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Compile one token's step ahead of time: a package that runs without Python."""
+    # Imported here: exporting loads the whole compiler.
+    from atlas_blocks.recipes.export import package
+
+    if batch < 1:
+        raise ValueError(f"batch: expected an int >= 1, got {batch}")
+    where = _device(device)
+    torch.manual_seed(0)
+    saved = Path(source)
+    model = checkpoints.load(saved, where) if saved.is_file() else registry.build(source).to(where)
+    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=where)
+    console = Console()
+    with torch.no_grad():
+        state = model(tokens[:, :0]).state
+    with console.status("compiling"):
+        package(model, tokens, state, out)
+    console.print(
+        f"[bold]{out}[/]: (tokens [{batch}, 1], {len(state.tensors())} tensors of the state) -> "
+        "(logits, the state after the token)"
+    )
+
+
+@bench.command("model")
+def bench_model(
+    name: Annotated[str, typer.Argument(help="A recipe, or a block such as AtlasMemory.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench_output"),
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="Rows of a call.")] = 4,
+    tokens: Annotated[int, typer.Option(help="T; of the prefix, where one is decoded.")] = 128,
+    dim: Annotated[int, typer.Option(help="Width of a block; a recipe has its own.")] = 64,
+    heads: Annotated[int, typer.Option(help="Heads of a block; a recipe has its own.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Samples of each.")] = 20,
+    modes: Annotated[
+        str | None, typer.Option(help=f"Such as forward,decode; of {', '.join(MODES)}.")
+    ] = None,
+    cold: Annotated[bool, typer.Option(help="Also time the first call in fresh processes.")] = True,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="By the process's CPU time: on a shared machine.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="A .json of an earlier run: say what moved beyond noise.")
+    ] = None,
+) -> None:
+    """Check a recipe or a block compiled against eager, then time both."""
+    from atlas_blocks.recipes.bench import model as benchmark
+
+    plan = benchmark.Plan(
+        name=name,
+        device=_device(device),
+        size=Size(batch=batch, tokens=tokens, dim=dim, heads=heads),
+        modes=MODES if modes is None else tuple(modes.split(",")),
+        rounds=rounds,
+        cold=cold,
+        cpu_time=cpu_time,
+    )
+    problem = benchmark.run(Console(), plan, out, against)
+    if problem:
+        raise typer.Exit(_fail(problem, WRONG))
 
 
 @bench.command()

@@ -135,9 +135,11 @@ def sketch_features(
     for n, size in zip(range(2, degree + 1), sketch_sizes(dim, width, degree), strict=True):
         rows = slice(first, first + n)
         table = torch.zeros(n, dim, size, dtype=wide.dtype, device=x.device)
-        table.scatter_(2, buckets[rows, :, None], signs[rows, :, None].to(wide.dtype))
-        spectra = torch.fft.rfft(wide.unsqueeze(-2).unsqueeze(-2) @ table)
-        parts.append(root[n] * torch.fft.irfft(spectra.prod(-3).squeeze(-2), n=size))
+        table.scatter_(2, buckets[rows, :, None], signs[rows, :, None].detach().to(wide.dtype))
+        # The n sketches in one product: broadcast over them, it would be one a token.
+        counts = wide @ table.transpose(0, 1).flatten(1)
+        spectra = torch.fft.rfft(counts.unflatten(-1, (n, size)))
+        parts.append(root[n] * torch.fft.irfft(spectra.prod(-2), n=size))
         first += n
     return torch.cat(parts, dim=-1).to(x.dtype)
 

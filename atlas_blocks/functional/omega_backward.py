@@ -152,7 +152,15 @@ def _chunks(
 
 
 def _gradients(outputs: Pairs, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of `inputs` for those of the outputs, each given with its output."""
-    outputs = [(t, g) for t, g in outputs if t.requires_grad]
+    """Gradients of `inputs` for those of the outputs, each given with its output.
+
+    Outputs whose gradient is zero, as that of a state nobody goes on from, are left out: what led
+    to them alone need not be differentiated. (On a GPU it would have to be waited for.)
+    """
+    outputs = [
+        (t, g) for t, g in outputs if t.requires_grad and (g.device.type != "cpu" or g.any())
+    ]
+    if not outputs:
+        return [torch.zeros_like(t) for t in inputs]
     results, gradients = zip(*outputs, strict=True)
     return list(torch.autograd.grad(results, inputs, gradients, materialize_grads=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from atlas_blocks import check
 from atlas_blocks.recipes.bench import gate, report
@@ -155,16 +153,7 @@ def _time(
     for part, shape in plan.shapes():
         here = [c for c in contenders if part == "main" or plan.everything or c.sweep]
         work.append((part, shape, here))
-    bar = Progress(
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar, _float32_products("high"):
+    with report.progress(console) as bar, _float32_products("high"):
         steps = sum(2 * (len(here) + plan.rounds) for _, _, here in work)
         task = bar.add_task("", total=steps)
         for part, shape, here in work:
@@ -203,11 +192,7 @@ def _record(plan: Plan) -> dict[str, Any]:
     gpu = plan.device.type == "cuda"
     return {
         "benchmark": "kernels",
-        "complete": False,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": report.commit(),
-        "machine": report.machine(plan.device),
-        "versions": report.versions(),
+        **report.stamp(plan.device),
         "what": {
             "timer": "CUDA events" if gpu else "wall clock, on a CPU",
             "rounds": plan.rounds,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +24,7 @@ from atlas_blocks.recipes.bench.contenders import (
     first_line,
 )
 
+K = TypeVar("K", bound=Hashable)
 FORWARD, BOTH = "forward", "forward+backward"
 # A slow contender leaves the rounds after so many seconds of its own and so many samples.
 ENOUGH_SECONDS, ENOUGH_SAMPLES = 5.0, 3
@@ -50,10 +56,16 @@ class Row:
 
 
 class Meter:
-    """Time and memory of one call on a device."""
+    """Time and memory of one call on a device.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    clock: what tells seconds on a CPU; time.process_time leaves out the time that other processes
+    had the cores, and adds up the threads.
+    """
+
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.device, self.clock = device, clock
         self.on_gpu = device.type == "cuda"
         # Larger than any last-level cache of the device.
         size = 2**28 if self.on_gpu else 2**26
@@ -63,9 +75,9 @@ class Meter:
         """Of one call that finds none of its data in the cache."""
         self._flush.zero_()
         if not self.on_gpu:
-            began = time.perf_counter()
+            began = self.clock()
             call()
-            return 1e3 * (time.perf_counter() - began)
+            return 1e3 * (self.clock() - began)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -73,11 +85,14 @@ class Meter:
         stop.synchronize()
         return start.elapsed_time(stop)
 
-    def peak(self, call: Callable[[], object]) -> int | None:
-        """Bytes that a call adds to what is allocated, at most; None where nobody counts them."""
+    def peak(self, call: Callable[[], object]) -> int:
+        """Bytes that a call adds to what is allocated, at most.
+
+        Of CUDA's allocator; on a CPU of what PyTorch's profiler records, the compiler's code
+        included.
+        """
         if not self.on_gpu:
-            call()
-            return None
+            return _profiled_peak(call)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -85,11 +100,79 @@ class Meter:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def release(self) -> None:
-        """Give back what a failed contender held."""
+    def attempt(self, call: Callable[[], object]) -> str:
+        """Why the call failed, in one line; empty where it did not."""
+        try:
+            call()
+            return ""
+        except Unavailable as error:
+            return str(error)
+        except torch.OutOfMemoryError:
+            problem = "out of memory"
+        except Exception as error:  # A contender's failure is a result to print, not to hide.
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        # Give back what the failed contender held.
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
+        return problem
+
+
+def _profiled_peak(call: Callable[[], object]) -> int:
+    profiler: Any = torch.autograd.profiler.profile(profile_memory=True)
+    with _silent(), profiler:
+        call()
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the lines that some builds of the profiler write to stderr, below Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def interleave(
+    runners: Mapping[K, Callable[[], object]],
+    meter: Meter,
+    rounds: int,
+    on_step: Callable[[str], None],
+    enough_seconds: float = ENOUGH_SECONDS,
+) -> tuple[dict[K, list[float]], dict[K, str]]:
+    """Milliseconds of every runner, each called once a round, and why some failed.
+
+    on_step: told what comes next, `rounds` times. enough_seconds: after so many of its own, and
+    ENOUGH_SAMPLES, a runner leaves the rounds.
+    """
+    times: dict[K, list[float]] = {name: [] for name in runners}
+    problems: dict[K, str] = {}
+    for number in range(rounds):
+        on_step(f"round {number + 1} of {rounds}")
+        for name, run in runners.items():
+            so_far = times[name]
+            enough = sum(so_far) > 1e3 * enough_seconds and len(so_far) >= ENOUGH_SAMPLES
+            if name in problems or enough:
+                continue
+            problem = meter.attempt(lambda r=run, t=so_far: t.append(meter.milliseconds(r)))
+            if problem:
+                problems[name] = problem
+    return times, problems
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 25th, 50th and 75th percentile."""
+    points = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(points).tolist()
+    return low, median, high
 
 
 def compare(
@@ -108,7 +191,7 @@ def compare(
     subjects: dict[Contender, Subject] = {}
     refused: dict[Contender, str] = {}
     for contender in contenders:
-        problem = _attempt(meter, lambda c=contender: subjects.update({c: _build(c, shape, meter)}))
+        problem = meter.attempt(lambda c=contender: subjects.update({c: _build(c, shape, meter)}))
         if problem:
             refused[contender] = problem
     found = []
@@ -119,22 +202,18 @@ def compare(
             row.problem = refused.get(contender, "")
             if not row.problem:
                 subject = subjects[contender]
-                row.problem = _attempt(meter, lambda s=subject, r=row: _warm_up(s, r, meter))
-        times: dict[Contender, list[float]] = {c: [] for c in contenders}
-        for number in range(rounds):
-            on_step(f"{direction}: round {number + 1} of {rounds}")
-            for contender, row in rows.items():
-                so_far = times[contender]
-                enough = sum(so_far) > 1e3 * ENOUGH_SECONDS and len(so_far) >= ENOUGH_SAMPLES
-                if row.problem or enough:
-                    continue
-                run = _runner(subjects[contender], direction)
-                row.problem = _attempt(
-                    meter, lambda r=run, t=so_far: t.append(meter.milliseconds(r))
-                )
-        for contender, row in rows.items():
+                row.problem = meter.attempt(lambda s=subject, r=row: _warm_up(s, r, meter))
+        times, problems = interleave(
+            {c: _runner(subjects[c], direction) for c, row in rows.items() if not row.problem},
+            meter,
+            rounds,
+            lambda words, d=direction: on_step(f"{d}: {words}"),
+        )
+        for contender, samples in times.items():
+            row = rows[contender]
+            row.problem = problems.get(contender, "")
             if not row.problem:
-                _fill(row, times[contender], counts_tokens=contender.tokens)
+                _fill(row, samples, counts_tokens=contender.tokens)
         rate = next((r.tflops for c, r in rows.items() if c == PRODUCT), None)
         for row in rows.values():
             if rate and row.tflops:
@@ -146,21 +225,6 @@ def compare(
 def _build(contender: Contender, shape: Shape, meter: Meter) -> Subject:
     torch.manual_seed(0)
     return contender.build(shape, meter.device)
-
-
-def _attempt(meter: Meter, call: Callable[[], object]) -> str:
-    """Why the call failed, in one line; empty where it did not."""
-    try:
-        call()
-        return ""
-    except Unavailable as error:
-        return str(error)
-    except torch.OutOfMemoryError:
-        problem = "out of memory"
-    except Exception as error:  # A contender's failure is a result to print, not to hide.
-        problem = f"{type(error).__name__}: {first_line(error)}"
-    meter.release()
-    return problem
 
 
 def _runner(subject: Subject, direction: str) -> Callable[[], list[Tensor]]:
@@ -192,14 +256,9 @@ def _warm_up(subject: Subject, row: Row, meter: Meter) -> None:
 
 
 def _fill(row: Row, times: list[float], *, counts_tokens: bool) -> None:
-    low, median, high = _quartiles(times)
+    low, median, high = quartiles(times)
     row.samples, row.median_ms, row.quartiles_ms = len(times), median, (low, high)
     if counts_tokens:
         row.tokens_per_s = row.shape.batch * row.shape.tokens / (1e-3 * median)
     if row.flops is not None:
         row.tflops = row.flops / median / 1e9
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    points = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    return torch.tensor(values, dtype=torch.float64).quantile(points).tolist()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import itertools
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Group
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +22,9 @@ from atlas_blocks.recipes.bench.gate import Verdict
 from atlas_blocks.recipes.bench.measure import BOTH, FORWARD, Row
 from atlas_blocks.recipes.demo import hardware
 from atlas_blocks.recipes.describe import human
+
+if TYPE_CHECKING:
+    from atlas_blocks.recipes.bench.model import Row as ModelRow
 
 PACKAGES = (
     "atlas-blocks",
@@ -76,6 +82,30 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else None
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """What every record begins with: when, which code, on what."""
+    return {
+        "complete": False,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(device),
+        "versions": versions(),
+    }
+
+
+def progress(console: Console) -> Progress:
+    """A bar that is gone when it is done, and not there where nobody watches."""
+    return Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def gate_table(verdicts: Sequence[Verdict]) -> Table:
@@ -188,3 +218,79 @@ def _lines(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
     axes.set_ylabel("tokens/s", fontsize=8)
     if rows:
         axes.legend(frameon=False, fontsize=6)
+
+
+# --- bench NAME -----------------------------------------------------------------------------------
+
+
+def model_table(rows: Sequence[ModelRow], title: str) -> Group:
+    """Every mode, then why there are rows without figures."""
+    found = Table(title=title, title_justify="left")
+    found.add_column("contender", style="cyan", no_wrap=True)
+    for column in ("ms", "tokens/s", "quartiles", "eager / it", "quartiles", "memory", "error"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for mode, group in itertools.groupby(rows, lambda r: r.mode):
+        found.add_section()
+        found.add_row(f"[bold]{mode}[/]")
+        for r in group:
+            found.add_row(r.contender, *_model_cells(r))
+    problems = dict.fromkeys(f"{r.contender}, {r.mode}: {r.problem}" for r in rows if r.problem)
+    return Group(found, Text("\n".join(problems), style="yellow"))
+
+
+def _model_cells(r: ModelRow) -> list[str]:
+    if r.median_ms is None or r.tokens_per_s_quartiles is None:
+        return ["[yellow]see below[/]"]
+    low, high = r.tokens_per_s_quartiles
+    slow, middle, fast = r.ratio or (1.0, 1.0, 1.0)
+    colour = "green" if slow > 1 else "red" if fast < 1 else "default"
+    return [
+        f"{r.median_ms:.2f}",
+        f"[bold]{r.tokens_per_s:,.0f}[/]",
+        f"{low:,.0f} to {high:,.0f}",
+        f"[{colour}]{middle:.2f}[/]",
+        f"{slow:.2f} to {fast:.2f}",
+        "-" if r.peak_bytes is None else human(r.peak_bytes, "B"),
+        f"{max(r.errors.values(), default=0.0):.1e}",
+    ]
+
+
+def compile_table(found: Sequence[dict[str, Any]]) -> Group:
+    """What compiling costs in a fresh process, with an empty cache and with a filled one."""
+    lines = []
+    for one in found:
+        where = f"{one['contender']}, {one['mode']}, compiled in a fresh process: "
+        if one["problem"]:
+            lines.append(f"[yellow]{where}{escape(one['problem'])}[/]")
+            continue
+        cold, warm = one["cold_seconds"], one["warm_seconds"]
+        lines.append(f"{where}cold [bold]{cold:.1f} s[/], from the cache [bold]{warm:.1f} s[/]")
+    return Group(*lines)
+
+
+def model_plot(path: Path, rows: Sequence[ModelRow], title: str) -> bool:
+    """Draw tokens/s of every mode with the quartiles; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    modes = list(dict.fromkeys(r.mode for r in rows))
+    names = list(dict.fromkeys(r.contender for r in rows))
+    figure = Figure(figsize=(1 + 2.6 * len(modes), 3), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, mode in enumerate(modes):
+        axes = figure.add_subplot(1, len(modes), index + 1)
+        for r in rows:
+            if r.mode == mode and r.tokens_per_s and r.tokens_per_s_quartiles:
+                low, high = r.tokens_per_s_quartiles
+                spread = [[r.tokens_per_s - low], [high - r.tokens_per_s]]
+                colour = f"C{names.index(r.contender)}"
+                axes.bar(r.contender, r.tokens_per_s, yerr=spread, color=colour, capsize=4)
+        axes.set_title(mode, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.2, axis="y")
+    figure.axes[0].set_ylabel("tokens/s", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+    return True

@@ -1,0 +1,255 @@
+"""`atlas-blocks bench NAME`: a recipe or a block, eager and compiled, checked and then timed.
+
+B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from atlas_blocks import check
+from atlas_blocks.recipes.bench import against, report, subjects
+from atlas_blocks.recipes.bench.cold import first_calls
+from atlas_blocks.recipes.bench.contenders import Unavailable
+from atlas_blocks.recipes.bench.measure import Meter, interleave, quartiles
+from atlas_blocks.recipes.bench.subjects import (
+    CONTENDERS,
+    DECODE,
+    EAGER,
+    MODES,
+    TRAINING,
+    Size,
+    Subject,
+)
+
+# A compiled result may err by so many times what eager float32 does, and by what float32 is good
+# for where eager happens to be exact.
+LIMIT, FLOOR = 4.0, 1e-5
+# Of one contender in one mode.
+ENOUGH_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to time. modes: which of subjects.MODES. cold: also time the first call in fresh
+    processes, for the training step (or the last of `modes`). cpu_time: a CPU's time is that of
+    this process, not the wall clock's."""
+
+    name: str
+    device: torch.device
+    size: Size
+    modes: tuple[str, ...]
+    rounds: int
+    cold: bool
+    cpu_time: bool
+
+    def __post_init__(self) -> None:
+        check.choice("device", self.device.type, ("cpu", "cuda"))
+        check.at_least("rounds", self.rounds, 1)
+        for mode in self.modes:
+            check.choice("modes", mode, MODES)
+
+    @property
+    def clock_name(self) -> str:
+        """Of a CPU's time."""
+        return "CPU time of the process" if self.cpu_time else "wall clock"
+
+
+@dataclass
+class Row:
+    """One contender in one mode; figures are None where there are none.
+
+    problem: why. errors: the largest |x - true| / |true| of a kind of result, true being eager
+    float64. quartiles: of the samples. ratio: eager's time over this one's, round by round,
+    quartiles with the median between. peak_bytes: see Meter.peak.
+    """
+
+    contender: str
+    mode: str
+    problem: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    median_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_quartiles: tuple[float, float] | None = None
+    ratio: tuple[float, float, float] | None = None
+    peak_bytes: int | None = None
+
+
+def run(console: Console, plan: Plan, out: Path, earlier: Path | None) -> str:
+    """Check and time; write NAME.json and NAME.png into the folder `out`.
+
+    earlier: a file that an earlier run wrote, to compare with. Returns what was found wrong, in one
+    line; empty where nothing was. The figures are written after every mode.
+    """
+    before = None if earlier is None else against.load(earlier, _what(plan))
+    model = subjects.build(plan.name, plan.size, plan.device)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{plan.name}.json"
+    record: dict[str, Any] = {
+        "benchmark": "model",
+        **report.stamp(plan.device),
+        "what": _what(plan),
+        "timer": "CUDA events" if plan.device.type == "cuda" else plan.clock_name,
+        "memory": "CUDA allocator" if plan.device.type == "cuda" else "CPU allocator, by profiler",
+        "limit": LIMIT,
+        "compile": [],
+        "rows": [],
+    }
+
+    def write() -> None:
+        file.write_text(json.dumps(record, indent=2) + "\n")
+
+    meter = Meter(plan.device, time.process_time if plan.cpu_time else time.perf_counter)
+    rows: list[Row] = []
+    compiled = [c for c in CONTENDERS if c != EAGER and not subjects.unavailable(c)]
+    with report.progress(console) as bar:
+        steps = len(plan.modes) * (len(CONTENDERS) + plan.rounds) + plan.cold * len(compiled)
+        task = bar.add_task("", total=steps)
+
+        def on_step(words: str) -> None:
+            bar.update(task, advance=1, description=words)
+
+        for mode in plan.modes:
+            rows += _mode(model, mode, plan, meter, on_step)
+            record["rows"] = [dataclasses.asdict(r) for r in rows]
+            write()
+        first_mode = TRAINING if TRAINING in plan.modes else plan.modes[-1]
+        for backend in compiled if plan.cold else ():
+            on_step(f"{backend}: {first_mode} in fresh processes, cold and warm")
+            record["compile"].append(_first_call(plan, backend, first_mode))
+            write()
+    record["complete"] = True
+    write()
+    title = f"{plan.name}, B {plan.size.batch}, T {plan.size.tokens}, float32"
+    console.print(report.model_table(rows, title))
+    console.print(report.compile_table(record["compile"]))
+    if before is not None:
+        console.print(against.table(against.moves(before, record), earlier))
+    written = [file.name]
+    if report.model_plot(out / f"{plan.name}.png", rows, title):
+        written.append(f"{plan.name}.png")
+    else:
+        console.print("no picture: matplotlib is missing (pip install 'atlas-blocks[plot]')")
+    console.print(f"[bold]{out}[/]: {', '.join(written)}")
+    wrong = [r for r in rows if r.errors and r.problem]
+    return (
+        "" if not wrong else f"{wrong[0].contender} is wrong ({wrong[0].mode}): {wrong[0].problem}"
+    )
+
+
+def _what(plan: Plan) -> dict[str, Any]:
+    size = dataclasses.asdict(plan.size)
+    if plan.name not in subjects.BLOCKS:
+        del size["dim"], size["heads"]
+    return {
+        "name": plan.name,
+        **size,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "clock": plan.clock_name,
+    }
+
+
+def _mode(
+    model: nn.Module, mode: str, plan: Plan, meter: Meter, on_step: Callable[[str], None]
+) -> list[Row]:
+    """All contenders in one mode: compile, check, take memory, then time them in turn."""
+    # Graphs of another mode are no use to this one and count towards the compiler's limit.
+    torch.compiler.reset()
+    truth = Subject(copy.deepcopy(model).double(), EAGER, mode, plan.size).results()
+    eager = _errors(Subject(model, EAGER, mode, plan.size).results(), truth)
+    rows, ready = {c: Row(c, mode) for c in CONTENDERS}, {}
+    for contender, row in rows.items():
+        on_step(f"{mode}: {contender} is checked")
+        row.problem = subjects.unavailable(contender)
+        if not row.problem:
+            subject = Subject(model, contender, mode, plan.size)
+
+            def prepare(subject: Subject = subject, row: Row = row) -> None:
+                row.errors = _errors(subject.results(), truth)
+                problem = _difference(row.errors, eager)
+                if problem:
+                    raise Unavailable(problem)
+                subject.call()
+                row.peak_bytes = meter.peak(subject.call)
+
+            row.problem = meter.attempt(prepare)
+            if not row.problem:
+                ready[contender] = subject.call
+    times, problems = interleave(
+        ready,
+        meter,
+        plan.rounds,
+        lambda words: on_step(f"{mode}: {words}"),
+        ENOUGH_SECONDS,
+    )
+    tokens = plan.size.batch * (1 if mode == DECODE else plan.size.tokens)
+    for contender, samples in times.items():
+        row = rows[contender]
+        row.problem = problems.get(contender, "")
+        if not row.problem:
+            _fill(row, samples, times.get(EAGER, []), tokens)
+    return list(rows.values())
+
+
+def _fill(row: Row, samples: Sequence[float], eager: Sequence[float], tokens: int) -> None:
+    low, median, high = quartiles(samples)
+    row.samples, row.median_ms, row.quartiles_ms = len(samples), median, (low, high)
+    row.tokens_per_s = 1e3 * tokens / median
+    row.tokens_per_s_quartiles = 1e3 * tokens / high, 1e3 * tokens / low
+    # Round by round, so that what slows the machine down for a while slows both.
+    pairs = list(zip(eager, samples, strict=False))
+    if pairs:
+        row.ratio = quartiles([slow / fast for slow, fast in pairs])
+
+
+def _errors(
+    found: dict[str, dict[str, Tensor]], true: dict[str, dict[str, Tensor]]
+) -> dict[str, float]:
+    """The largest error of each kind of result."""
+    worst = {}
+    for kind, tensors in true.items():
+        if found[kind].keys() != tensors.keys():
+            raise Unavailable(f"other {kind} than eager's")
+        errors = [_error(found[kind][n].double(), t.double()) for n, t in tensors.items()]
+        # NaN is larger than anything.
+        worst[kind] = max(errors, key=lambda e: (e != e, e), default=0.0)
+    return worst
+
+
+def _error(found: Tensor, true: Tensor) -> float:
+    norm = true.norm().item()
+    return (found - true).norm().item() / (norm if norm > 0 else 1.0)
+
+
+def _difference(errors: dict[str, float], eager: dict[str, float]) -> str:
+    """What differs from eager, in words; empty where nothing does."""
+    for kind, error in errors.items():
+        allowed = LIMIT * eager[kind] + FLOOR
+        if not error <= allowed:
+            return (
+                f"the error of its {kind} against float64 is {error:.2g}, allowed are {allowed:.2g}"
+            )
+    return ""
+
+
+def _first_call(plan: Plan, backend: str, mode: str) -> dict[str, Any]:
+    found = {"contender": backend, "mode": mode, "problem": ""}
+    try:
+        times = first_calls(plan.name, backend, mode, plan.size, plan.device)
+    except Unavailable as error:
+        return found | {"problem": str(error)}
+    return found | dataclasses.asdict(times)

@@ -1,0 +1,107 @@
+"""Ahead of time: one token of a model as a package that runs without Python.
+
+torch.export keeps the memory rule as a single node, `atlas::omega_rule`, which is Python. For a
+package it is replaced by the rule for one token (functional/one_token.py), which is plain tensor
+operations; AOTInductor compiles those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atlas_blocks import check
+from atlas_blocks.functional.one_token import one_token
+from atlas_blocks.ops.omega_rule import Settings, unflatten
+from atlas_blocks.state import State
+
+
+class Streaming(nn.Module):
+    """`model(x, state)` with the state as flat tensors: (x, *state) -> (y, *state)."""
+
+    def __init__(self, model: nn.Module, state: State | None) -> None:
+        super().__init__()
+        self.model, self.state = model, state
+
+    def forward(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """x [B, T] or [B, T, dim]; tensors: those of the state, in the order of `State.tensors`."""
+        parts = iter(tensors)
+        state = None if self.state is None else self.state.map(lambda _: next(parts))
+        y, after = self.model(x, state)
+        # Copies: an exported graph may not return its inputs.
+        return y, *([] if after is None else [t.clone() for t in after.tensors()])
+
+
+def export_step(model: nn.Module, x: Tensor, state: State | None) -> torch.export.ExportedProgram:
+    """`model` for inputs like x and states like `state`, every op a single node.
+
+    The length T of x is free where it is not 1 (with an attention: as long as it stays on the side
+    of the window on which x is); so is an axis of the state along which it grows.
+    """
+    with torch.no_grad():
+        step = Streaming(model, state).eval()
+        tensors = () if state is None else tuple(state.tensors())
+        first, *others = _free_axes(step, x, tensors)
+        shapes = (first, tuple(others)) if others else (first,)
+        return _export(step, (x, *tensors), shapes)
+
+
+def export_plain_step(model: nn.Module, x: Tensor, state: State) -> torch.export.ExportedProgram:
+    """The same for one token, with no op of this library: nothing in it needs Python.
+
+    Raises ValueError where x has more than one token.
+    """
+    if x.shape[1] != 1:
+        check.fail("x", "one token", f"T = {x.shape[1]}")
+    program = export_step(model, x, state)
+    graph = program.module()
+    assert isinstance(graph, torch.fx.GraphModule)
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.atlas.omega_rule.default:
+            node.target = _one_token
+    graph.recompile()
+    with torch.no_grad():
+        tensors = tuple(state.tensors())
+        axes = _free_axes(Streaming(model, state), x, tensors)
+        return _export(graph, (x, *tensors), tuple(axes))
+
+
+def _export(
+    step: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]
+) -> torch.export.ExportedProgram:
+    return torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def _free_axes(step: Streaming, x: Tensor, tensors: Sequence[Tensor]) -> list[Any]:
+    """For x and for every tensor of the state: the axes whose length is no constant."""
+    found: list[Any] = [{1: torch.export.Dim.AUTO} if x.shape[1] != 1 else None]
+    # An attention without a window keeps every key.
+    after = step(x, *tensors)[1:] if tensors else ()
+    for before, now in zip(tensors, after, strict=True):
+        pairs = enumerate(zip(before.shape, now.shape, strict=True))
+        found.append({axis: torch.export.Dim.AUTO for axis, (a, b) in pairs if a != b} or None)
+    return found
+
+
+def _one_token(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    """`atlas::omega_rule` for one token."""
+    *settings, _, _ = rest
+    y, state = one_token(unflatten(tensors, Settings(*settings)))
+    return [y, *state.tensors()]
+
+
+def package(model: nn.Module, x: Tensor, state: State, out: Path) -> Path:
+    """Compile one token's step into `out`, a .pt2 file.
+
+    x: [B, 1] tokens or [B, 1, dim]. The package takes x and the state's tensors (`State.tensors`)
+    and returns y and the next state's. torch._inductor.aoti_load_package runs it, and so does
+    torch::inductor::AOTIModelPackageLoader in C++.
+    """
+    if out.suffix != ".pt2":
+        check.fail("out", "a file name that ends in .pt2", out)
+    program = export_plain_step(model, x, state)
+    return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(out)))

@@ -1,0 +1,50 @@
+"""The rule for one token as plain tensor operations: equal to the definition at every position."""
+
+import pytest
+import torch
+from helpers import MEMORIES, assert_close, rule_inputs, tokens
+
+from atlas_blocks.functional.omega_rule import omega_rule
+from atlas_blocks.functional.one_token import one_token
+from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.state import State
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    ("update", "objective", "momentum", "discount", "window", "every"),
+    [
+        ("gd", "l2", True, True, 2, 1),
+        ("gd", "dot", False, True, 5, 1),
+        ("gd", "l2", True, False, 5, 1),
+        ("muon", "l2", True, True, 3, 1),
+        ("muon", "l2", False, False, 2, 3),
+    ],
+)
+def test_token_by_token_it_is_the_rule(
+    memory, features, update, objective, momentum, discount, window, every
+):
+    """Over two chunks and a half, in rows of which one is three tokens ahead."""
+    inputs = rule_inputs(
+        memory,
+        batch=2,
+        length=13,
+        window=window,
+        features=features,
+        momentum=momentum,
+        update=update,
+    )
+    options = {"memory": memory, "objective": objective, "update": update, "ns_every": every}
+    options |= {"chunk_size": 4, "write_discount": discount}
+    none = omega_rule(**tokens(inputs, 0, 0), **options)[1]
+    ahead = omega_rule(**tokens(inputs, 0, 3), **options)[1]
+    state = State.cat([none[:1], ahead[1:]])
+    rule = Rule(memory, objective, update, 5, every, 4, discount, window)
+    with torch.no_grad():
+        for t in range(3, 13):
+            one = tokens(inputs, t, t + 1)
+            true = omega_rule(**one, **options, state=state)
+            ours = one_token(Arguments(**one, rule=rule, state=state))
+            assert_close(ours, true, 1e-9)
+            state = true[1]

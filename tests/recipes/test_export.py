@@ -1,0 +1,123 @@
+"""Ahead of time: ops stay single nodes, and one token's step becomes plain tensor operations."""
+
+import collections
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import BLOCKS, DIM, difference, draw, make_block
+
+from atlas_blocks import AtlasMemory
+from atlas_blocks.recipes import build, cli, export
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
+# MemoryAsContext asks its position on the host for the place in its segment.
+QUICK = ("memory-matrix-gd-polynomial", "memory-mlp-muon-sketch", "block-attention", "as-layer")
+OTHERS = [name for name in BLOCKS if name not in QUICK and not name.startswith("as-context")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+
+
+def nodes(program: torch.export.ExportedProgram) -> collections.Counter:
+    """How many nodes there are of every op of this library."""
+    targets = (str(n.target) for n in program.graph.nodes if n.op == "call_function")
+    return collections.Counter(t for t in targets if t.startswith("atlas"))
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_every_memory_is_one_node_for_every_length(name):
+    block = make_block(name)
+    layers = sum(isinstance(m, AtlasMemory) for m in block.modules())
+    one_node_each = {"atlas.omega_rule.default": layers} if layers else {}
+    program = export.export_step(block, draw(2, 20, DIM), None)
+    assert nodes(program) == one_node_each
+    _, state = block(draw(2, 3, DIM))
+    further = export.export_step(block, draw(2, 20, DIM), state)
+    assert nodes(further) == one_node_each
+    tensors = [] if state is None else state.tensors()
+    with torch.no_grad():
+        # An attention's graph is that of texts longer than its window.
+        for length in (9, 33):
+            x = draw(2, length, DIM)
+            for exported, before in ((program, None), (further, state)):
+                y, after = block(x, before)
+                true = [y, *([] if after is None else after.tensors())]
+                ours = exported.module()(x, *(tensors if exported is further else ()))
+                assert difference([t.double() for t in ours], [t.double() for t in true]) < 1e-9
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+def test_a_plain_step_is_the_block_token_by_token(name):
+    block, x = make_block(name), draw(2, 20, DIM)
+    if BLOCKS[name](DIM, 2).state_type is None:
+        pytest.skip("it has no state")
+    with torch.no_grad():
+        _, state = block(x[:, :3])
+        program = export.export_plain_step(block, x[:, :1], state)
+        assert not nodes(program)
+        step, tensors = program.module(), state.tensors()
+        for t in range(3, 20):
+            y, *tensors = step(x[:, t : t + 1], *tensors)
+            true, state = block(x[:, t : t + 1], state)
+            ours = [y, *(s.double() for s in tensors)]
+            assert difference(ours, [true, *(s.double() for s in state.tensors())]) < 1e-8
+
+
+def test_more_than_one_token_is_refused():
+    block = make_block("memory-plain")
+    _, state = block(draw(1, 3, DIM))
+    with pytest.raises(ValueError, match="x: expected one token, got T = 2"):
+        export.export_plain_step(block, draw(1, 2, DIM), state)
+    with pytest.raises(ValueError, match=r"out: expected a file name that ends in \.pt2"):
+        export.package(block, draw(1, 1, DIM), state, Path("step.so"))
+
+
+def test_the_command_names_bad_input(capsys, tmp_path):
+    for arguments in (["atlas-huge"], ["omeganet-tiny", "--batch", "0"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["export", *arguments, "--out", str(tmp_path / "step.pt2")])
+        assert left.value.code == 2
+        assert capsys.readouterr().err.startswith("atlas-blocks: ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
+def test_a_package_runs_without_python(tmp_path):
+    """recipes/run_step.cpp, linked with libtorch alone, gives eager's logits and state."""
+    file = tmp_path / "step.pt2"
+    with pytest.raises(SystemExit) as left:
+        cli.main(["export", "omeganet-tiny", "--out", str(file)])
+    assert left.value.code == 0
+    torch.manual_seed(0)
+    model = build("omeganet-tiny")
+    tokens = torch.randint(256, (1, 80))
+    with torch.no_grad():
+        before = model(tokens[:, :0]).state
+        logits, after = model(tokens, before)
+    true = [logits, *after.tensors()]
+
+    step, tensors, parts = torch._inductor.aoti_load_package(str(file)), before.tensors(), []
+    for t in range(tokens.shape[1]):
+        y, *tensors = step(tokens[:, t : t + 1], *tensors)
+        parts.append(y)
+    ours = [torch.cat(parts, 1), *tensors]
+    assert difference([t.double() for t in ours], [t.double() for t in true]) < 1e-3
+
+    folder = Path(torch.__file__).parent
+    runner = tmp_path / "run_step"
+    source = Path(export.__file__).with_name("run_step.cpp")
+    headers = [folder / "include", folder / "include/torch/csrc/api/include"]
+    command = ["g++", "-std=c++20", source, "-o", runner, *(f"-I{h}" for h in headers)]
+    command += [f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, f"-Wl,-rpath,{folder / 'lib'}"], check=True)
+    linked = subprocess.run(["ldd", runner], check=True, capture_output=True, text=True).stdout
+    assert "libtorch_cpu" in linked
+    assert "libpython" not in linked
+    torch.save([tokens, *before.tensors()], tmp_path / "input")
+    places = [file, tmp_path / "input", tmp_path / "output"]
+    # No interpreter could be found, were one looked for.
+    nowhere = {"PATH": "", "HOME": str(tmp_path), "PYTHONHOME": "/nonexistent"}
+    subprocess.run([runner, *places], check=True, env=nowhere)
+    found = torch.load(tmp_path / "output", weights_only=False)
+    assert difference([t.double() for t in found], [t.double() for t in ours]) < 1e-5
