@@ -1,5 +1,8 @@
 """Composable blocks for long-context models whose memory is optimised at test time (ATLAS)."""
 
+import importlib
+from typing import Any
+
 from atlas_blocks import functional
 from atlas_blocks.blocks.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
@@ -42,3 +45,10 @@ __all__ = [
     "functional",
     "use_provider",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`compile` and `explain`, found when first used: they import all of Inductor."""
+    if name in ("compile", "explain"):
+        return getattr(importlib.import_module("atlas_blocks.compile_passes"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
