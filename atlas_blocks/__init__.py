@@ -20,7 +20,7 @@ from atlas_blocks.blocks.stacks import (
 )
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
-from atlas_blocks.ops import ProviderWarning, use_provider
+from atlas_blocks.ops import ProviderWarning, checkpoint_policy, use_provider
 from atlas_blocks.state import State
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "SlidingWindowAttentionConfig",
     "State",
     "SwiGLU",
+    "checkpoint_policy",
     "functional",
     "use_provider",
 ]

@@ -112,7 +112,9 @@ def direction(graph: fx.Graph) -> str:
 def op_counts(graph: fx.Graph) -> Counter[str]:
     """How many nodes there are of each op."""
     return Counter(
-        str(n.target) for n in graph.nodes if n.op in ("call_function", "call_module", "call_method")
+        str(n.target)
+        for n in graph.nodes
+        if n.op in ("call_function", "call_module", "call_method")
     )
 
 
