@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.node import map_arg
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,8 @@ def direction(graph: fx.Graph) -> str:
 
 def op_counts(graph: fx.Graph) -> Counter[str]:
     """How many nodes there are of each op."""
-    return Counter(
-        str(n.target)
-        for n in graph.nodes
-        if n.op in ("call_function", "call_module", "call_method")
-    )
+    kinds = ("call_function", "call_module", "call_method")
+    return Counter(str(n.target) for n in graph.nodes if n.op in kinds)
 
 
 def is_atlas(target: Any) -> bool:
@@ -125,7 +123,7 @@ def is_atlas(target: Any) -> bool:
 
 def values(argument: Any) -> Any:
     """An argument of a node with fake tensors in place of nodes."""
-    return fx.node.map_arg(argument, lambda node: node.meta["val"])
+    return map_arg(argument, lambda node: node.meta["val"])
 
 
 def bound(node: fx.Node, target: Any) -> dict[str, Any]:

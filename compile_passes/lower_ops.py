@@ -3,8 +3,7 @@
 The op chose when it was traced, and its choice is an argument of the node. "auto" keeps it where it
 can serve the device, dtypes and widths of the graph, as it cannot where a graph traced for one
 device is compiled for another; then it chooses again. A provider's name asks for it everywhere
-that the op has it. "inline" puts the definition's own operations in the place of a rule that sees
-one chunk.
+that the op has it.
 """
 
 from __future__ import annotations
@@ -12,18 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
 
 from atlas_blocks import check
 from atlas_blocks.compile_passes.graph_pass import GraphPass, bound, is_atlas, values
 from atlas_blocks.ops import omega_step, providers
 from atlas_blocks.ops.omega_rule import Call, Settings, describe, unflatten
 from atlas_blocks.ops.polynomial_features import Call as FeaturesCall
-
-MODES = ("auto", "definition", "inline", "triton")
 
 
 class OpNode(NamedTuple):
@@ -45,14 +39,14 @@ class OpNode(NamedTuple):
 class LowerOps(GraphPass):
     """Sets the provider of every op node. Raises ValueError where the one asked for cannot serve.
 
-    A match is a node whose provider was changed, or that was written out.
+    A match is a node whose provider was changed.
     """
 
     name = "lower_ops"
 
     def __init__(self, mode: str = "auto") -> None:
         known = {name for op in CALLS for name in providers.names(op)}
-        check.choice("provider", mode, {*MODES, *known})
+        check.choice("provider", mode, {"auto", *known})
         self.mode = mode
         # Another provider that is registered may be chosen.
         self.settings = repr((mode, [(op, providers.names(op)) for op in CALLS]))
@@ -60,10 +54,6 @@ class LowerOps(GraphPass):
     def run(self, graph: fx.Graph) -> int:
         matches = 0
         for found in op_nodes(graph):
-            if self.mode == "inline" and _one_chunk(found):
-                _write_out(found)
-                matches += 1
-                continue
             name = self._choice(found)
             if name != found.provider:
                 _set_provider(found.node, name)
@@ -74,8 +64,8 @@ class LowerOps(GraphPass):
         call = found.call
         if call is None:
             # It hands the name on to the ops inside, and each of those takes it or chooses.
-            return found.provider if self.mode in ("auto", "inline") else self.mode
-        asked = found.provider if self.mode in ("auto", "inline") else self.mode
+            return found.provider if self.mode == "auto" else self.mode
+        asked = found.provider if self.mode == "auto" else self.mode
         if asked not in providers.names(found.op):
             asked = found.provider
         reason = providers.refusal(found.op, asked, call)
@@ -144,54 +134,3 @@ CALLS: dict[str, Callable[[dict[str, Any], bool], Any]] = {
     "omega_rule_step": _step_call,
     "polynomial_features": _features_call,
 }
-
-
-# --- the definition in the graph --------------------------------------------------------------
-
-
-def _one_chunk(found: OpNode) -> bool:
-    """Whether the definition has no loop: a sequence's first tokens, no more than a chunk."""
-    if found.op != "omega_rule":
-        return False
-    a = unflatten(found.arguments["tensors"], _settings(found.arguments))
-    length = a.q.shape[1]
-    return a.state is None and isinstance(length, int) and 0 < length <= a.rule.chunk_size
-
-
-def _write_out(found: OpNode) -> None:
-    """Put the definition's operations in the place of the node."""
-    node, graph = found.node, found.node.graph
-    target = node.target
-    inputs = [n for n in dict.fromkeys(node.all_input_nodes)]
-    place = {n: i for i, n in enumerate(inputs)}
-
-    def run(*tensors: Tensor) -> Any:
-        arguments = fx.node.map_arg(bound(node, target), lambda n: tensors[place[n]])
-        settings = _settings(arguments)
-        serve = providers.find("omega_rule", providers.DEFINITION)
-        if found.backward:
-            with torch.enable_grad():
-                group = arguments["grads"], arguments["tensors"], arguments["saved"]
-                return serve.backward(*group, settings)
-        return serve.forward(arguments["tensors"], settings, arguments["save"])
-
-    fakes = [n.meta["val"] for n in inputs]
-    mode = next(t.fake_mode for t in fakes if isinstance(t, FakeTensor))
-    with mode:
-        written = make_fx(run)(*fakes)
-    environment = dict(zip(written.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    with graph.inserting_before(node):
-        for inner in written.graph.nodes:
-            if inner.op == "output":
-                results = fx.node.map_arg(inner.args[0], lambda n: environment[n])
-            elif inner.op == "get_attr":
-                constant = getattr(written, inner.target)
-                environment[inner] = graph.call_function(
-                    torch.ops.aten.full.default, (list(constant.shape), constant.item())
-                )
-            elif inner.op != "placeholder":
-                environment[inner] = graph.node_copy(inner, lambda n: environment[n])
-    for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])  # every user is a getitem
-        graph.erase_node(user)
-    graph.erase_node(node)

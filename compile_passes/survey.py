@@ -1,4 +1,4 @@
-"""Reads a graph after the passes: which ops of ours are in it, who serves them, what it computes."""
+"""Reads a graph after the passes: the ops of ours in it, who serves them, what it computes."""
 
 from __future__ import annotations
 

@@ -259,16 +259,16 @@ class MemoryAsContext(Block):
 
     def mix(self, x: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
         h = self.mixer_norm(x)
-        state = state or self.initial_state(h)
+        before = self.initial_state(h) if state is None else state
         size = (len(x), 2, self.config.segment, self.dim)
-        check.tensor("state.keys", state.keys, "[B, 2, segment, dim]", size)
+        check.tensor("state.keys", before.keys, "[B, 2, segment, dim]", size)
         if torch.compiler.is_compiling():
-            mixed, state = memory_as_context(self, h, state)
+            mixed, after = memory_as_context(self, h, before)
         else:
-            mixed, state = self._rows(h, state)
+            mixed, after = self._rows(h, before)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))[0]
-        return x, state
+        return x, after
 
     def initial_state(self, h: Tensor) -> ContextState:
         """The state before the first token of h [B, T, dim]."""

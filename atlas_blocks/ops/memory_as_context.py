@@ -10,11 +10,10 @@ B batch, T tokens, N segments that a call touches at most.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import chunk_count
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import own, own_empty, recording
+from atlas_blocks.ops.contract import distinct, own, own_empty, recording
 
 _LIBRARY = torch.library.Library("atlas", "FRAGMENT")
 # block: what `define`'s function builds it from. autocast: its dtype where it is on. provider: of
@@ -64,11 +63,12 @@ def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     parameters, buffers = tensors_of(block)
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    before = _apart(state).tensors()
+    before = state.tensors()
     common = (block.description, autocast, providers.context())
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *before)):
         sizes = (len(parameters), len(buffers))
-        y, *after = _MemoryAsContext.apply(sizes, common, x, *parameters, *buffers, *before)
+        tensors = distinct([x, *parameters, *buffers, *before])
+        y, *after = _MemoryAsContext.apply(sizes, common, *tensors)
     else:
         y, *after = torch.ops.atlas.memory_as_context.default(
             x, parameters, buffers, before, *common, False
@@ -78,17 +78,11 @@ def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 def tensors_of(block: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters and the buffers of the parts that the segments use."""
-    parameters = [t for name, t in block.named_parameters() if name.split(".")[0] in PARTS]
-    return parameters, [t for name, t in block.named_buffers() if name.split(".")[0] in PARTS]
 
+    def used(named: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        return [t for name, t in named if name.split(".")[0] in PARTS]
 
-def _apart(state: Any) -> Any:
-    """The state with clones of what may be one tensor twice: Dynamo takes each input once."""
-    rule = state.memory.rule
-    rule = dataclasses.replace(rule, chunk_start=tuple(t.clone() for t in rule.chunk_start))
-    memory = dataclasses.replace(state.memory, rule=rule)
-    read = tuple(t.clone() for t in state.read)
-    return dataclasses.replace(state, memory=memory, read=read, values=state.values.clone())
+    return used(block.named_parameters()), used(block.named_buffers())
 
 
 def _like(state: Any, tensors: Sequence[Tensor]) -> Any:
@@ -154,11 +148,11 @@ def _body(description: str, thread: int) -> tuple[_Body, list[str], list[str]]:
     tensors are exchanged while it runs."""
     with torch.device("meta"):
         block = _build[0](description)
-    names = [
-        [f"block.{n}" for n, _ in group if n.split(".")[0] in PARTS]
-        for group in (block.named_parameters(), block.named_buffers())
-    ]
-    return _Body(block), *names
+
+    def names(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+        return [f"block.{name}" for name, _ in named if name.split(".")[0] in PARTS]
+
+    return _Body(block), names(block.named_parameters()), names(block.named_buffers())
 
 
 @functools.lru_cache(maxsize=64)
@@ -276,7 +270,8 @@ def _backward(
                     materialize_grads=True,
                 )
                 grad_x[rows, first : first + span] = found[0]
-                torch._foreach_add_(of_parameters, found[1 : 1 + len(leaves)])
+                for total, g in zip(of_parameters, found[1 : 1 + len(leaves)], strict=True):
+                    total += g
                 after = list(found[1 + len(leaves) :])
             for out, g in zip(of_state, after, strict=True):
                 out[rows] = g.to(out.dtype)

@@ -25,13 +25,6 @@ def every_block(*quick: str):
 LENGTHS = (70, 90, 131)
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def gradients(y: Tensor, state: State | None, leaves: list[Tensor]) -> list[Tensor]:
     """Of all leaves, for weights of the output and of the state that differ by entry."""
     outputs = [y, *([] if state is None else state.tensors())]
