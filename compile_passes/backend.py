@@ -17,12 +17,16 @@ from torch._inductor.compile_fx import compile_fx
 from atlas_blocks import check
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
+from atlas_blocks.compile_passes.select_attention import SelectAttention
 
 M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
 
 # Options of ours, beside Inductor's: lower_ops' mode, and the passes to leave out.
 PROVIDER, DISABLE = "atlas.provider", "atlas.disable"
-PASSES: dict[str, Callable[[str], GraphPass]] = {LowerOps.name: LowerOps}
+PASSES: dict[str, Callable[[str], GraphPass]] = {
+    SelectAttention.name: lambda provider: SelectAttention(),
+    LowerOps.name: LowerOps,
+}
 
 
 def compile(
@@ -79,7 +83,11 @@ def compile_graph(
     passes = make_passes(settings)
     for name in (PROVIDER, DISABLE):
         settings.pop(name, None)
-    settings["post_grad_custom_pre_pass"] = Passes(passes, number, record, (*theirs, *survey))
+    early = [p for p in passes if p.before_autograd]
+    late = [p for p in passes if not p.before_autograd]
+    Passes(early, number, record)(graph.graph)
+    graph.recompile()
+    settings["post_grad_custom_pre_pass"] = Passes(late, number, record, (*theirs, *survey))
     return compile_fx(graph, list(inputs), config_patches=settings)  # type: ignore[return-value]
 
 

@@ -1,7 +1,8 @@
 """What every pass is: a name, a uuid, a count of matches, and a record of what it did to a graph.
 
-Passes run on Inductor's graphs after autograd, forward and backward, through the option
-`post_grad_custom_pre_pass` of one compile. Without a uuid torch would not cache the graphs.
+Most run on Inductor's graphs after autograd, forward and backward, through the option
+`post_grad_custom_pre_pass` of one compile; without a uuid torch would not cache the graphs. Some
+run before autograd on what Dynamo captured, which is what torch then knows the graph by.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class GraphPass(abc.ABC):
 
     name: str
     settings: str = ""
+    before_autograd: bool = False
 
     @abc.abstractmethod
     def run(self, graph: fx.Graph) -> int:

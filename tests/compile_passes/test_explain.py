@@ -82,7 +82,13 @@ def test_ops_providers_passes_work_and_recompiles():
     assert "cpu" in report.ops[0].reason
     assert "triton" in report.ops[0].refusals
     assert [(p.graph, p.direction, p.name, p.matches) for p in report.passes] == [
-        (graph, way, "lower_ops", 0) for graph in (0, 1) for way in ("forward", "backward")
+        (graph, way, name, 0)
+        for graph in (0, 1)
+        for way, name in (
+            ("forward", "select_attention"),
+            ("forward", "lower_ops"),
+            ("backward", "lower_ops"),
+        )
     ]
     assert len(report.compile_seconds) == 3
     assert min(report.compile_seconds[:2]) > 0
