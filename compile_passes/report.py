@@ -55,15 +55,16 @@ class OpUse:
 class Work:
     """What all nodes of one op in one graph compute and move.
 
-    flops: by torch's FLOP formulas and ours. bytes: of their inputs and outputs. bound: "compute"
-    or "memory", the side of the roofline: whether FLOPs per byte exceed the device's balance.
+    flops: by torch's FLOP formulas and ours, None where there is none. bytes: of their inputs and
+    outputs. bound: "compute" or "memory", the side of the roofline: whether FLOPs per byte exceed
+    the device's balance; "unknown" without FLOPs.
     """
 
     graph: int
     direction: str
     op: str
     count: int
-    flops: int
+    flops: int | None
     bytes: int
     bound: str
 
@@ -180,7 +181,9 @@ def _work(r: Report) -> Table | None:
     )
     table = _table(title, *columns)
     for w in r.work:
-        row = (f"{w.graph} {w.direction}", w.op, w.count, f"{w.flops / 1e9:.3g}")
-        intensity = f"{w.flops / max(1, w.bytes):.1f}"
-        table.add_row(*map(str, row), f"{w.bytes / 1e6:.3g}", intensity, w.bound)
+        flops = intensity = "-"
+        if w.flops is not None:
+            flops, intensity = f"{w.flops / 1e9:.3g}", f"{w.flops / max(1, w.bytes):.1f}"
+        row = (f"{w.graph} {w.direction}", w.op, str(w.count), flops)
+        table.add_row(*row, f"{w.bytes / 1e6:.3g}", intensity, w.bound)
     return table if r.work else None

@@ -58,6 +58,7 @@ def _work(graph: fx.Graph, number: int, way: str, balance: float) -> Iterator[Wo
     """Ops with a FLOP formula, and ours; the rest is what Inductor fuses."""
     register_flop_formulas()
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    counted: set[str] = set()
     for node in graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
         if node.op != "call_function" or not (packet in flop_registry or is_atlas(node.target)):
@@ -69,10 +70,14 @@ def _work(graph: fx.Graph, number: int, way: str, balance: float) -> Iterator[Wo
         if packet in flop_registry:
             args, options, out = pytree.tree_map(_hinted, (inputs, kwargs, output))
             # Formulas marked so read shapes; ours and torch's own are all of that kind.
+            counted.add(str(packet))
             total[1] += int(flop_registry[packet](*args, **options, out_val=out))
         tensors = pytree.tree_leaves((inputs, kwargs, output))
         total[2] += sum(_bytes(t) for t in tensors if isinstance(t, Tensor))
     for op, (count, flops, moved) in sorted(counts.items(), key=lambda item: -item[1][1]):
+        if op not in counted:
+            yield Work(number, way, op, count, None, moved, "unknown")
+            continue
         bound = "compute" if flops > balance * moved else "memory"
         yield Work(number, way, op, count, flops, moved, bound)
 

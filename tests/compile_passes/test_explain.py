@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import DIM, Recorder, draw, make_block
 from rich.console import Console
 from torch import nn
 
 from atlas_blocks.compile_passes import explain
+from atlas_blocks.compile_passes.survey import Survey
 from atlas_blocks.ops import omega_rule
 from atlas_blocks.ops.flops import forward_flops
+from atlas_blocks.ops.omega_rule import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -97,16 +100,10 @@ def test_ops_providers_passes_work_and_recompiles():
         (work,) = [w for w in report.work if (w.graph, w.op) == (graph.number, "atlas.omega_rule")]
         shapes = [t.shape for t in (*3 * [torch.empty(1, length, 2, 4)], *whole_inputs(length))]
         shapes = [*shapes[:3], shapes[4], shapes[4], shapes[5], (2, 4, 4)]
-        settings = _settings()
+        settings = Settings(False, "matrix", "l2", "identity", 0, "gd", 5, 1, 8, False)
         assert work.flops == forward_flops(shapes, settings)
         assert work.bytes >= 4 * sum(torch.Size(s).numel() for s in shapes)
         assert work.bound in ("compute", "memory")
-
-
-def _settings():
-    from atlas_blocks.ops.omega_rule import Settings
-
-    return Settings(False, "matrix", "l2", "identity", 0, "gd", 5, 1, 8, False)
 
 
 def test_the_graph_does_not_grow_with_the_length():
@@ -133,3 +130,15 @@ def test_parameters_keep_their_gradients():
     model = Breaking()
     explain(model, torch.randn(3, 4))
     assert model.w.grad is None
+
+
+def test_an_op_without_a_flop_formula_is_not_given_a_side():
+    survey = Survey(0, balance=10.0)
+    with torch.no_grad():
+        torch.compile(make_block("as-context"), backend=Recorder(survey), fullgraph=True)(
+            draw(1, 30, DIM)
+        )
+    by_name = {w.op: w for w in survey.work}
+    assert by_name["atlas.memory_as_context"].flops is None
+    assert by_name["atlas.memory_as_context"].bound == "unknown"
+    assert by_name["aten.mm"].flops
