@@ -56,7 +56,8 @@ class SelectAttention(GraphPass):
         for node in list(graph.nodes):
             if node.op != "call_function" or node.target is not F.scaled_dot_product_attention:
                 continue
-            arguments = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+            arguments: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False))
+            arguments |= node.kwargs
             mask = arguments.get("attn_mask")
             if not isinstance(mask, fx.Node):
                 continue
