@@ -1,5 +1,8 @@
 """Composable blocks for long-context models whose memory is optimised at test time (ATLAS)."""
 
+import importlib
+from typing import Any
+
 from atlas_blocks import functional
 from atlas_blocks.blocks.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
@@ -18,7 +21,7 @@ from atlas_blocks.blocks.stacks import (
 )
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
-from atlas_blocks.ops import ProviderWarning, use_provider
+from atlas_blocks.ops import ProviderWarning, checkpoint_policy, use_provider
 from atlas_blocks.state import State
 
 __all__ = [
@@ -42,6 +45,14 @@ __all__ = [
     "SlidingWindowAttentionConfig",
     "State",
     "SwiGLU",
+    "checkpoint_policy",
     "functional",
     "use_provider",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`compile` and `explain`, found when first used: they import all of Inductor."""
+    if name in ("compile", "explain"):
+        return getattr(importlib.import_module("atlas_blocks.compile_passes"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

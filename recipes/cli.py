@@ -1,4 +1,4 @@
-"""The command line: `atlas-blocks recipes | show | demo | train | generate | export | bench`.
+"""The command line: `atlas-blocks recipes | show | explain | demo | train | generate | export | bench`.
 
 Bad input gets one line on stderr and exit code 2; a run that diverges, or a kernel that is wrong,
 one line and exit code 1; Ctrl-C saves what has been trained and exits with 130.
@@ -86,6 +86,37 @@ def recipes(
 def show(recipe: Annotated[str, typer.Argument(help="A name that `recipes` lists.")]) -> None:
     """Show how a recipe is assembled."""
     Console().print(display.module_tree(recipe))
+
+
+@app.command()
+def explain(
+    recipe: Annotated[str, typer.Argument(help="A name that `recipes` lists.")],
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of each call, such as 128,160,192: shows what recompiles.")
+    ] = "128",
+    batch: Annotated[int, typer.Option(help="Rows of each call.")] = 2,
+    provider: Annotated[str, typer.Option(help="Of the ops: auto, definition, triton...")] = "auto",
+    forward_only: Annotated[bool, typer.Option("--forward-only", help="No gradients.")] = False,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Compile a recipe and tell what happened: graphs, breaks, providers, passes, work."""
+    # Imported here: it loads all of Inductor.
+    from atlas_blocks.compile_passes import backend, diagnose
+
+    if batch < 1:
+        raise ValueError(f"batch: expected an int >= 1, got {batch}")
+    where = _device(device)
+    calls = []
+    for length in _integers("lengths", lengths):
+        if length < 1:
+            raise ValueError(f"lengths: expected integers >= 1, got {length}")
+        calls.append(torch.randint(0, text.VOCAB_SIZE, (batch, length), device=where))
+    model = registry.build(recipe).to(where).requires_grad_(not forward_only)
+    console = Console()
+    with console.status(f"compiling {recipe}, without caches: up to a minute for each new graph"):
+        report = diagnose.explain(model, *calls, options={backend.PROVIDER: provider})
+    console.print(f"[bold cyan]{recipe}[/] on {device}, {batch} x {lengths} tokens")
+    console.print(report)
 
 
 @app.command()

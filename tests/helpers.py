@@ -304,3 +304,35 @@ def cast(
         tables = phi.buckets.to(device), phi.signs.to(device, dtype)
         found["feature_map"] = SketchMap(to(phi.coefficients, dtype), *tables, phi.width)
     return found
+
+
+class Recorder:
+    """A backend that keeps the graphs after autograd, forward and backward, and runs them plainly.
+
+    passes: run on each graph first, as Inductor would.
+    """
+
+    def __init__(self, passes: Callable[[torch.fx.Graph], None] = lambda graph: None) -> None:
+        self.passes, self.compiles, self.graphs = passes, 0, []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        # Imported here: it loads all of Dynamo.
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        self.compiles += 1
+        return aot_autograd(
+            fw_compiler=self._keep, partition_fn=min_cut_rematerialization_partition
+        )(module, inputs)
+
+    def _keep(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._functorch.aot_autograd import make_boxed_func
+
+        self.passes(module.graph)
+        module.recompile()
+        self.graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    def count(self, op: str) -> list[int]:
+        """How many nodes each graph has of an op, such as "atlas.omega_rule.default"."""
+        return [sum(str(n.target) == op for n in g.nodes) for g in self.graphs]

@@ -5,6 +5,7 @@ B batch, T tokens. Every sublayer is pre-norm and residual.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import rotary
+from atlas_blocks.ops.memory_as_context import define, memory_as_context
 from atlas_blocks.state import State
 
 Mixer = AtlasMemoryConfig | SlidingWindowAttentionConfig | LSTMConfig
@@ -237,6 +239,8 @@ class MemoryAsContext(Block):
     ) -> None:
         super().__init__()
         self.dim, self.heads, self.config = dim, heads, config
+        # From which the op of a compiled graph builds it again.
+        self.description = json.dumps({"dim": dim, "heads": heads, "config": config.to_dict()})
         self.mixer_norm = RMSNorm(dim)
         self.memory = config.memory.build(dim, heads)
         if dim // heads % 2:
@@ -256,22 +260,19 @@ class MemoryAsContext(Block):
 
     def mix(self, x: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
         h = self.mixer_norm(x)
-        state = state or self._initial_state(h)
+        before = self.initial_state(h) if state is None else state
         size = (len(x), 2, self.config.segment, self.dim)
-        check.tensor("state.keys", state.keys, "[B, 2, segment, dim]", size)
-        positions = state.position.tolist()
-        if len(set(positions)) > 1:
-            # Rows at different places of their segments run apart.
-            rows = [self._segments(h[[i]], state[[i]]) for i in range(len(positions))]
-            mixed = torch.cat([y for y, _ in rows])
-            state = State.cat([s for _, s in rows])
+        check.tensor("state.keys", before.keys, "[B, 2, segment, dim]", size)
+        if torch.compiler.is_compiling():
+            mixed, after = memory_as_context(self, h, before)
         else:
-            mixed, state = self._segments(h, state)
+            mixed, after = self._rows(h, before)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))[0]
-        return x, state
+        return x, after
 
-    def _initial_state(self, h: Tensor) -> ContextState:
+    def initial_state(self, h: Tensor) -> ContextState:
+        """The state before the first token of h [B, T, dim]."""
         _, memory = self.memory(h[:, :0], detach_state=False)
         past = h.new_zeros(h.shape[0], 2, self.config.segment, self.dim)
         return ContextState(
@@ -282,18 +283,41 @@ class MemoryAsContext(Block):
             torch.zeros(h.shape[0], dtype=torch.int64),
         )
 
-    def _segments(self, h: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
-        size, length, done = self.config.segment, h.shape[1], 0
+    def _rows(self, h: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
+        positions = state.position.tolist()
+        if len(set(positions)) <= 1:
+            return self.segments(h, state)
+        # Rows at different places of their segments run apart.
+        rows = [self.segments(h[[i]], state[[i]]) for i in range(len(positions))]
+        return torch.cat([y for y, _ in rows]), State.cat([s for _, s in rows])
+
+    def segments(
+        self, h: Tensor, state: ContextState, kept: list[MemoryState] | None = None
+    ) -> tuple[Tensor, ContextState]:
+        """Normed h [B, T, dim] of rows at one position, segment by segment -> y [B, T, dim], state.
+
+        kept: gets the memory's state before every segment.
+        """
         outputs = [h[:, :0]]
-        while done < length:
-            offset = int(state.position[0]) % size if len(state.position) else 0
-            span = min(size - offset, length - done)
-            y, state = self._piece(h[:, done : done + span], state, offset)
+        position = int(state.position[0]) if len(state.position) else 0
+        for first, span, offset in self.pieces(h.shape[1], position):
+            if kept is not None:
+                kept.append(state.memory)
+            y, state = self.piece(h[:, first : first + span], state, offset)
             outputs.append(y)
-            done += span
         return torch.cat(outputs, 1), state
 
-    def _piece(self, x: Tensor, state: ContextState, offset: int) -> tuple[Tensor, ContextState]:
+    def pieces(self, length: int, position: int) -> list[tuple[int, int, int]]:
+        """(first token, tokens, place of the first in its segment) of what each segment gets."""
+        size, done, found = self.config.segment, 0, []
+        while done < length:
+            offset = (position + done) % size
+            span = min(size - offset, length - done)
+            found.append((done, span, offset))
+            done += span
+        return found
+
+    def piece(self, x: Tensor, state: ContextState, offset: int) -> tuple[Tensor, ContextState]:
         """A piece of one segment: x [B, L, dim], normed, `offset` tokens into it."""
         span, past = x.shape[1], 0 if offset == 0 else offset
         read = state.memory.rule.weights if offset == 0 else state.read
@@ -331,3 +355,12 @@ class MemoryAsContext(Block):
     def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
         rows = x.unflatten(-1, (self.heads, -1))
         return rotary(rows, places, base=self.config.rope_base).transpose(1, 2)
+
+
+def _described(description: str) -> MemoryAsContext:
+    """The block whose `description` this is, freshly initialised."""
+    parts = json.loads(description)
+    return MemoryAsContext(parts["dim"], parts["heads"], Config.from_dict(parts["config"]))
+
+
+define(_described)

@@ -13,11 +13,13 @@ from atlas_blocks.ops.providers import (
     register_provider,
     use_provider,
 )
+from atlas_blocks.ops.recompute import checkpoint_policy
 
 __all__ = [
     "Choice",
     "Provider",
     "ProviderWarning",
+    "checkpoint_policy",
     "explain_choice",
     "newton_schulz",
     "omega_rule",

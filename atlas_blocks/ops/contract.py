@@ -31,6 +31,16 @@ def own_empty(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
+def distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, while compiling with clones where one comes twice.
+
+    Dynamo takes no tensor twice as an input of an autograd.Function: q and k may be one.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    return [t.clone() if any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors)]
+
+
 @contextmanager
 def recording() -> Iterator[None]:
     """Autograd works inside, in the body of an op too.

@@ -29,7 +29,7 @@ from atlas_blocks.functional.omega_rule import chunk_count, run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.functional.walk import Orthogonalise
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import own, own_empty, recording, untraced
+from atlas_blocks.ops.contract import distinct, own, own_empty, recording, untraced
 
 
 class Settings(NamedTuple):
@@ -121,7 +121,7 @@ def omega_rule(
         return run(a)
     tensors, settings = flatten(a)
     if needs_grad:
-        y, *after = _OmegaRule.apply(settings, chosen, *tensors)
+        y, *after = _OmegaRule.apply(settings, chosen, *distinct(tensors))
     else:
         y, *after = torch.ops.atlas.omega_rule.default(tensors, *settings, chosen, False)
     return y, _state(after, len(weights), theta is not None)

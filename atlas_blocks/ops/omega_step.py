@@ -145,12 +145,22 @@ def _shapes(weights: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     return [w.new_empty(()).expand(w.shape[1:]) for w in weights]
 
 
+def describe(a: Arguments) -> StepCall:
+    """What providers learn of a step with these arguments, those of `arguments`."""
+    assert a.state is not None
+    return _step_call((str(a.state.position.device), str(a.q.device)), *_facts(a, False))
+
+
+def _step_call(devices: tuple[str, str], *facts: Any) -> StepCall:
+    plain = _call(*facts)
+    known: dict[str, Any] = {f.name: getattr(plain, f.name) for f in fields(plain)}
+    return StepCall(**known, position_device=devices[0], state_device=devices[1])
+
+
 @untraced
 def _choose(provider: str, context: str, devices: tuple[str, str], *facts: Any) -> str:
     """Not traced: providers are imported here, may look at the device, and warn."""
-    plain = _call(*facts)
-    known: dict[str, Any] = {f.name: getattr(plain, f.name) for f in fields(plain)}
-    call = StepCall(**known, position_device=devices[0], state_device=devices[1])
+    call = _step_call(devices, *facts)
     return providers.choose("omega_rule_step", provider, context, call.device, call)
 
 

@@ -139,6 +139,11 @@ def context() -> str:
     return _asked.name
 
 
+def names(op: str) -> tuple[str, ...]:
+    """The names of the op's providers, the definition first, then the fastest first."""
+    return (DEFINITION, *_PROVIDERS[op])
+
+
 def refusal(op: str, name: str, call: Any) -> str | None:
     """Why the provider cannot serve the call of `op`, or None where it can."""
     try:
@@ -159,9 +164,9 @@ def choose(op: str, argument: str, context: str, device: str, call: Any) -> str:
     ValueError where the one that was asked for cannot serve. Warns, once for each op and reason,
     where the device has a faster provider that cannot.
     """
-    names = (DEFINITION, *_PROVIDERS[op])
-    check.choice("provider", argument, ("auto", *names))
-    asked = context if argument == "auto" and context in names else argument
+    known = names(op)
+    check.choice("provider", argument, ("auto", *known))
+    asked = context if argument == "auto" and context in known else argument
     if asked == "auto":
         chosen, refusals = _automatic(op, device, call)
         for name, reason in refusals.items():

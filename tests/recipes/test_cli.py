@@ -106,3 +106,25 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arg
     assert err.startswith("atlas-blocks: ")
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
+def test_explain_prints_the_report(run):
+    code, out, _ = run("explain", "omeganet-tiny", "--lengths", "40", "--batch", 1)
+    assert code == 0
+    for words in ("one graph a call, no breaks", "omega_rule", "definition", "lower_ops", "GFLOP"):
+        assert words in out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_explain_names_what_is_wrong(run):
+    for arguments, words in (
+        (("no-such-recipe",), "recipe: 'no-such-recipe' is unknown"),
+        (("atlas-tiny", "--lengths", "12,x"), "lengths: expected integers such as"),
+        (("atlas-tiny", "--lengths", "0"), "lengths: expected integers >= 1, got 0"),
+        (("atlas-tiny", "--batch", 0), "batch: expected an int >= 1, got 0"),
+    ):
+        code, _, err = run("explain", *arguments)
+        assert code == 2
+        assert words in err

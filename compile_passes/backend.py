@@ -1,0 +1,108 @@
+"""The "atlas" backend of torch.compile: Inductor with our passes, given to one compile at a time.
+
+`torch.compile(model, backend="atlas")` finds it by its entry point, with nothing imported. Nothing
+process-wide is changed: passes travel as options of the compile, and Inductor's cache of graphs
+knows them by their uuids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor.compile_fx import compile_fx
+
+from atlas_blocks import check
+from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
+from atlas_blocks.compile_passes.lower_ops import LowerOps
+from atlas_blocks.compile_passes.select_attention import SelectAttention
+
+M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
+
+# Options of ours, beside Inductor's: lower_ops' mode, and the passes to leave out.
+PROVIDER, DISABLE = "atlas.provider", "atlas.disable"
+PASSES: dict[str, Callable[[str], GraphPass]] = {
+    SelectAttention.name: lambda provider: SelectAttention(),
+    LowerOps.name: LowerOps,
+}
+
+
+def compile(
+    model: M,
+    *,
+    provider: str = "auto",
+    disable: Collection[str] = (),
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> M:
+    """`torch.compile(model, backend="atlas")` with its choices spelt out.
+
+    provider: of the ops, as `LowerOps` takes it. disable: names of passes to leave out, of
+    `PASSES`. fullgraph, dynamic, mode, options: as of torch.compile; options are Inductor's.
+    Returns what torch.compile does. Raises ValueError for an unknown provider or pass.
+    """
+    ours = {PROVIDER: provider, DISABLE: tuple(disable)}
+    make_passes(ours)
+    # torch takes a mode or options, and these are options.
+    settings = {**_mode_options(mode, dynamic), **(options or {}), **ours}
+    compiled = torch.compile(
+        model, backend="atlas", fullgraph=fullgraph, dynamic=dynamic, options=settings
+    )
+    return compiled  # type: ignore[return-value]
+
+
+def atlas(
+    graph: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend itself, as Dynamo calls it."""
+    return compile_graph(graph, inputs, mode=mode, options=options)
+
+
+def compile_graph(
+    graph: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    number: int = 0,
+    record: Callable[[PassRun], None] = lambda run: None,
+    survey: Sequence[Callable[[fx.Graph], None]] = (),
+) -> Callable[..., Any]:
+    """Compile one of Dynamo's graphs, the `number`-th; `survey` sees what our passes leave."""
+    settings = {**_mode_options(mode, None), **(options or {})}
+    theirs = settings.pop("post_grad_custom_pre_pass", None) or ()
+    theirs = theirs if isinstance(theirs, (list, tuple)) else (theirs,)
+    passes = make_passes(settings)
+    for name in (PROVIDER, DISABLE):
+        settings.pop(name, None)
+    early = [p for p in passes if p.before_autograd]
+    late = [p for p in passes if not p.before_autograd]
+    Passes(early, number, record)(graph.graph)
+    graph.recompile()
+    settings["post_grad_custom_pre_pass"] = Passes(late, number, record, (*theirs, *survey))
+    return compile_fx(graph, list(inputs), config_patches=settings)  # type: ignore[return-value]
+
+
+def make_passes(options: Mapping[str, Any]) -> list[GraphPass]:
+    """The passes that these options leave on."""
+    disabled = options.get(DISABLE, ())
+    disabled = (disabled,) if isinstance(disabled, str) else disabled
+    for name in disabled:
+        check.choice("disable", name, PASSES)
+    provider = options.get(PROVIDER, "auto")
+    return [make(provider) for name, make in PASSES.items() if name not in disabled]
+
+
+def _mode_options(mode: str | None, dynamic: bool | None) -> dict[str, Any]:
+    """Inductor's options for a mode of torch.compile."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}

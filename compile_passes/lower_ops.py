@@ -1,0 +1,136 @@
+"""Says which provider serves every op node of ours, in forward and backward graphs.
+
+The op chose when it was traced, and its choice is an argument of the node. "auto" keeps it where it
+can serve the device, dtypes and widths of the graph, as it cannot where a graph traced for one
+device is compiled for another; then it chooses again. A provider's name asks for it everywhere
+that the op has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from atlas_blocks import check
+from atlas_blocks.compile_passes.graph_pass import GraphPass, bound, is_atlas, values
+from atlas_blocks.ops import omega_step, providers
+from atlas_blocks.ops.omega_rule import Call, Settings, describe, unflatten
+from atlas_blocks.ops.polynomial_features import Call as FeaturesCall
+
+
+class OpNode(NamedTuple):
+    """A node of ours: the op's name, and its arguments with fake tensors."""
+
+    node: fx.Node
+    op: str  # as the providers know it, so without "_backward"
+    backward: bool
+    provider: str
+    arguments: dict[str, Any]
+
+    @property
+    def call(self) -> Any:
+        """What its providers learn of it, None for an op that has none of its own."""
+        describe = CALLS.get(self.op)
+        return None if describe is None else describe(self.arguments, self.backward)
+
+
+class LowerOps(GraphPass):
+    """Sets the provider of every op node. Raises ValueError where the one asked for cannot serve.
+
+    A match is a node whose provider was changed.
+    """
+
+    name = "lower_ops"
+
+    def __init__(self, mode: str = "auto") -> None:
+        known = {name for op in CALLS for name in providers.names(op)}
+        check.choice("provider", mode, {"auto", *known})
+        self.mode = mode
+        # Another provider that is registered may be chosen.
+        self.settings = repr((mode, [(op, providers.names(op)) for op in CALLS]))
+
+    def run(self, graph: fx.Graph) -> int:
+        matches = 0
+        for found in op_nodes(graph):
+            name = self._choice(found)
+            if name != found.provider:
+                _set_provider(found.node, name)
+                matches += 1
+        return matches
+
+    def _choice(self, found: OpNode) -> str:
+        call = found.call
+        if call is None:
+            # It hands the name on to the ops inside, and each of those takes it or chooses.
+            return found.provider if self.mode == "auto" else self.mode
+        asked = found.provider if self.mode == "auto" else self.mode
+        if asked not in providers.names(found.op):
+            asked = found.provider
+        reason = providers.refusal(found.op, asked, call)
+        if reason is None:
+            return asked
+        if asked == found.provider:
+            return providers.explain_choice(found.op, call).provider
+        raise ValueError(f"provider: {asked!r} cannot serve this call of {found.op}: {reason}")
+
+
+def op_nodes(graph: fx.Graph) -> list[OpNode]:
+    """Every node of ours that has a provider."""
+    found = []
+    for node in list(graph.nodes):
+        target, arguments = node.target, None
+        if is_atlas(target):
+            arguments = bound(node, target)
+        elif str(target).startswith("auto_functionalized") and is_atlas(node.args[0]):
+            # An op that writes to its arguments: the decode step.
+            target, arguments = node.args[0], dict(node.kwargs)
+        if arguments is None or "provider" not in arguments:
+            continue
+        name = target._schema.name.partition("::")[2]
+        op = name.removesuffix("_backward")
+        provider = arguments["provider"]
+        found.append(OpNode(node, op, op != name, provider, values(arguments)))
+    return found
+
+
+def _set_provider(node: fx.Node, name: str) -> None:
+    if "provider" in node.kwargs:
+        node.update_kwarg("provider", name)
+        return
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    node.update_arg(names.index("provider"), name)
+
+
+# --- what the providers learn of a node -------------------------------------------------------
+
+
+def _settings(arguments: dict[str, Any]) -> Settings:
+    return Settings(*(arguments[name] for name in Settings._fields))
+
+
+def _rule_call(arguments: dict[str, Any], backward: bool) -> Call:
+    a = unflatten(arguments["tensors"], _settings(arguments))
+    return describe(a, backward or arguments["save"])
+
+
+def _step_call(arguments: dict[str, Any], backward: bool) -> omega_step.StepCall:
+    state = arguments.get("state")
+    if state is None:  # functionalised: its tensors are among those that are written
+        bases, count = arguments["_all_bases"], arguments["_state_length"]
+        state = [bases[arguments[f"_state_{i}_base_index"]] for i in range(count)]
+    settings = _settings(arguments)
+    return omega_step.describe(omega_step.arguments(arguments["tensors"], state, settings))
+
+
+def _features_call(arguments: dict[str, Any], backward: bool) -> FeaturesCall:
+    x, degree = arguments["x"], int(arguments["coefficients"].shape[0]) - 1
+    return FeaturesCall(x.device.type, x.dtype, int(x.shape[-1]), degree, backward)
+
+
+CALLS: dict[str, Callable[[dict[str, Any], bool], Any]] = {
+    "omega_rule": _rule_call,
+    "omega_rule_step": _step_call,
+    "polynomial_features": _features_call,
+}

@@ -1,0 +1,181 @@
+"""backend="atlas": found by its name, its options, its cache, and nothing left behind.
+
+The models are products and the rule alone, for which Inductor compiles no C++.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+import atlas_blocks
+from atlas_blocks.compile_passes import backend
+from atlas_blocks.compile_passes.graph_pass import GraphPass
+from atlas_blocks.ops import omega_rule
+
+# Dynamo instantiates every autograd.Function that it traces; Inductor warns of its own parts.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Model(nn.Module):
+    """The rule alone, over x [B, T, H, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Parameter(torch.eye(4).repeat(2, 1, 1))
+
+    def forward(self, x, gate, gamma):
+        gates = {"alpha": gate, "eta": gate, "theta": None, "gamma": gamma}
+        return omega_rule(x, x, x, **gates, weights=[self.memory], chunk_size=8)[0]
+
+
+def inputs(length: int = 20) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(1)
+    x = 0.3 * torch.randn(1, length, 2, 4)
+    return x, torch.full((1, length, 2), 0.5), torch.rand(1, length, 2, 3)
+
+
+def run(model, function, arguments):
+    y = function(*arguments)
+    return y.detach(), torch.autograd.grad(y.square().sum(), list(model.parameters()))[0]
+
+
+def test_equal_to_eager_and_nothing_process_wide_is_left():
+    model, arguments = Model(), inputs()
+    before = inductor.save_config_portable()
+    compiled = torch.compile(model, backend="atlas", fullgraph=True)
+    ours, true = run(model, compiled, arguments), run(model, model, arguments)
+    torch.testing.assert_close(ours, true)
+    assert inductor.save_config_portable() == before
+    assert inductor.post_grad_custom_pre_pass is None
+
+
+def test_the_second_compile_finds_the_first_ones_graphs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, arguments = Model(), inputs()
+    for hits, misses in ((0, 2), (2, 0)):  # a forward and a backward graph
+        torch._dynamo.reset()
+        counters.clear()
+        run(model, torch.compile(model, backend="atlas", fullgraph=True), arguments)
+        found = counters["inductor"]
+        assert (found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]) == (hits, misses)
+        assert found["fxgraph_cache_bypass"] == 0
+    # Another choice of passes is another graph.
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend="atlas", options={backend.DISABLE: "lower_ops"})
+    run(model, compiled, arguments)
+    assert counters["inductor"]["fxgraph_cache_hit"] == 0
+
+
+FRESH = """
+import json, sys, torch
+import warnings; warnings.simplefilter("ignore")
+assert not any(m.startswith("atlas_blocks") for m in sys.modules)
+w = torch.randn(4, 4)
+f = torch.compile(lambda x: x @ w, backend="atlas", fullgraph=True)
+x = torch.randn(3, 4)
+torch.testing.assert_close(f(x), x @ w)
+assert "atlas_blocks.compile_passes.backend" in sys.modules
+from torch._dynamo.utils import counters
+print(json.dumps(counters["inductor"]))
+"""
+
+
+def fresh_process(tmp_path, **env: str) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH],
+        env={**os.environ, **env},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_fresh_process_needs_no_import(tmp_path):
+    fresh_process(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_finds_the_graphs_of_another(tmp_path):
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    assert fresh_process(tmp_path, **cache).get("fxgraph_cache_miss") == 1
+    assert fresh_process(tmp_path, **cache).get("fxgraph_cache_miss", 0) == 0
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The passes' names on each graph that is compiled."""
+    found = []
+    true = backend.Passes
+
+    def spy(passes, *arguments):
+        found.extend(p.name for p in passes)
+        return true(passes, *arguments)
+
+    monkeypatch.setattr(backend, "Passes", spy)
+    return found
+
+
+def test_mode_options_and_dynamic_are_torchs(seen):
+    model, arguments = Model(), inputs()
+    true = model(*arguments)
+    graphs = []
+
+    def count(graph):
+        graphs.append(len(graph.nodes))
+
+    for options in (
+        {"mode": "max-autotune-no-cudagraphs"},
+        {"options": {"max_autotune": False, "post_grad_custom_pre_pass": count}},
+        {"dynamic": True},
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="atlas", **options)
+        torch.testing.assert_close(compiled(*arguments), true)
+        assert inductor.post_grad_custom_pre_pass is None
+    assert len(graphs) >= 1, "the user's own pass did not run"
+    assert set(seen) == set(backend.PASSES)
+    assert seen.count("lower_ops") == seen.count("select_attention") == 3
+    with pytest.raises(Exception, match="no_such_option"):
+        torch.compile(model, backend="atlas", options={"no_such_option": 1})(*arguments)
+
+
+def test_compile_takes_our_choices_by_name(seen):
+    model, arguments = Model(), inputs()
+    true = model(*arguments)
+    for options, passes in (
+        ({}, ["select_attention", "lower_ops"]),
+        ({"disable": ["lower_ops"]}, ["select_attention"]),
+        ({"disable": ["select_attention"], "mode": "default", "dynamic": True}, ["lower_ops"]),
+        ({"provider": "definition", "disable": list(backend.PASSES)}, []),
+        ({"mode": "max-autotune-no-cudagraphs", "options": {"epilogue_fusion": False}}, None),
+    ):
+        torch._dynamo.reset()
+        seen.clear()
+        compiled = atlas_blocks.compile(model, fullgraph=True, **options)
+        torch.testing.assert_close(compiled(*arguments), true)
+        assert passes is None or seen == passes
+    with pytest.raises(ValueError, match="disable: expected one of lower_ops, select_att"):
+        atlas_blocks.compile(model, disable=["fast"])
+    with pytest.raises(ValueError, match=r"provider: expected one of .*, got 'fast'"):
+        atlas_blocks.compile(model, provider="fast")
+    with pytest.raises(AttributeError, match="no attribute 'compiles'"):
+        _ = atlas_blocks.compiles
+
+
+def test_every_pass_has_a_name_and_a_uuid():
+    for name, make in backend.PASSES.items():
+        one = make("auto")
+        assert isinstance(one, GraphPass)
+        assert one.name == name
+        assert one.uuid() == make("auto").uuid()
+    assert backend.make_passes({backend.DISABLE: tuple(backend.PASSES)}) == []

@@ -1,0 +1,149 @@
+"""torch.compile of every block and every tiny recipe: one graph, any length, equal to eager."""
+
+import functools
+
+import pytest
+import torch
+from helpers import BLOCKS, DIM, Recorder, difference, draw, everything, make_block
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from atlas_blocks import State, checkpoint_policy
+from atlas_blocks.recipes import build, names
+
+# Dynamo instantiates every autograd.Function that it traces, which torch itself warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+
+
+def every_block(*quick: str):
+    """All blocks; those not named here only with the slow tests."""
+    marked = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in BLOCKS]
+    return pytest.mark.parametrize("name", marked)
+
+
+# Windowed attention takes blocks of 64 queries: one and two of them are graphs of their own.
+LENGTHS = (130, 150, 200)
+
+
+def gradients(y: Tensor, state: State | None, leaves: list[Tensor]) -> list[Tensor]:
+    """Of all leaves, for weights of the output and of the state that differ by entry."""
+    outputs = [y, *([] if state is None else state.tensors())]
+    outputs = [t for t in outputs if t.requires_grad]
+    weights = [draw(*t.shape, seed=9, dtype=t.dtype) for t in outputs]
+    return list(torch.autograd.grad(outputs, leaves, weights, materialize_grads=True))
+
+
+@every_block("memory-mlp-gd-sketch", "as-context", "conv", "swiglu")
+def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
+    """Outputs, the state, and gradients of input, state and parameters; then on from a state."""
+    block, backend = make_block(name), Recorder()
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+
+    def run(function, x: Tensor, state: State | None) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [x.clone().requires_grad_(), *block.parameters()]
+        if state is not None:
+            state = state.map(lambda t: t.clone().requires_grad_(t.is_floating_point()))
+            leaves += [t for t in state.tensors() if t.requires_grad]
+        y, after = function(leaves[0], state, detach_state=False)
+        return everything((y, after)), gradients(y, after, leaves)
+
+    _, begun = block(draw(2, 13, DIM, seed=3))
+    for state in (None,) if begun is None else (None, begun.detach()):
+        before = backend.compiles
+        for length in LENGTHS:
+            x = draw(2, length, DIM, seed=length)
+            (ours, our_gradients), (true, true_gradients) = (
+                run(f, x, state) for f in (compiled, block)
+            )
+            assert difference(ours, true) < 1e-10
+            assert difference(our_gradients, true_gradients) < 1e-8
+        assert backend.compiles - before <= 2, "more than one recompile"
+
+
+TINY = [name for name in names() if name.endswith("-tiny")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "omeganet-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY],
+)
+def test_every_tiny_recipe_is_one_graph(name: str) -> None:
+    model, backend = build(name).double(), Recorder()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+
+    def run(function, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        logits, state = function(tokens)
+        return everything((logits, state)), gradients(logits, None, list(model.parameters()))
+
+    for length in LENGTHS:
+        tokens = torch.randint(0, 256, (2, length))
+        (ours, our_gradients), (true, true_gradients) = (run(f, tokens) for f in (compiled, model))
+        # Two layers of Newton-Schulz magnify rounding.
+        assert difference(ours, true) < 1e-7
+        assert difference(our_gradients, true_gradients) < 1e-6
+    assert backend.compiles <= 2, "more than one recompile"
+
+
+@every_block("as-context", "conv")
+def test_autocast_gives_the_types_and_values_of_eager(name: str) -> None:
+    block, x = make_block(name, torch.float32), draw(2, 70, DIM, dtype=torch.float32)
+    compiled = torch.compile(block, backend=Recorder(), fullgraph=True)
+    results = []
+    for function in (compiled, block):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y, state = function(leaf)
+        found = [y, *([] if state is None else state.tensors())]
+        gradient = torch.autograd.grad(y.float().square().sum(), leaf)[0]
+        results.append((found, gradient))
+    (ours, our_gradient), (true, true_gradient) = results
+    assert [t.dtype for t in ours] == [t.dtype for t in true]
+    # Roundings of 2^-8 in another order; Newton-Schulz magnifies some.
+    assert (ours[0] - true[0]).norm() <= 0.05 * true[0].norm()
+    assert (our_gradient - true_gradient).norm() <= 0.1 * true_gradient.norm()
+
+
+@every_block("memory-mlp-gd-sketch", "conv")
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow)]
+)
+def test_without_autograd(name: str, mode) -> None:
+    block, x = make_block(name), draw(2, 70, DIM)
+    compiled = torch.compile(block, backend=Recorder(), fullgraph=True)
+    with mode():
+        y, state = compiled(x)
+        more = compiled(x, state)
+        assert difference(everything((y, state)), everything(block(x))) < 1e-10
+        assert difference(everything(more), everything(block(x, block(x)[1]))) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("memory-mlp-gd-sketch", "omega_rule"),
+        pytest.param("as-gate-sum", "omega_rule", marks=pytest.mark.slow),
+        pytest.param("as-context", "memory_as_context", marks=pytest.mark.slow),
+    ],
+)
+def test_the_checkpoint_policy_keeps_the_memory_and_nothing_else(name: str, op: str) -> None:
+    """Plain checkpointing walks the memory again in the backward graph, with the policy it does
+    not, and other products are computed again with both."""
+    block, x = make_block(name), draw(2, 70, DIM)
+    leaves = list(block.parameters())
+    true = gradients(block(x)[0], None, leaves)
+    contexts = functools.partial(create_selective_checkpoint_contexts, checkpoint_policy)
+    products = {}
+    for policy in (None, contexts):
+        options = {} if policy is None else {"context_fn": policy}
+
+        def run(x, options=options):
+            return checkpoint(lambda x: block(x)[0], x, use_reentrant=False, **options)
+
+        torch._dynamo.reset()
+        backend = Recorder()
+        y = torch.compile(run, backend=backend, fullgraph=True)(x)
+        assert difference(gradients(y, None, leaves), true) < 1e-8
+        assert backend.count(f"atlas.{op}.default") == [1, 0 if policy else 1]
+        assert backend.count(f"atlas.{op}_backward.default") == [0, 1]
+        products[policy is None] = backend.count("aten.mm.default")[1]
+    assert 0 < products[False] <= products[True]

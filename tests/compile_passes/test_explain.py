@@ -1,0 +1,144 @@
+"""explain: what it says of models that break, recompile, and do neither."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DIM, Recorder, draw, make_block
+from rich.console import Console
+from torch import nn
+
+from atlas_blocks.compile_passes import explain
+from atlas_blocks.compile_passes.survey import Survey
+from atlas_blocks.ops import omega_rule
+from atlas_blocks.ops.flops import forward_flops
+from atlas_blocks.ops.omega_rule import Settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Breaking(nn.Module):
+    """Products around a line that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        y = x @ self.w
+        print("not traceable")  # the deliberate break
+        return y @ self.w
+
+
+class Whole(nn.Module):
+    """The rule alone: Inductor compiles no C++ for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Parameter(torch.eye(4).repeat(2, 1, 1))
+
+    def forward(self, x, gate, gamma):
+        gates = {"alpha": gate, "eta": gate, "theta": None, "gamma": gamma}
+        return omega_rule(x, x, x, **gates, weights=[self.memory], chunk_size=8)[0]
+
+
+def whole_inputs(length):
+    return torch.rand(1, length, 2, 4), torch.rand(1, length, 2), torch.rand(1, length, 2, 3)
+
+
+def line_of(text: str) -> int:
+    lines = Path(__file__).read_text().splitlines()
+    return next(i for i, line in enumerate(lines, 1) if line.rstrip().endswith(text))
+
+
+def test_a_graph_break_is_named_by_file_and_line(capsys):
+    report = explain(Breaking(), torch.randn(3, 4))
+    (found,) = report.breaks
+    assert (found.file, found.line) == (__file__, line_of("# the deliberate break"))
+    assert "print" in found.code
+    assert "print" in found.reason
+    assert "move it out" in found.hint
+    assert [g.call for g in report.graphs] == [0, 0]
+    console = Console(width=160, record=True)
+    console.print(report)
+    text = console.export_text()
+    assert "1 graph break" in text
+    assert Path(__file__).name in text
+
+
+def test_ops_providers_passes_work_and_recompiles():
+    model, lengths = Whole(), (20, 28, 36)
+    report = explain(model, *map(whole_inputs, lengths))
+    assert report.breaks == ()
+    # The first length, then any; the third finds a graph.
+    assert [(g.call, g.dynamic) for g in report.graphs] == [(0, False), (1, True)]
+    (recompile,) = report.recompiles
+    assert recompile.call == 1
+    assert recompile.function == "forward"
+    assert "size mismatch" in recompile.guard
+    assert "20" in recompile.guard
+    assert [(u.graph, u.direction, u.op, u.provider) for u in report.ops] == [
+        (graph, way, "omega_rule", "definition")
+        for graph in (0, 1)
+        for way in ("forward", "backward")
+    ]
+    assert "cpu" in report.ops[0].reason
+    assert "triton" in report.ops[0].refusals
+    assert [(p.graph, p.direction, p.name, p.matches) for p in report.passes] == [
+        (graph, way, name, 0)
+        for graph in (0, 1)
+        for way, name in (
+            ("forward", "select_attention"),
+            ("forward", "lower_ops"),
+            ("backward", "lower_ops"),
+        )
+    ]
+    assert len(report.compile_seconds) == 3
+    assert min(report.compile_seconds[:2]) > 0
+    # q, k, v; alpha, eta, gamma; the weight; T as it was when the graph was traced.
+    for graph, length in zip(report.graphs, lengths, strict=False):
+        (work,) = [w for w in report.work if (w.graph, w.op) == (graph.number, "atlas.omega_rule")]
+        shapes = [t.shape for t in (*3 * [torch.empty(1, length, 2, 4)], *whole_inputs(length))]
+        shapes = [*shapes[:3], shapes[4], shapes[4], shapes[5], (2, 4, 4)]
+        settings = Settings(False, "matrix", "l2", "identity", 0, "gd", 5, 1, 8, False)
+        assert work.flops == forward_flops(shapes, settings)
+        assert work.bytes >= 4 * sum(torch.Size(s).numel() for s in shapes)
+        assert work.bound in ("compute", "memory")
+
+
+def test_the_graph_does_not_grow_with_the_length():
+    model = Whole()
+    short, long = (explain(model, whole_inputs(length)).graphs for length in (16, 512))
+    assert [(g.forward_nodes, g.backward_nodes) for g in short] == [
+        (g.forward_nodes, g.backward_nodes) for g in long
+    ]
+
+
+def test_functions_keywords_and_models_without_gradients():
+    w = torch.randn(4, 4)
+    report = explain(lambda x: x @ w, {"x": torch.randn(2, 4)})
+    assert [(g.forward_nodes, g.backward_nodes) for g in report.graphs] == [(1, 0)]
+    assert {w.op for w in report.work} == {"aten.mm"}
+    assert report.work[0].flops == 2 * 2 * 4 * 4
+    with pytest.raises(ValueError, match="model: expected a module or a function, got int"):
+        explain(3, torch.randn(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="inputs: expected tensors"):
+        explain(lambda x: x, (3,))
+
+
+def test_parameters_keep_their_gradients():
+    model = Breaking()
+    explain(model, torch.randn(3, 4))
+    assert model.w.grad is None
+
+
+def test_an_op_without_a_flop_formula_is_not_given_a_side():
+    survey = Survey(0, balance=10.0)
+    with torch.no_grad():
+        torch.compile(make_block("as-context"), backend=Recorder(survey), fullgraph=True)(
+            draw(1, 30, DIM)
+        )
+    by_name = {w.op: w for w in survey.work}
+    assert by_name["atlas.memory_as_context"].flops is None
+    assert by_name["atlas.memory_as_context"].bound == "unknown"
+    assert by_name["aten.mm"].flops

@@ -1,0 +1,129 @@
+"""select_attention: matches, ops before and after, no [T, T] mask, the numbers both ways."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Recorder, difference
+from torch import Tensor, nn
+
+from atlas_blocks.compile_passes.graph_pass import Passes, op_counts
+from atlas_blocks.compile_passes.select_attention import SelectAttention
+
+T, HEADS, WIDTH = 512, 2, 8
+
+
+def band(length: int, window: int) -> Tensor:
+    i = torch.arange(length)
+    distance = i[:, None] - i
+    return (distance >= 0) & (distance < window)
+
+
+class Attention(nn.Module):
+    """Two attentions that share one mask, written as people write it."""
+
+    def __init__(self, mask, **options) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(HEADS * WIDTH, 3 * HEADS * WIDTH)
+        self.mask, self.options = mask, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask(x)
+        for _ in range(2):
+            q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
+            x = x + y.transpose(1, 2).flatten(2)
+        return x
+
+
+def compile_with_pass(model: nn.Module, dynamic: bool | None = None):
+    one, runs, recorder = SelectAttention(), [], Recorder()
+
+    def backend(graph, inputs):
+        Passes([one], record=runs.append)(graph.graph)
+        graph.recompile()
+        return recorder(graph, inputs)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    return compiled, one, runs, recorder
+
+
+def additive(x: Tensor) -> Tensor:
+    mask = torch.zeros(T, T).masked_fill(~band(T, 32), float("-inf"))
+    return mask[None, None]
+
+
+@pytest.mark.parametrize("mask", [lambda x: band(x.shape[1], 32), additive])
+def test_a_band_mask_becomes_windowed_attention(mask) -> None:
+    model, x = Attention(mask), torch.randn(2, T, HEADS * WIDTH)
+    compiled, _, runs, recorder = compile_with_pass(model)
+    results = []
+    for function in (compiled, model):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])])
+    assert difference(*results) < 1e-4
+    (run,) = runs
+    assert (run.matches, run.direction) == (2, "forward")
+    attention = next(op for op in run.changed if "scaled_dot_product" in op)
+    assert run.changed[attention] == -2
+    # Nothing of the size of a mask is computed any more, forward or backward.
+    for graph in recorder.graphs:
+        values = [n.meta.get("val") for n in graph.nodes]
+        shapes = [v.shape for v in values if isinstance(v, Tensor)]
+        assert not [s for s in shapes if sum(n >= T for n in s) > 1]
+
+
+def causal(x: Tensor) -> Tensor:
+    return band(T, T)
+
+
+def with_a_hole(x: Tensor) -> Tensor:
+    i = torch.arange(T)
+    return band(T, 32) & (i != 7)
+
+
+def of_the_input(x: Tensor) -> Tensor:
+    return band(T, 32) & (x[0, :, 0] < 1e9)
+
+
+def biased(x: Tensor) -> Tensor:
+    return torch.where(band(T, 32), 0.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "reason"),
+    [
+        (causal, {}, "no gain: its last row sees 512 of 512 keys"),
+        (with_a_hole, {}, "the mask is no causal band"),
+        (of_the_input, {}, "the mask depends on inputs"),
+        (biased, {}, "the mask adds more than 0 and -inf"),
+        (lambda x: band(T, 32), {"scale": 0.3}, r"scale 0.3 is not D \*\* -0.5"),
+        (lambda x: band(T, 32).expand(2, 1, T, T), {}, r"the mask is \[2, 1, 512, 512\]"),
+    ],
+    ids=["causal", "hole", "input", "biased", "scale", "batch"],
+)
+def test_everything_else_stays(mask, options, reason: str) -> None:
+    model, x = Attention(mask, **options), torch.randn(2, T, HEADS * WIDTH)
+    compiled, one, runs, _ = compile_with_pass(model)
+    with torch.no_grad():
+        assert difference([compiled(x)], [model(x)]) < 1e-5
+    assert [(r.matches, r.changed) for r in runs] == [(0, {})]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError("; ".join(one.skipped))
+
+
+def test_symbolic_lengths_stay() -> None:
+    model, x = Attention(lambda x: band(x.shape[1], 32)), torch.randn(1, T, HEADS * WIDTH)
+    compiled, one, runs, _ = compile_with_pass(model, dynamic=True)
+    with torch.no_grad():
+        assert difference([compiled(x)], [model(x)]) < 1e-5
+    assert [r.matches for r in runs] == [0]
+    assert one.skipped[0].startswith("lengths are symbolic")
+
+
+def test_graphs_without_attention_are_not_touched() -> None:
+    compiled, one, runs, recorder = compile_with_pass(nn.Linear(4, 4))
+    compiled(torch.randn(2, 4))
+    assert [(r.matches, r.before) for r in runs] == [(0, r.after) for r in runs]
+    assert one.skipped == []
+    assert op_counts(recorder.graphs[0])["aten.addmm.default"] == 1
