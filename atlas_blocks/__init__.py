@@ -4,6 +4,11 @@ from atlas_blocks import functional
 from atlas_blocks.blocks.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ShortConv
+from atlas_blocks.blocks.deep_transformer import (
+    DeepTransformerConfig,
+    DeepTransformerLayer,
+    phi_star,
+)
 from atlas_blocks.blocks.memory import AtlasMemory, AtlasMemoryConfig
 from atlas_blocks.blocks.stacks import (
     AtlasBlock,
@@ -27,6 +32,8 @@ __all__ = [
     "AtlasMemoryConfig",
     "Block",
     "Config",
+    "DeepTransformerConfig",
+    "DeepTransformerLayer",
     "MemoryAsContext",
     "MemoryAsContextConfig",
     "MemoryAsGate",
@@ -40,5 +47,6 @@ __all__ = [
     "State",
     "SwiGLU",
     "functional",
+    "phi_star",
     "use_provider",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.deep_transformer import DeepTransformerConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, MemoryState
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.swiglu import SwiGLU
@@ -22,7 +23,7 @@ from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import rotary
 from atlas_blocks.state import State
 
-Mixer = AtlasMemoryConfig | SlidingWindowAttentionConfig
+Mixer = AtlasMemoryConfig | DeepTransformerConfig | SlidingWindowAttentionConfig
 
 
 def _check_mlp_width(width: int | None) -> None:
@@ -50,7 +51,13 @@ class AtlasBlockConfig(Config):
     mlp_width: int | None = None
 
     def __post_init__(self) -> None:
-        _check_type("mixer", self.mixer, AtlasMemoryConfig, SlidingWindowAttentionConfig)
+        _check_type(
+            "mixer",
+            self.mixer,
+            AtlasMemoryConfig,
+            DeepTransformerConfig,
+            SlidingWindowAttentionConfig,
+        )
         _check_mlp_width(self.mlp_width)
 
     def build(self, dim: int, heads: int) -> AtlasBlock:
