@@ -1,4 +1,4 @@
-"""The command line: `atlas-blocks recipes | show | demo | train | generate | bench`.
+"""The command line: `atlas-blocks recipes | show | demo | train | generate | separation | bench`.
 
 Bad input gets one line on stderr and exit code 2; a run that diverges, or a kernel that is wrong,
 one line and exit code 1; Ctrl-C saves what has been trained and exits with 130.
@@ -15,9 +15,10 @@ import torch
 import typer
 from rich.console import Console
 
+from atlas_blocks import check
 from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import demo as demonstration
-from atlas_blocks.recipes import display, registry, text, training
+from atlas_blocks.recipes import display, registry, separation, text, training
 from atlas_blocks.recipes.generate import stream
 
 INTERRUPTED = 130
@@ -166,6 +167,22 @@ def generate(
         if batch > 1:
             print(f"--- {index + 1} ---")
         print(text.printable(row))
+
+
+@app.command("separation")
+def separation_command(
+    task: Annotated[str, typer.Option(help="parity or overwrite.")] = "parity",
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("separation.json"),
+    seeds: Annotated[int, typer.Option(help="Runs of each model.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 500,
+    depth: Annotated[int, typer.Option(help="Blocks of each model.")] = 2,
+) -> None:
+    """Where a Transformer fails and Dot succeeds: equal parameters, equal steps."""
+    check.choice("task", task, separation.TASKS)
+    for name, value in (("seeds", seeds), ("steps", steps), ("depth", depth)):
+        check.at_least(name, value, 1)
+    chosen = separation.TASKS[task]()
+    separation.run(Console(), out=out, task=chosen, depth=depth, steps=steps, seeds=seeds)
 
 
 @bench.command()

@@ -6,8 +6,10 @@ B batch, T tokens, P pairs.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks import check
@@ -101,7 +103,28 @@ class OverwriteTask:
         return tokens, targets
 
 
+@dataclasses.dataclass(frozen=True)
+class ParityTask:
+    """The parity of all bits so far, at every token: a state that every 1 turns over.
+
+    Token 2 begins the sequence, 0 and 1 are bits and, as targets, parities.
+    """
+
+    length: int = 48
+    vocab_size: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        check.at_least("length", self.length, 2)
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """tokens and targets, int64 [B, T]; the first token has no target."""
+        bits = torch.randint(2, (batch, self.length - 1), generator=generator)
+        tokens, targets = F.pad(bits, (1, 0), value=2), F.pad(bits.cumsum(1) % 2, (1, 0))
+        targets[:, 0] = IGNORE
+        return tokens, targets
+
+
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of asked keys answered right. logits [B, T, V], targets [B, T]."""
+    """Share of targets answered right. logits [B, T, V], targets [B, T]."""
     asked = targets != IGNORE
     return float((logits.argmax(-1) == targets)[asked].float().mean())

@@ -18,7 +18,8 @@ from atlas_blocks.blocks.memory import AtlasMemoryConfig, Gate
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import rotary
-from atlas_blocks.functional.kernel_attention import KernelState, kernel_attention
+from atlas_blocks.functional.kernel_attention import KernelState
+from atlas_blocks.ops.kernel_attention import kernel_attention
 from atlas_blocks.state import State
 
 
@@ -38,6 +39,8 @@ class DeepTransformerConfig(Config):
     projections. conv_width: short convolution and SiLU after the first projection; None: neither.
     output_gate: RMSNorm of each head's output, times SiLU(Linear x).
     gate_rank, retention_init, eta_init, lag_init: of learned gates, as in AtlasMemoryConfig.
+    eta_max: their largest write strength. "l2" at 2 turns what a key reads into its negative, so
+    that a layer can follow a state (Grazzi et al. 2024); it needs write_discount off.
     Raises ValueError naming the bad field.
     """
 
@@ -60,6 +63,7 @@ class DeepTransformerConfig(Config):
     retention_init: float = 0.99
     eta_init: float = 0.5
     lag_init: float = 0.02
+    eta_max: float = 1.0
 
     def __post_init__(self) -> None:
         check.choice("objective", self.objective, ("dot", "l2"))
@@ -78,8 +82,12 @@ class DeepTransformerConfig(Config):
             check.between("scale", self.scale, 0.0, 1e6)
         if self.rope_base is not None:
             check.between("rope_base", self.rope_base, 1.0, 1e12)
-        for name in ("retention_init", "eta_init", "lag_init"):
+        for name in ("retention_init", "lag_init"):
             check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
+        check.between("eta_max", self.eta_max, 1e-6, 2.0)
+        check.between("eta_init", self.eta_init, 1e-6, self.eta_max - 1e-6)
+        if self.eta_max > 1 and self.discounts:
+            check.fail("eta_max", "at most 1 where writes are discounted", self.eta_max)
         if self.objective == "l2" and self.qk_norm != "unit":
             check.fail("qk_norm", '"unit" with objective="l2"', repr(self.qk_norm))
         if self.gates == "none" and self.window > 1:
@@ -188,7 +196,7 @@ class LearnedGates(nn.Module):
         super().__init__()
         self.heads = heads
         self.alpha = Gate(dim, c.gate_rank, heads * [c.retention_init])
-        self.eta = Gate(dim, c.gate_rank, heads * [c.eta_init])
+        self.eta = Gate(dim, c.gate_rank, heads * [c.eta_init], c.eta_max)
         self.gamma = None
         if c.window > 1:
             self.gamma = Gate(dim, c.gate_rank, heads * [0.98, *(c.window - 1) * [c.lag_init]])

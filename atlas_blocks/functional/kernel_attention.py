@@ -103,30 +103,65 @@ def kernel_attention(
     F.scaled_dot_product_attention computes it. Returns y [B, T, H, Dv] in the dtype of q and the
     state after T tokens, still in the graph. Raises ValueError naming a bad argument.
     """
+    s = settings(q, gamma, objective, scale, normalise, chunk_size, write_discount)
+    validate(s, q, k, v, alpha, eta, gamma, state)
+    if is_softmax(s, alpha, eta, gamma, state):
+        return softmax_attention(s, q, k, v)
+    gates, state = complete(s, q, v, alpha, eta, gamma, state)
+    return run(s, q, k, v, gates, state)
+
+
+Gates = tuple[Tensor, Tensor, Tensor]
+
+
+def settings(
+    q: Tensor,
+    gamma: Tensor | None,
+    objective: str,
+    scale: float | None,
+    normalise: bool,
+    chunk_size: int,
+    write_discount: bool,
+) -> Settings:
+    """What defines the function, with what the arguments' shapes say of it."""
     D = q.shape[-1] if isinstance(q, Tensor) and q.ndim == 4 else 1
     c = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     sharpness = D**-0.5 if scale is None else scale
-    s = Settings(objective, sharpness, normalise, chunk_size, c, write_discount)
-    _validate(s, q, k, v, alpha, eta, gamma, state)
+    return Settings(objective, sharpness, normalise, chunk_size, c, write_discount)
+
+
+def complete(
+    s: Settings,
+    q: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    eta: Tensor | None,
+    gamma: Tensor | None,
+    state: KernelState | None,
+) -> tuple[Gates, KernelState]:
+    """Gates and state, those that were not given included."""
+    ones = torch.ones_like(q[..., 0])
+    gates = (
+        ones if alpha is None else alpha,
+        ones if eta is None else eta,
+        ones[..., None] if gamma is None else gamma,
+    )
+    return gates, initial_state(s, q, v) if state is None else state
+
+
+def run(
+    s: Settings, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: KernelState
+) -> tuple[Tensor, KernelState]:
+    """`kernel_attention` on validated and complete arguments."""
+    if q.shape[0] == 0 or q.shape[1] == 0:
+        return v.to(q.dtype) * 1, state
     with torch.autocast(q.device.type, enabled=False):
-        plain = alpha is None and eta is None and gamma is None and state is None
-        if plain and normalise and not s.chunked and q.numel():
-            return _softmax_attention(s, q, k, v)
-        state = initial_state(s, q, v) if state is None else state
-        if q.shape[0] == 0 or q.shape[1] == 0:
-            return v.to(q.dtype) * 1, state
-        ones = torch.ones_like(q[..., 0])
-        gates = (
-            ones if alpha is None else alpha,
-            ones if eta is None else eta,
-            ones[..., None] if gamma is None else gamma,
-        )
         y, state = _by_place(s, q, k, v, gates, state)
-    safe = normalise and objective == "dot"
+    safe = s.normalise and s.objective == "dot"
     if not safe and not _finite(y, state.coefficients):
         if not _finite(q, k, v, *gates):
             raise FloatingPointError("kernel_attention: an argument is not finite")
-        top = sharpness * k.detach().double().square().sum(-1).max().item()
+        top = s.scale * k.detach().double().square().sum(-1).max().item()
         raise FloatingPointError(
             f"kernel_attention: the exponential kernel overflows {y.dtype} (the largest "
             f"scale * |k|^2 is {top:.3g}); shorten q and k or lower scale"
@@ -138,7 +173,20 @@ def _finite(*tensors: Tensor) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors)
 
 
-def _softmax_attention(s: Settings, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KernelState]:
+def is_softmax(
+    s: Settings,
+    alpha: Tensor | None,
+    eta: Tensor | None,
+    gamma: Tensor | None,
+    state: KernelState | None,
+) -> bool:
+    """Whether the call is softmax attention over its own tokens."""
+    bare = alpha is None and eta is None and gamma is None and state is None
+    return bare and s.normalise and not s.chunked
+
+
+def softmax_attention(s: Settings, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KernelState]:
+    """The same by SDPA, with the state that the rule would leave."""
     qh, kh, vh = (t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
     y = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=s.scale).transpose(1, 2)
     empty = initial_state(s, q, v)
@@ -158,7 +206,7 @@ def _by_place(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
+    gates: Gates,
     state: KernelState,
 ) -> tuple[Tensor, KernelState]:
     """Rows that stand at one place of their chunk share a call."""
@@ -183,7 +231,7 @@ def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
+    gates: Gates,
     state: KernelState,
 ) -> tuple[Tensor, KernelState]:
     B, T, H, _ = q.shape
@@ -250,7 +298,7 @@ def initial_state(s: Settings, q: Tensor, v: Tensor) -> KernelState:
     )
 
 
-def _validate(
+def validate(
     s: Settings,
     q: Tensor,
     k: Tensor,

@@ -133,7 +133,8 @@ def kernel_sum(*terms: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         ]
         shift = functools.reduce(torch.maximum, tops)
         shift = torch.where(shift == -torch.inf, 0.0, shift)
-        sizes = [torch.where(size == -torch.inf, 0.0, size) for size in sizes]
+        # Of a value that is not quite zero the inverse must not overflow either.
+        sizes = [torch.where(size == -torch.inf, 0.0, size.clamp(min=-CEILING)) for size in sizes]
     total: Tensor | None = None
     for (scores, factors, values), size in zip(terms, sizes, strict=True):
         weights = factors * (scores + (size - shift)).clamp(max=CEILING).exp()
