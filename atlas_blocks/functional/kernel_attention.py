@@ -140,11 +140,11 @@ def complete(
     state: KernelState | None,
 ) -> tuple[Gates, KernelState]:
     """Gates and state, those that were not given included."""
-    ones = torch.ones_like(q[..., 0])
+    like = q[..., 0]
     gates = (
-        ones if alpha is None else alpha,
-        ones if eta is None else eta,
-        ones[..., None] if gamma is None else gamma,
+        torch.ones_like(like) if alpha is None else alpha,
+        torch.ones_like(like) if eta is None else eta,
+        torch.ones_like(like[..., None]) if gamma is None else gamma,
     )
     return gates, initial_state(s, q, v) if state is None else state
 
