@@ -126,7 +126,7 @@ def test_swiglu_of_a_stack_takes_its_width() -> None:
     [
         (
             lambda: AtlasBlockConfig("memory"),
-            "mixer: expected AtlasMemoryConfig or SlidingWindowAttentionConfig, got str",
+            "mixer: expected AtlasMemoryConfig or DeepTransformerConfig or ",
         ),
         (lambda: AtlasBlockConfig(mlp_width=0), "mlp_width: expected an int >= 1, got 0"),
         (

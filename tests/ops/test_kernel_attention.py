@@ -8,7 +8,7 @@ from torch.library import opcheck
 from atlas_blocks.functional import kernel_attention
 from atlas_blocks.functional.kernel_attention import complete, settings
 
-NAMES = ("dot", "attention-plain")
+NAMES = ("dot", pytest.param("attention-plain", marks=pytest.mark.slow))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
