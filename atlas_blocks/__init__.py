@@ -7,6 +7,11 @@ from atlas_blocks import functional
 from atlas_blocks.blocks.attention import SlidingWindowAttention, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ShortConv
+from atlas_blocks.blocks.deep_transformer import (
+    DeepTransformerConfig,
+    DeepTransformerLayer,
+    phi_star,
+)
 from atlas_blocks.blocks.lstm import LSTM, LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemory, AtlasMemoryConfig
 from atlas_blocks.blocks.stacks import (
@@ -32,6 +37,8 @@ __all__ = [
     "AtlasMemoryConfig",
     "Block",
     "Config",
+    "DeepTransformerConfig",
+    "DeepTransformerLayer",
     "LSTMConfig",
     "MemoryAsContext",
     "MemoryAsContextConfig",
@@ -47,6 +54,7 @@ __all__ = [
     "SwiGLU",
     "checkpoint_policy",
     "functional",
+    "phi_star",
     "use_provider",
 ]
 

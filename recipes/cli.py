@@ -1,4 +1,4 @@
-"""The command line: `atlas-blocks recipes | show | explain | demo | train | generate | export | bench`.
+"""The command line; `atlas-blocks --help` lists the commands.
 
 Bad input gets one line on stderr and exit code 2; a run that diverges, or a kernel that is wrong,
 one line and exit code 1; Ctrl-C saves what has been trained and exits with 130.
@@ -16,9 +16,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from atlas_blocks import check
 from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import demo as demonstration
-from atlas_blocks.recipes import display, registry, text, training
+from atlas_blocks.recipes import display, registry, separation, text, training
 from atlas_blocks.recipes.bench.subjects import MODES, Size
 from atlas_blocks.recipes.generate import stream
 
@@ -284,6 +285,22 @@ def bench_model(
     problem = benchmark.run(Console(), plan, out, against)
     if problem:
         raise typer.Exit(_fail(problem, WRONG))
+
+
+@app.command("separation")
+def separation_command(
+    task: Annotated[str, typer.Option(help="parity or overwrite.")] = "parity",
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("separation.json"),
+    seeds: Annotated[int, typer.Option(help="Runs of each model.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 500,
+    depth: Annotated[int, typer.Option(help="Blocks of each model.")] = 2,
+) -> None:
+    """Where a Transformer fails and Dot succeeds: equal parameters, equal steps."""
+    check.choice("task", task, separation.TASKS)
+    for name, value in (("seeds", seeds), ("steps", steps), ("depth", depth)):
+        check.at_least(name, value, 1)
+    chosen = separation.TASKS[task]()
+    separation.run(Console(), out=out, task=chosen, depth=depth, steps=steps, seeds=seeds)
 
 
 @bench.command()

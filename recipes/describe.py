@@ -11,6 +11,7 @@ from atlas_blocks import (
     AtlasBlockConfig,
     AtlasMemoryConfig,
     Config,
+    DeepTransformerConfig,
     LSTMConfig,
     MemoryAsContextConfig,
     MemoryAsGateConfig,
@@ -32,6 +33,8 @@ def _part(config: Config) -> str:
             kind = f"{config.memory}, dot" if config.objective == "dot" else config.memory
             cut = f", exp to degree {config.degree}" if "coefficients" in config.fixed else ""
             return f"{kind}{cut}, {update}, c={config.window}"
+        case DeepTransformerConfig():
+            return f"exact phi*, {config.objective}, c={config.window}"
         case SlidingWindowAttentionConfig():
             return "full attention" if config.window is None else f"window {config.window}"
         case LSTMConfig():
@@ -72,7 +75,9 @@ def _block_state_bytes(config: LanguageModelConfig, tokens: int) -> int:
 
 
 def state_grows(config: Config) -> bool:
-    """Whether the state grows with the text: attention without a window keeps every key."""
+    """Whether the state grows with the text: every key is kept, without a window or for phi*."""
+    if isinstance(config, DeepTransformerConfig):
+        return True
     if isinstance(config, SlidingWindowAttentionConfig):
         return config.window is None
     parts = (getattr(config, field.name) for field in dataclasses.fields(config))

@@ -16,6 +16,7 @@ from atlas_blocks import (
     AtlasBlockConfig,
     AtlasMemory,
     Config,
+    DeepTransformerLayer,
     MemoryAsContextConfig,
     MemoryAsGateConfig,
     MemoryAsLayerConfig,
@@ -97,7 +98,7 @@ class LanguageModel(nn.Module):
         inside_memory = {
             part
             for memory in self.modules()
-            if isinstance(memory, AtlasMemory)
+            if isinstance(memory, (AtlasMemory, DeepTransformerLayer))
             for part in memory.modules()
         }
         for module in self.modules():

@@ -6,8 +6,10 @@ B batch, T tokens, P pairs.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks import check
@@ -56,7 +58,73 @@ class RecallTask:
         return tokens, targets
 
 
+@dataclasses.dataclass(frozen=True)
+class OverwriteTask:
+    """Associative recall with overwriting: W writes to few keys, then P keys asked for.
+
+    A key's last value counts, and the earlier ones, which lie under the very same key, do not:
+    it takes a memory that replaces, or one that tells the newest of equal keys apart. Token 0 is
+    filler, 1..keys are keys, the next `values` tokens are values; [key value] W times, then the
+    queries. Every query asks for a key that was written.
+    """
+
+    writes: int = 24
+    queries: int = 16
+    keys: int = 4
+    values: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("writes", "queries", "keys"):
+            check.at_least(name, getattr(self, name), 1)
+        check.at_least("values", self.values, 2)
+
+    @property
+    def length(self) -> int:
+        return 2 * self.writes + self.queries
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + self.keys + self.values
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """tokens and targets, int64 [B, T]; a target is IGNORE except where a key is asked for."""
+        keys = torch.randint(self.keys, (batch, self.writes), generator=generator)
+        values = torch.randint(self.values, (batch, self.writes), generator=generator)
+        # A query repeats the key of some write; the answer is that key's newest value.
+        chosen = torch.randint(self.writes, (batch, self.queries), generator=generator)
+        asked = keys.gather(1, chosen)
+        same = asked[:, :, None] == keys[:, None, :]
+        newest = torch.where(same, torch.arange(self.writes), -1).amax(-1)
+        answers = values.gather(1, newest)
+        pairs = torch.stack([1 + keys, 1 + self.keys + values], -1).flatten(1)
+        tokens = torch.cat([pairs, 1 + asked], 1)
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, 2 * self.writes :] = 1 + self.keys + answers
+        return tokens, targets
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityTask:
+    """The parity of all bits so far, at every token: a state that every 1 turns over.
+
+    Token 2 begins the sequence, 0 and 1 are bits and, as targets, parities.
+    """
+
+    length: int = 48
+    vocab_size: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        check.at_least("length", self.length, 2)
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """tokens and targets, int64 [B, T]; the first token has no target."""
+        bits = torch.randint(2, (batch, self.length - 1), generator=generator)
+        tokens, targets = F.pad(bits, (1, 0), value=2), F.pad(bits.cumsum(1) % 2, (1, 0))
+        targets[:, 0] = IGNORE
+        return tokens, targets
+
+
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of asked keys answered right. logits [B, T, V], targets [B, T]."""
+    """Share of targets answered right. logits [B, T, V], targets [B, T]."""
     asked = targets != IGNORE
     return float((logits.argmax(-1) == targets)[asked].float().mean())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.deep_transformer import DeepTransformerConfig
 from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, MemoryState
 from atlas_blocks.blocks.norm import RMSNorm
@@ -25,7 +26,7 @@ from atlas_blocks.functional.attention import rotary
 from atlas_blocks.ops.memory_as_context import define, memory_as_context
 from atlas_blocks.state import State
 
-Mixer = AtlasMemoryConfig | SlidingWindowAttentionConfig | LSTMConfig
+Mixer = AtlasMemoryConfig | DeepTransformerConfig | SlidingWindowAttentionConfig | LSTMConfig
 
 
 def _check_mlp_width(width: int | None) -> None:

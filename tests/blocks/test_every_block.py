@@ -8,6 +8,7 @@ import torch
 from helpers import (
     BLOCKS,
     DIM,
+    GROWING,
     assert_close,
     block_in_pieces,
     difference,
@@ -132,17 +133,20 @@ def test_gradients_cross_a_state_that_is_not_detached(name: str) -> None:
 
 
 @every_block
-def test_the_state_has_one_size_and_owns_its_memory(name: str) -> None:
-    block, sizes = make_block(name, torch.float32), set()
-    for length in (0, 1, 8, 100, 300):
+def test_the_state_has_one_size_or_grows_evenly_and_owns_its_memory(name: str) -> None:
+    block, sizes = make_block(name, torch.float32), []
+    lengths = (0, 1, 8, 100, 300)
+    for length in lengths:
         with torch.no_grad():
             _, state = block(draw(2, length, DIM, dtype=torch.float32))
         if state is None:
             return
-        sizes.add(state.nbytes)
+        sizes.append(state.nbytes)
         for t in state.tensors():
             assert t.untyped_storage().nbytes() <= t.nbytes
-    assert len(sizes) == 1
+    each = sizes[1] - sizes[0]
+    assert sizes == [sizes[0] + length * each for length in lengths]
+    assert (each > 0) == name.startswith(GROWING)
 
 
 @pytest.mark.parametrize("name", ["memory-mlp-gd-sketch", "memory-matrix-muon-taylor_exp"])

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MEMORIES, UPDATES, leaves, rule_inputs
+import torch.nn.functional as F
+from helpers import MEMORIES, UPDATES, draw, leaves, rule_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atlas_blocks.functional import omega_rule
+from atlas_blocks.functional import kernel_attention, omega_rule
 
 
 class LargestTensor(TorchDispatchMode):
@@ -134,6 +135,27 @@ def test_what_is_saved_for_the_backward_is_linear_in_the_length(memory: str, upd
         saved.append(sum(storages.values()))
         y.sum().backward()
     assert saved[1] < 2.2 * saved[0]
+
+
+@pytest.mark.parametrize(("objective", "window"), [("dot", 1), ("l2", 1), ("l2", 4)])
+def test_exact_phi_star_takes_quadratic_time_and_linear_memory(objective: str, window: int) -> None:
+    """Peak of forward and backward; the scores alone would be the square of the length."""
+    peaks = []
+    for length in (512, 1024):
+        q, k, v = (
+            F.normalize(draw(1, length, 1, 4, seed=i), dim=-1).requires_grad_() for i in range(3)
+        )
+        gate = torch.full((1, length, 1), 0.9, dtype=torch.float64, requires_grad=True)
+        gamma = (0.1 * gate[..., None]).repeat(1, 1, 1, window).detach().requires_grad_()
+        options = {"objective": objective, "scale": 1.0, "chunk_size": 16}
+
+        def call(x: tuple = (q, k, v), gate: Any = gate, gamma: Any = gamma, o: Any = options):
+            kernel_attention(*x, alpha=gate, eta=gate, gamma=gamma, **o)[0].sum().backward()
+
+        call()
+        peaks.append(peak_bytes(call))
+    assert peaks[1] < 2.1 * peaks[0]
+    assert peaks[1] < 0.8 * 1024**2 * 8
 
 
 @pytest.mark.parametrize("discount", [False, True])
