@@ -259,7 +259,10 @@ def check(
     work, seen = [], set()
     for c, chip in itertools.product(found, chips):
         for index, one in enumerate(launches(c, chip)):
-            shapes = tuple(t.dtype if isinstance(t, Tensor) else t for t in one.arguments)
+            shapes = tuple(
+                t.dtype if isinstance(t, Tensor) else None if p.do_not_specialize else t
+                for t, p in zip(one.arguments, one.kernel.params, strict=False)
+            )
             key = (chip, one.kernel.__name__, shapes, tuple(map(str, one.settings.items())))
             if key not in seen:
                 seen.add(key)
@@ -295,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     found = QUICK if given.quick else list(configurations())
     if given.memory:
-        found = [c for c in found if isinstance(c, Configuration) and c.memory in given.memory]
+        found = [c for c in found if getattr(c, "memory", None) in given.memory]
     width = None if sys.stdout.isatty() else 160
     return 1 if check(given.chip or list(SHARED_MEMORY), found, Console(width=width)) else 0
 

@@ -138,7 +138,7 @@ def _write(
         store_block(to_s, y, row, ROWS, column, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["START", "PER_ROW", "LINES"])
 def _walk_forward(
     x, target, tokens, key_tokens, filled, rows, alpha, eta, theta, gamma, mass,
     window, thbar, write, last, ends, m1, m2, m3, w1, w2, w3, s1, s2, s3,
@@ -326,7 +326,7 @@ def hidden_of(z, u, r, ROWS, j, HIDDEN, GATED: tl.constexpr):
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["START", "PER_ROW", "LINES"])
 def _read_forward(
     q, x, f, abar, carried, rows, w1, w2, w3, s1, s2, s3, rooms, errors, scores, y,
     START, PER_ROW, LINES, H: tl.constexpr,
