@@ -25,10 +25,10 @@ demo: $(STAMP)  ## train a tiny hybrid and a Transformer on real text
 	OMP_NUM_THREADS=2 $(BIN)/atlas-blocks demo $(DEMO_ARGS)
 
 test: lint types  ## format, lint, types and the default tests
-	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -n 2 -m slow $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(TEST_ARGS)
 
 lint: $(STAMP)  ## ruff format and ruff check, changing nothing
 	$(BIN)/ruff format --check .

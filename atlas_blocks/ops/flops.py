@@ -63,25 +63,27 @@ def register_flop_formulas() -> None:
 
 def forward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
     """Of the forward, for the shapes of the op's tensors."""
-    batch, length, heads, dk = tensors[0]
+    batch, length, heads, _ = tensors[0]
     chunk, window = settings.chunk_size, tensors[5][-1]
     weights = tensors[6 + settings.momentum :][: MEMORIES[settings.memory].weights]
     shapes = [(w[1], w[2]) for w in weights]
-    # Keys and queries whose features are computed: the history's too.
-    history = max(window - 1, chunk - 1 if settings.write_discount else 0)
-    features = (2 * length + history) * _feature_flops(tensors, settings, dk)
-    dots = dk if settings.feature_map == "polynomial" else shapes[-1][1]
+    dots = _dots_width(tensors, settings)
     whole, tail = divmod(length, chunk)
     spans = whole * _chunk_flops(settings, shapes, dots, tensors[2][-1], chunk, window)
     spans += _chunk_flops(settings, shapes, dots, tensors[2][-1], tail, window) if tail else 0
-    return batch * heads * (features + spans)
+    return _all_feature_flops(tensors, settings) + batch * heads * spans
 
 
 def backward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
     """Of the definition's backward: each product again, and one for each factor's gradient;
-    Newton-Schulz has a backward of its own."""
-    total = 3 * forward_flops(tensors, settings)
+    Newton-Schulz has a backward of its own, and tables of sketches have no gradient."""
+    total = 3 * forward_flops(tensors, settings) - _all_feature_flops(tensors, settings)
     if settings.update == "muon":
+        # phi(q) phi(k)^T has no use here, and so no gradient.
+        batch, length, heads, _ = tensors[0]
+        keys, (whole, tail) = tensors[5][-1] - 1, divmod(length, settings.chunk_size)
+        pairs = sum(n * (n + keys) for n in (*whole * (settings.chunk_size,), tail))
+        total -= 2 * batch * heads * 2 * pairs * _dots_width(tensors, settings)
         total += _newton_schulz_flops(tensors, settings, newton_schulz_backward_flops)
         total -= 2 * _newton_schulz_flops(tensors, settings, newton_schulz_flops)
     if settings.objective == "dot":
@@ -102,6 +104,20 @@ def _newton_schulz_flops(
     taken = whole * sum(_steps(settings, settings.chunk_size)) + sum(_steps(settings, tail))
     weights = tensors[6 + settings.momentum :][: MEMORIES[settings.memory].weights]
     return batch * heads * taken * sum(one(w[1], w[2], settings.ns_steps) for w in weights)
+
+
+def _dots_width(tensors: Sequence[Shape], settings: Settings) -> int:
+    """Of what phi(q) . phi(k) is summed over: polynomial maps know it from q . k."""
+    polynomial = settings.feature_map == "polynomial"
+    last = 6 + settings.momentum + MEMORIES[settings.memory].weights - 1
+    return tensors[0][-1] if polynomial else tensors[last][-1]
+
+
+def _all_feature_flops(tensors: Sequence[Shape], settings: Settings) -> int:
+    """Of the features of all queries and keys, the history's too."""
+    batch, length, heads, dk = tensors[0]
+    history = max(tensors[5][-1] - 1, settings.chunk_size - 1 if settings.write_discount else 0)
+    return batch * heads * (2 * length + history) * _feature_flops(tensors, settings, dk)
 
 
 def _feature_flops(tensors: Sequence[Shape], settings: Settings, dk: int) -> int:
