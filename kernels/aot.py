@@ -85,11 +85,10 @@ class Orthogonalisation(NamedTuple):
 
 
 DEEP = ("mlp", "gated_mlp")
-
-
 QUICK: list[Configuration | Orthogonalisation] = [
     Configuration(torch.bfloat16, 64, 64, 16, True, step=step) for step in (False, True)
 ]
+QUICK_DEEP = [Configuration(torch.bfloat16, 64, 64, 16, True, memory=memory) for memory in DEEP]
 QUICK += [Orthogonalisation(torch.float32, 64, n) for n in (64, 256)]
 
 
@@ -298,6 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     found = QUICK if given.quick else list(configurations())
     if given.memory:
+        # A deep memory has many kernels: a quick check has them only when asked.
+        found = [*QUICK, *QUICK_DEEP] if given.quick else found
         found = [c for c in found if getattr(c, "memory", None) in given.memory]
     width = None if sys.stdout.isatty() else 160
     return 1 if check(given.chip or list(SHARED_MEMORY), found, Console(width=width)) else 0

@@ -67,6 +67,7 @@ def rule_inputs(
     momentum: bool = True,
     exact_gates: bool = True,
     update: str = "gd",
+    hidden: int = HIDDEN,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Tensor arguments of `omega_rule` in float64, with the feature map.
@@ -100,7 +101,7 @@ def rule_inputs(
             early[early == 0] = 1.0
     phi = feature_map(features, key_width)
     width = key_width if phi is None else phi.width_of(key_width)
-    shapes = weight_shapes(memory, width, value_width, HIDDEN)
+    shapes = weight_shapes(memory, width, value_width, hidden)
     return {
         "q": F.normalize(normal(*size, key_width), dim=-1),
         "k": F.normalize(normal(*size, key_width), dim=-1),

@@ -30,6 +30,14 @@ def test_no_kernel_spills_on_any_chip() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_no_kernel_of_a_deep_memory_spills_on_any_chip() -> None:
+    done = check("--quick", "--memory", "gated_mlp")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kernel in ("forward.walk_forward", "writes_backward.discount_backward"):
+        assert kernel in done.stdout
+
+
 def test_a_fault_is_a_spill_or_too_much_shared_memory() -> None:
     for chip, shared in SHARED_MEMORY.items():
         assert Usage(255, 0, shared).fault(chip) is None

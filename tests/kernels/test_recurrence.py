@@ -151,10 +151,32 @@ def test_wide_states_are_tiled(widths: tuple[int, int], discount: bool) -> None:
     assert_provider_is_definition(inputs, (41, 29), chunk_size=32, write_discount=discount)
 
 
-def test_rows_at_different_positions() -> None:
+@pytest.mark.parametrize(
+    ("memory", "chunk", "window", "discount", "momentum"),
+    [
+        ("mlp", 4, 3, True, True),
+        ("gated_mlp", 32, 3, True, False),
+        ("gated_mlp", 16, 20, True, True),
+        ("gated_mlp", 4, 1, False, True),
+    ],
+)
+def test_deep_memories_are_tiled(
+    memory: str, chunk: int, window: int, discount: bool, momentum: bool
+) -> None:
+    """Several blocks of hidden units and of D, several tiles of keys, and groups of chunks."""
+    inputs = rule_inputs(
+        memory, length=21, heads=1, window=window, key_width=70, value_width=20, hidden=40,
+        momentum=momentum,
+    )  # fmt: skip
+    options = {"memory": memory, "chunk_size": chunk, "write_discount": discount}
+    assert_provider_is_definition(inputs, (14, 7), **options)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_rows_at_different_positions(memory: str) -> None:
     """One batch whose rows stand at different places of their chunks."""
-    inputs = cast(rule_inputs(batch=3, length=30, window=4), torch.float32, torch.float32)
-    options = {"memory": "matrix", "chunk_size": 8, "write_discount": True}
+    inputs = cast(rule_inputs(memory, batch=3, length=30, window=4), torch.float32, torch.float32)
+    options = {"memory": memory, "chunk_size": 8, "write_discount": True}
     with torch.no_grad():
         states = []
         for row, length in enumerate((3, 8, 17)):
