@@ -59,7 +59,7 @@ def test_a_graph_break_is_named_by_file_and_line(capsys):
     assert "print" in found.reason
     assert "move it out" in found.hint
     assert [g.call for g in report.graphs] == [0, 0]
-    console = Console(width=160, record=True)
+    console = Console(width=500, record=True)
     console.print(report)
     text = console.export_text()
     assert "1 graph break" in text
