@@ -1,8 +1,8 @@
 """Ahead of time: one token of a model as a package that runs without Python.
 
-torch.export keeps the memory rule as a single node, `atlas::omega_rule`, which is Python. For a
-package it is replaced by the rule for one token (functional/one_token.py), which is plain tensor
-operations; AOTInductor compiles those.
+torch.export keeps each op of this library, such as `atlas::omega_rule`, as a single node, which is
+Python. For a package an op is replaced by what it computes for one token as plain tensor operations
+(functional/one_token.py); AOTInductor compiles those.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.functional.one_token import one_token
+from atlas_blocks.ops.lstm import definition as lstm_definition
 from atlas_blocks.ops.omega_rule import Settings, unflatten
 from atlas_blocks.state import State
 
@@ -53,7 +54,8 @@ def export_step(model: nn.Module, x: Tensor, state: State | None) -> torch.expor
 def export_plain_step(model: nn.Module, x: Tensor, state: State) -> torch.export.ExportedProgram:
     """The same for one token, with no op of this library: nothing in it needs Python.
 
-    Raises ValueError where x has more than one token.
+    Raises ValueError where x has more than one token, or `model` an op whose step reads its place
+    on the host: exact phi* (`DeepTransformerLayer`) and `MemoryAsContext`.
     """
     if x.shape[1] != 1:
         check.fail("x", "one token", f"T = {x.shape[1]}")
@@ -61,8 +63,10 @@ def export_plain_step(model: nn.Module, x: Tensor, state: State) -> torch.export
     graph = program.module()
     assert isinstance(graph, torch.fx.GraphModule)
     for node in graph.graph.nodes:
-        if node.target is torch.ops.atlas.omega_rule.default:
-            node.target = _one_token
+        if node.target in _ONE_TOKEN:
+            node.target = _ONE_TOKEN[node.target]
+        elif str(node.target).startswith("atlas."):
+            check.fail("model", "blocks whose step reads nothing on the host", node.target)
     graph.recompile()
     with torch.no_grad():
         tensors = tuple(state.tensors())
@@ -87,11 +91,17 @@ def _free_axes(step: Streaming, x: Tensor, tensors: Sequence[Tensor]) -> list[An
     return found
 
 
-def _one_token(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+def _omega_rule(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     """`atlas::omega_rule` for one token."""
     *settings, _, _ = rest
     y, state = one_token(unflatten(tensors, Settings(*settings)))
     return [y, *state.tensors()]
+
+
+_ONE_TOKEN = {
+    torch.ops.atlas.omega_rule.default: _omega_rule,
+    torch.ops.atlas.lstm.default: lstm_definition,
+}
 
 
 def package(model: nn.Module, x: Tensor, state: State, out: Path) -> Path:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.config import Config
+from atlas_blocks.ops.lstm import lstm
 from atlas_blocks.state import State
 
 
@@ -32,9 +34,9 @@ class LSTMState(State):
 
 
 class LSTM(Block):
-    """torch.nn.LSTM in the form of every block: x [B, T, dim] -> y [B, T, dim], LSTMState.
+    """torch.nn.LSTM's equations in the form of every block: x [B, T, dim] -> y, LSTMState.
 
-    torch.compile cannot trace it and breaks the graph here.
+    Computed in the dtype of its weights, under autocast too.
     """
 
     state_type = LSTMState
@@ -43,17 +45,25 @@ class LSTM(Block):
         super().__init__()
         check.at_least("dim", dim, 1)
         self.dim = dim
-        self.lstm = nn.LSTM(dim, dim, batch_first=True)
+        self.weight_ih = nn.Parameter(torch.empty(4 * dim, dim))
+        self.weight_hh = nn.Parameter(torch.empty(4 * dim, dim))
+        self.bias_ih = nn.Parameter(torch.empty(4 * dim))
+        self.bias_hh = nn.Parameter(torch.empty(4 * dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As nn.LSTM: uniform within 1/sqrt(dim)."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(self.dim**-0.5), self.dim**-0.5)
 
     def mix(self, x: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState]:
+        weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+        x = x.to(self.weight_ih.dtype)
         if state is None:
             zeros = x.new_zeros(len(x), self.dim)
             state = LSTMState(zeros, zeros)
         shape = (len(x), self.dim)
         check.tensor("state.hidden", state.hidden, "[B, dim]", shape)
         check.tensor("state.cell", state.cell, "[B, dim]", shape)
-        if x.numel() == 0:  # torch's takes no empty sequence
-            return x, state
-        before = tuple(t.unsqueeze(0).to(x.dtype) for t in (state.hidden, state.cell))
-        y, (hidden, cell) = self.lstm(x, before)
-        return y, LSTMState(hidden[0], cell[0])
+        y, *after = lstm(x, state.hidden.to(x.dtype), state.cell.to(x.dtype), weights)
+        return y, LSTMState(*after)

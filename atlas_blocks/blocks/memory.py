@@ -204,6 +204,7 @@ class AtlasMemory(Block):
 
     state_type = MemoryState
     buckets: Tensor
+    coefficients: Tensor
     signs: Tensor
 
     def __init__(
@@ -254,6 +255,8 @@ class AtlasMemory(Block):
         if self._learns_coefficients():
             # a_n = exp(log a_n) stays positive.
             self.log_coefficients = nn.Parameter(torch.empty(c.degree + 1))
+        elif c.feature_map != "identity":
+            self.register_buffer("coefficients", torch.empty(c.degree + 1))
         if c.feature_map == "sketch":
             self.sketch_width = 2 * width if c.sketch_width is None else c.sketch_width
             for name, table in zip(
@@ -273,10 +276,8 @@ class AtlasMemory(Block):
         name = self.config.feature_map
         if name == "identity":
             return None
-        if self._learns_coefficients():
-            coefficients = self.log_coefficients.exp()
-        else:
-            coefficients = taylor_coefficients(self.config.degree).to(self.out.weight.device)
+        learned = self._learns_coefficients()
+        coefficients = self.log_coefficients.exp() if learned else self.coefficients
         if name == "sketch":
             return SketchMap(coefficients, self.buckets, self.signs, self.sketch_width)
         return PolynomialMap(coefficients)
@@ -292,9 +293,14 @@ class AtlasMemory(Block):
         """M_0 with 1/sqrt(din) entries, gates at their initial values, a_n = 1/n!."""
         for weight in self.memory:
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        if self._learns_coefficients():
-            with torch.no_grad():
-                self.log_coefficients.copy_(taylor_coefficients(self.config.degree).log())
+        if self.config.feature_map == "identity":
+            return
+        coefficients = taylor_coefficients(self.config.degree)
+        with torch.no_grad():
+            if self._learns_coefficients():
+                self.log_coefficients.copy_(coefficients.log())
+            else:
+                self.coefficients.copy_(coefficients)
 
     def mix(self, x: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
         c = self.config

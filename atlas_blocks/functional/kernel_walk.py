@@ -99,6 +99,7 @@ class Pairs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or what inference has left here could not be differentiated with
 def _pairs(length: int, chunk: int, window: int, extra: int, device: torch.device) -> Pairs:
     starts = range(0, length, chunk)
     ends = [min(i + chunk, length) for i in starts]
@@ -107,14 +108,13 @@ def _pairs(length: int, chunk: int, window: int, extra: int, device: torch.devic
     ]
     begin = torch.cat([torch.full((len(x),), i) for x, i in zip(lists, starts, strict=True)])
     token = torch.arange(length)[:, None] // chunk
-    pairs = Pairs(
+    return Pairs(
         key=torch.cat(lists).to(device),
         begin=begin.to(device),
         own=(token == begin // chunk).to(device),
         earlier=(begin < begin[:, None]).to(device),
         chunks=len(lists),
     )
-    return pairs
 
 
 def kernel_sum(*terms: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -320,7 +320,8 @@ class KernelWalk(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Tokens._fields)
         x, kept = Tokens(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
-        return None, None, *_backward(ctx.settings, ctx.position, x, kept, grads)
+        with torch.autocast(x.q.device.type, enabled=False):
+            return None, None, *_backward(ctx.settings, ctx.position, x, kept, grads)
 
 
 def _backward(

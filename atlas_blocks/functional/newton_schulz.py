@@ -104,7 +104,9 @@ class _NewtonSchulz(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return backward(grads[0], *ctx.saved_tensors, *ctx.options), None, None, None
+        # In bfloat16, as inside an autocast region, the iteration's derivative would grow for ever.
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(grads[0], *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 def forward(s: Tensor, steps: int, coefficients: str) -> Tensor:

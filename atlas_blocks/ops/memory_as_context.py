@@ -263,12 +263,13 @@ def _backward(
                 pairs = [(y, grad_y[rows, first : first + span]), *zip(ends, after, strict=True)]
                 pairs = [(t, g.to(t.dtype)) for t, g in pairs if t.requires_grad]
                 floats = [t for t in here.tensors() if t.is_floating_point()]
-                found = torch.autograd.grad(
-                    [t for t, _ in pairs],
-                    [part, *leaves, *floats],
-                    [g for _, g in pairs],
-                    materialize_grads=True,
-                )
+                with torch.autocast(x.device.type, enabled=False):  # as a backward is run
+                    found = torch.autograd.grad(
+                        [t for t, _ in pairs],
+                        [part, *leaves, *floats],
+                        [g for _, g in pairs],
+                        materialize_grads=True,
+                    )
                 grad_x[rows, first : first + span] = found[0]
                 for total, g in zip(of_parameters, found[1 : 1 + len(leaves)], strict=True):
                     total += g

@@ -126,7 +126,8 @@ def test_swiglu_of_a_stack_takes_its_width() -> None:
     [
         (
             lambda: AtlasBlockConfig("memory"),
-            "mixer: expected AtlasMemoryConfig or .*, got str",
+            "mixer: expected AtlasMemoryConfig or DeepTransformerConfig or "
+            "SlidingWindowAttentionConfig or LSTMConfig, got str",
         ),
         (lambda: AtlasBlockConfig(mlp_width=0), "mlp_width: expected an int >= 1, got 0"),
         (

@@ -80,7 +80,11 @@ def test_every_tiny_recipe_is_one_graph(name: str) -> None:
         (ours, our_gradients), (true, true_gradients) = (run(f, tokens) for f in (compiled, model))
         # Two layers of Newton-Schulz magnify rounding.
         assert difference(ours, true) < 1e-7
-        assert difference(our_gradients, true_gradients) < 1e-6
+        # With a zero memory and "dot", the bias of eta only scales what is normed afterwards: its
+        # gradient is zero in truth, and rounding of the others' size in fact.
+        largest = max(g.abs().max() for g in true_gradients)
+        for g, h in zip(our_gradients, true_gradients, strict=True):
+            assert (g - h).abs().max() <= 1e-6 * h.abs().max() + 1e-13 * largest
     assert backend.compiles <= 2, "more than one recompile"
 
 

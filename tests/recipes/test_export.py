@@ -9,14 +9,19 @@ import pytest
 import torch
 from helpers import BLOCKS, DIM, difference, draw, make_block
 
-from atlas_blocks import AtlasMemory
+from atlas_blocks import LSTM, AtlasMemory, Block, DeepTransformerLayer, MemoryAsContext
 from atlas_blocks.recipes import build, cli, export
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
-# MemoryAsContext asks its position on the host for the place in its segment.
-QUICK = ("memory-matrix-gd-polynomial", "memory-mlp-muon-sketch", "block-attention", "as-layer")
-OTHERS = [name for name in BLOCKS if name not in QUICK and not name.startswith("as-context")]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+QUICK = (
+    "memory-matrix-gd-polynomial",
+    "memory-mlp-muon-sketch",
+    "block-attention",
+    "as-layer",
+    "dot",
+    "lstm",
+)
+NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BLOCKS]
 
 
 def nodes(program: torch.export.ExportedProgram) -> collections.Counter:
@@ -25,16 +30,32 @@ def nodes(program: torch.export.ExportedProgram) -> collections.Counter:
     return collections.Counter(t for t in targets if t.startswith("atlas"))
 
 
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
-def test_every_memory_is_one_node_for_every_length(name):
+def one_each(block: Block, begun: bool) -> collections.Counter:
+    """The nodes that a block should become, from a state or at the start of a sequence."""
+    found = collections.Counter()
+    for module in block.modules():
+        if isinstance(module, MemoryAsContext):
+            found["atlas.memory_as_context.default"] += 1
+            # The memory inside is part of that node; its first state is made by the rule.
+            found["atlas.omega_rule.default"] -= begun
+        elif isinstance(module, AtlasMemory):
+            found["atlas.omega_rule.default"] += 1
+        elif isinstance(module, LSTM):
+            found["atlas.lstm.default"] += 1
+        elif isinstance(module, DeepTransformerLayer):
+            # A fresh sequence without gates is SDPA's.
+            found["atlas.kernel_attention.default"] += begun or module.gates is not None
+    return +found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_is_one_node_for_every_length(name):
     block = make_block(name)
-    layers = sum(isinstance(m, AtlasMemory) for m in block.modules())
-    one_node_each = {"atlas.omega_rule.default": layers} if layers else {}
     program = export.export_step(block, draw(2, 20, DIM), None)
-    assert nodes(program) == one_node_each
+    assert nodes(program) == one_each(block, False)
     _, state = block(draw(2, 3, DIM))
     further = export.export_step(block, draw(2, 20, DIM), state)
-    assert nodes(further) == one_node_each
+    assert nodes(further) == one_each(block, state is not None)
     tensors = [] if state is None else state.tensors()
     with torch.no_grad():
         # An attention's graph is that of texts longer than its window.
@@ -47,13 +68,17 @@ def test_every_memory_is_one_node_for_every_length(name):
                 assert difference([t.double() for t in ours], [t.double() for t in true]) < 1e-9
 
 
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_plain_step_is_the_block_token_by_token(name):
     block, x = make_block(name), draw(2, 20, DIM)
     if BLOCKS[name](DIM, 2).state_type is None:
         pytest.skip("it has no state")
     with torch.no_grad():
         _, state = block(x[:, :3])
+        if any(isinstance(m, DeepTransformerLayer | MemoryAsContext) for m in block.modules()):
+            with pytest.raises(ValueError, match="model: expected blocks whose step reads nothing"):
+                export.export_plain_step(block, x[:, :1], state)
+            return
         program = export.export_plain_step(block, x[:, :1], state)
         assert not nodes(program)
         step, tensors = program.module(), state.tensors()

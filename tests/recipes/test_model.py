@@ -32,10 +32,10 @@ def test_a_step_gives_every_parameter_a_finite_gradient(name):
 @pytest.mark.parametrize("name", TINY)
 def test_greedy_streaming_equals_reading_everything_again(name):
     model, prompt = tiny(name).double(), tokens(2, 61)
-    streamed = generate(model, prompt, max_new_tokens=4, temperature=0)
+    streamed = generate(model, prompt, max_new_tokens=8, temperature=0)
     text = prompt
     with torch.no_grad():
-        for _ in range(4):
+        for _ in range(8):
             text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(streamed, text)
 
@@ -76,7 +76,7 @@ def test_generation_depends_on_the_seed_alone():
 def test_generation_reads_the_prompt_once():
     model, lengths = tiny("transformer-tiny"), []
     model.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
-    list(stream(model, tokens(1, 9), max_new_tokens=4))
+    list(stream(model, tokens(1, 9), max_new_tokens=8))
     assert lengths == [9, 1, 1, 1]
 
 

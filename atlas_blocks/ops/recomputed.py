@@ -1,0 +1,85 @@
+"""A function of tensors as a pair of ops whose backward computes it again: nothing is saved.
+
+For functions that need no provider, and whose loops tracing would unroll.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atlas_blocks.ops.contract import distinct, own, own_empty, recording
+
+_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
+Run = Callable[..., Sequence[Tensor]]
+
+
+def define(name: str, settings: str, run: Run, fake: Run) -> Callable[..., list[Tensor]]:
+    """`atlas::{name}` and `atlas::{name}_backward`, and a differentiable call of them.
+
+    run, fake: (tensors, *settings) -> tensors. settings: their types and names, as in a schema.
+    Tensors that are not floating, such as positions, have no gradient.
+    """
+    rest = f", {settings}" if settings else ""
+    _LIBRARY.define(f"{name}(Tensor[] tensors{rest}) -> Tensor[]")
+    # grads: of the floating results. -> those of the floating tensors.
+    _LIBRARY.define(f"{name}_backward(Tensor[] grads, Tensor[] tensors{rest}) -> Tensor[]")
+
+    def forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+        with torch.no_grad(), _no_autocast(tensors):
+            return [own(t) for t in run(tensors, *rest)]
+
+    def backward(grads: list[Tensor], tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+        with _no_autocast(tensors), recording(), torch.enable_grad():
+            leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+            outputs = [t for t in run(leaves, *rest) if t.is_floating_point()]
+            wanted = [t for t in leaves if t.requires_grad]
+            found = torch.autograd.grad(
+                outputs, wanted, grads, allow_unused=True, materialize_grads=True
+            )
+        return [own(g) for g in found]
+
+    def backward_fake(grads: list[Tensor], tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+        return [own_empty(t) for t in tensors if t.is_floating_point()]
+
+    ops = {name: (forward, fake), f"{name}_backward": (backward, backward_fake)}
+    for op, (implementation, of_fakes) in ops.items():
+        _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"atlas::{op}", of_fakes, lib=_LIBRARY)
+
+    def call(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return list(_Recomputed.apply(name, rest, *distinct(tensors)))
+        return getattr(torch.ops.atlas, name).default(tensors, *rest)
+
+    return call
+
+
+def _no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
+    return torch.autocast(tensors[0].device.type, enabled=False)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Both directions are ops."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, rest: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = getattr(torch.ops.atlas, name).default(list(tensors), *rest)
+        ctx.name, ctx.rest = name, rest
+        ctx.save_for_backward(*tensors)
+        ctx.floating = [t.is_floating_point() for t in outputs]
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        wanted = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
+        op = getattr(torch.ops.atlas, f"{ctx.name}_backward").default
+        found = iter(op(wanted, list(tensors), *ctx.rest))
+        return None, None, *(next(found) if t.is_floating_point() else None for t in tensors)
