@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable)
+LIBRARY = torch.library.Library("atlas", "FRAGMENT")
+
+
+def implement(name: str, body: Callable, fake: Callable) -> None:
+    """Give the op that `LIBRARY.define` declared its body, and what it makes of fake tensors."""
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"atlas::{name}", fake, lib=LIBRARY)
 
 
 def untraced(fn: F) -> F:

@@ -23,19 +23,18 @@ from torch.autograd.function import once_differentiable
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import chunk_count
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import distinct, own, own_empty, recording
+from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 
-_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
 # block: what `define`'s function builds it from. autocast: its dtype where it is on. provider: of
 # `use_provider`, for the ops inside.
 # -> y, the state's tensors and, with `save`, what the backward takes as `saved`: the memory's state
 # before every segment, each of its tensors [B, N, ...].
-_LIBRARY.define(
+LIBRARY.define(
     "memory_as_context(Tensor x, Tensor[] parameters, Tensor[] buffers, Tensor[] state, str block,"
     " ScalarType? autocast, str provider, bool save) -> Tensor[]"
 )
 # grads: of y and of the state's floating tensors. -> those of x, parameters, floating state.
-_LIBRARY.define(
+LIBRARY.define(
     "memory_as_context_backward(Tensor[] grads, Tensor x, Tensor[] parameters, Tensor[] buffers,"
     " Tensor[] state, Tensor[] saved, str block, ScalarType? autocast, str provider) -> Tensor[]"
 )
@@ -332,9 +331,5 @@ def _backward_fake(
     return [own_empty(t) for t in (x, *parameters, *floats)]
 
 
-for _name, _implementation, _fake in (
-    ("memory_as_context", _forward, _forward_fake),
-    ("memory_as_context_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"atlas::{_name}", _fake, lib=_LIBRARY)
+implement("memory_as_context", _forward, _forward_fake)
+implement("memory_as_context_backward", _backward, _backward_fake)

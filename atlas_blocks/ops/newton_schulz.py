@@ -19,12 +19,11 @@ from atlas_blocks.functional.newton_schulz import forward as iteration
 from atlas_blocks.functional.newton_schulz import newton_schulz as definition
 from atlas_blocks.functional.newton_schulz import validate
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import own_empty, untraced
+from atlas_blocks.ops.contract import LIBRARY, implement, own_empty, untraced
 
-_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
-_LIBRARY.define("newton_schulz(Tensor s, int steps, str coefficients, str provider) -> Tensor")
+LIBRARY.define("newton_schulz(Tensor s, int steps, str coefficients, str provider) -> Tensor")
 # -> the gradient of s. With 0 steps, of the normalisation alone: the straight-through gradient.
-_LIBRARY.define(
+LIBRARY.define(
     "newton_schulz_backward(Tensor grad, Tensor s, int steps, str coefficients, str provider)"
     " -> Tensor"
 )
@@ -132,9 +131,5 @@ def _backward_fake(grad: Tensor, s: Tensor, steps: int, coefficients: str, provi
 
 
 providers.define("newton_schulz", _definition, _definition_backward)
-for _name, _implementation, _fake in (
-    ("newton_schulz", _forward, _forward_fake),
-    ("newton_schulz_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"atlas::{_name}", _fake, lib=_LIBRARY)
+implement("newton_schulz", _forward, _forward_fake)
+implement("newton_schulz_backward", _backward, _backward_fake)

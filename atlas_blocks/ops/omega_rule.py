@@ -29,7 +29,15 @@ from atlas_blocks.functional.omega_rule import chunk_count, run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.functional.walk import Orthogonalise
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import distinct, own, own_empty, recording, untraced
+from atlas_blocks.ops.contract import (
+    LIBRARY,
+    distinct,
+    implement,
+    own,
+    own_empty,
+    recording,
+    untraced,
+)
 
 
 class Settings(NamedTuple):
@@ -47,19 +55,18 @@ class Settings(NamedTuple):
     write_discount: bool
 
 
-_SETTINGS = (
+SETTINGS = (
     "bool momentum, str memory, str objective, str feature_map, int sketch_width, str update, "
     "int ns_steps, int ns_every, int chunk_size, bool write_discount"
 )
-_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
 # tensors: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state (see `unflatten`).
 # -> y, the state's tensors and, with `save`, what the backward takes as `saved`: the memory at the
 # start of every chunk as `functional.omega_rule.run` describes it, the same for every provider.
-_LIBRARY.define(f"omega_rule(Tensor[] tensors, {_SETTINGS}, str provider, bool save) -> Tensor[]")
+LIBRARY.define(f"omega_rule(Tensor[] tensors, {SETTINGS}, str provider, bool save) -> Tensor[]")
 # grads: of y and of the state's tensors but its position. -> those of all floating tensors.
-_LIBRARY.define(
+LIBRARY.define(
     "omega_rule_backward(Tensor[] grads, Tensor[] tensors, Tensor[] saved, "
-    f"{_SETTINGS}, str provider) -> Tensor[]"
+    f"{SETTINGS}, str provider) -> Tensor[]"
 )
 
 
@@ -116,7 +123,7 @@ def omega_rule(
     a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
     rules.validate(*a)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
-    chosen = _choose(provider, providers.context(), *_facts(a, needs_grad))
+    chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad))
     if chosen == providers.DEFINITION and not torch.compiler.is_compiling():
         return run(a)
     tensors, settings = flatten(a)
@@ -129,10 +136,10 @@ def omega_rule(
 
 def describe(a: Arguments, needs_grad: bool) -> Call:
     """What providers learn of a call with these arguments."""
-    return _call(*_facts(a, needs_grad))
+    return call_of(*facts_of(a, needs_grad))
 
 
-def _facts(a: Arguments, needs_grad: bool) -> tuple:
+def facts_of(a: Arguments, needs_grad: bool) -> tuple:
     """`Call` as plain values: Dynamo hands no dataclass to a function that it does not trace."""
     rule, phi = a.rule, a.feature_map
     signs = phi.signs if isinstance(phi, SketchMap) else None
@@ -157,7 +164,7 @@ def _facts(a: Arguments, needs_grad: bool) -> tuple:
     )
 
 
-def _call(
+def call_of(
     device: str,
     dtypes: tuple[torch.dtype, ...],
     state_dtype: torch.dtype,
@@ -193,7 +200,7 @@ def _call(
 @untraced
 def _choose(provider: str, context: str, *facts: Any) -> str:
     """Not traced: providers are imported here, may look at the device, and warn."""
-    call = _call(*facts)
+    call = call_of(*facts)
     return providers.choose("omega_rule", provider, context, call.device, call)
 
 
@@ -383,9 +390,5 @@ def _backward_fake(
 
 
 providers.define("omega_rule", definition_forward, definition_backward)
-for _name, _implementation, _fake in (
-    ("omega_rule", _forward, _forward_fake),
-    ("omega_rule_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"atlas::{_name}", _fake, lib=_LIBRARY)
+implement("omega_rule", _forward, _forward_fake)
+implement("omega_rule_backward", _backward, _backward_fake)

@@ -23,22 +23,21 @@ from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import own, untraced
+from atlas_blocks.ops.contract import LIBRARY, implement, own, untraced
 from atlas_blocks.ops.omega_rule import (
-    _SETTINGS,
+    SETTINGS,
     Call,
     Settings,
-    _call,
-    _facts,
+    call_of,
+    facts_of,
     flatten,
     unflatten,
 )
 
-_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
 # tensors: q, k, v, alpha, eta, gamma, [theta], feature tensors, without the axis of tokens.
 # state: `OmegaState.tensors()`. -> y.
-_LIBRARY.define(
-    f"omega_rule_step(Tensor[] tensors, Tensor(a!)[] state, {_SETTINGS}, str provider) -> Tensor"
+LIBRARY.define(
+    f"omega_rule_step(Tensor[] tensors, Tensor(a!)[] state, {SETTINGS}, str provider) -> Tensor"
 )
 
 
@@ -119,7 +118,7 @@ def omega_rule_step(
     if torch.is_grad_enabled():
         _check_gradients(a, state)
     tensors, settings = flatten(a._replace(state=None))
-    facts = _facts(a, False)
+    facts = facts_of(a, False)
     devices = (str(state.position.device), str(q.device))
     chosen = _choose(provider, providers.context(), devices, *facts)
     first = 6 + settings.momentum
@@ -148,11 +147,11 @@ def _shapes(weights: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
 def describe(a: Arguments) -> StepCall:
     """What providers learn of a step with these arguments, those of `arguments`."""
     assert a.state is not None
-    return _step_call((str(a.state.position.device), str(a.q.device)), *_facts(a, False))
+    return _step_call((str(a.state.position.device), str(a.q.device)), *facts_of(a, False))
 
 
 def _step_call(devices: tuple[str, str], *facts: Any) -> StepCall:
-    plain = _call(*facts)
+    plain = call_of(*facts)
     known: dict[str, Any] = {f.name: getattr(plain, f.name) for f in fields(plain)}
     return StepCall(**known, position_device=devices[0], state_device=devices[1])
 
@@ -235,5 +234,4 @@ def _step_fake(tensors: list[Tensor], state: list[Tensor], *rest: Any) -> Tensor
 
 
 providers.define("omega_rule_step", _definition, no_backward)
-_LIBRARY.impl("omega_rule_step", _step, "CompositeExplicitAutograd")
-torch.library.register_fake("atlas::omega_rule_step", _step_fake, lib=_LIBRARY)
+implement("omega_rule_step", _step, _step_fake)

@@ -17,12 +17,11 @@ from atlas_blocks import check
 from atlas_blocks.functional.features import polynomial_features as definition
 from atlas_blocks.functional.features import polynomial_width
 from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import own, own_empty, recording, untraced
+from atlas_blocks.ops.contract import LIBRARY, implement, own, own_empty, recording, untraced
 
-_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
-_LIBRARY.define("polynomial_features(Tensor x, Tensor coefficients, str provider) -> Tensor")
+LIBRARY.define("polynomial_features(Tensor x, Tensor coefficients, str provider) -> Tensor")
 # -> the gradients of x and of the coefficients.
-_LIBRARY.define(
+LIBRARY.define(
     "polynomial_features_backward(Tensor grad, Tensor x, Tensor coefficients, str provider)"
     " -> Tensor[]"
 )
@@ -117,9 +116,5 @@ def _backward_fake(grad: Tensor, x: Tensor, coefficients: Tensor, provider: str)
 
 
 providers.define("polynomial_features", _definition, _definition_backward)
-for _name, _implementation, _fake in (
-    ("polynomial_features", _forward, _forward_fake),
-    ("polynomial_features_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"atlas::{_name}", _fake, lib=_LIBRARY)
+implement("polynomial_features", _forward, _forward_fake)
+implement("polynomial_features_backward", _backward, _backward_fake)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atlas_blocks.ops.contract import distinct, own, own_empty, recording
+from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 
-_LIBRARY = torch.library.Library("atlas", "FRAGMENT")
 Run = Callable[..., Sequence[Tensor]]
 
 
@@ -25,9 +24,9 @@ def define(name: str, settings: str, run: Run, fake: Run) -> Callable[..., list[
     Tensors that are not floating, such as positions, have no gradient.
     """
     rest = f", {settings}" if settings else ""
-    _LIBRARY.define(f"{name}(Tensor[] tensors{rest}) -> Tensor[]")
+    LIBRARY.define(f"{name}(Tensor[] tensors{rest}) -> Tensor[]")
     # grads: of the floating results. -> those of the floating tensors.
-    _LIBRARY.define(f"{name}_backward(Tensor[] grads, Tensor[] tensors{rest}) -> Tensor[]")
+    LIBRARY.define(f"{name}_backward(Tensor[] grads, Tensor[] tensors{rest}) -> Tensor[]")
 
     def forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
         with torch.no_grad(), _no_autocast(tensors):
@@ -46,10 +45,8 @@ def define(name: str, settings: str, run: Run, fake: Run) -> Callable[..., list[
     def backward_fake(grads: list[Tensor], tensors: list[Tensor], *rest: Any) -> list[Tensor]:
         return [own_empty(t) for t in tensors if t.is_floating_point()]
 
-    ops = {name: (forward, fake), f"{name}_backward": (backward, backward_fake)}
-    for op, (implementation, of_fakes) in ops.items():
-        _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"atlas::{op}", of_fakes, lib=_LIBRARY)
+    implement(name, forward, fake)
+    implement(f"{name}_backward", backward, backward_fake)
 
     def call(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
