@@ -68,11 +68,14 @@ class LowerOps(GraphPass):
         asked = found.provider if self.mode == "auto" else self.mode
         if asked not in providers.names(found.op):
             asked = found.provider
-        reason = providers.refusal(found.op, asked, call)
+        reason = _refusal(found, asked)
         if reason is None:
             return asked
         if asked == found.provider:
-            return providers.explain_choice(found.op, call).provider
+            by_itself = providers.explain_choice(found.op, call).provider
+            for name in (by_itself, providers.DEFINITION):
+                if _refusal(found, name) is None:
+                    return name
         raise ValueError(f"provider: {asked!r} cannot serve this call of {found.op}: {reason}")
 
 
@@ -93,6 +96,21 @@ def op_nodes(graph: fx.Graph) -> list[OpNode]:
         provider = arguments["provider"]
         found.append(OpNode(node, op, op != name, provider, values(arguments)))
     return found
+
+
+def _refusal(found: OpNode, name: str) -> str | None:
+    """Why this provider cannot serve the node, or None where it can."""
+    call = found.call
+    reason = providers.refusal(found.op, name, call)
+    if reason is not None or not call.needs_grad:
+        return reason
+    traced, other = (providers.find(found.op, n).saves for n in (found.provider, name))
+    if traced == other:
+        return None
+    return (
+        f"what the backward is given was traced for {found.provider!r} "
+        f"(use_provider({name!r}) around the first call traces for it)"
+    )
 
 
 def _set_provider(node: fx.Node, name: str) -> None:

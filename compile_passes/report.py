@@ -41,7 +41,7 @@ class Break:
 
 @dataclass(frozen=True)
 class OpUse:
-    """One op node of ours. refusals: why faster providers do not serve it."""
+    """One op node of ours. refusals: why preferred providers do not serve it."""
 
     graph: int
     direction: str

@@ -46,7 +46,7 @@ def _use(number: int, way: str, found: Any) -> OpUse:
         return OpUse(number, way, found.op, found.provider, reason, {})
     choice = providers.explain_choice(found.op, call)
     if choice.provider == found.provider:
-        reason, refusals = f"the fastest on {call.device} that can serve it", choice.refusals
+        reason, refusals = f"the first choice on {call.device} that can serve it", choice.refusals
         if found.provider == providers.DEFINITION and not refusals:
             reason = "the only one this op has"
     else:

@@ -5,6 +5,8 @@ weighted mean, does not do, and a memory whose write can turn a value over does.
 "overwrite" asks for the newest value of a key that was written several times. Attention that has a
 short convolution learns it as well; without one it does not in this time.
 Every model has the same number of parameters, sees the same batches and takes the same steps.
+A run is written as soon as it is done, so that a command that was interrupted goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ from rich.table import Table
 
 from atlas_blocks import AtlasBlockConfig, DeepTransformerConfig, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.stacks import Mixer
+from atlas_blocks.recipes.bench.report import stamp
 from atlas_blocks.recipes.model import LanguageModelConfig
 from atlas_blocks.recipes.registry import parameter_count
 from atlas_blocks.recipes.tasks import IGNORE, OverwriteTask, ParityTask, accuracy
@@ -94,24 +98,47 @@ def run(
     steps: int,
     seeds: int,
 ) -> dict[str, list[float]]:
-    """Train every model with every seed; prints a table, writes `out` after every run."""
-    found: dict[str, list[float]] = {name: [] for name in MIXERS}
+    """Train every model with every seed that `out` does not have yet; print a table.
+
+    The accuracies by model, of `seeds` seeds each. Raises ValueError where `out` is of another run.
+    """
+    result = _load(out, {"task": str(task), "depth": depth, "steps": steps, "batch": BATCH})
+    accuracies: dict[str, list[float]] = result["accuracy"]
     table = Table(title=f"{task}, {steps} steps of {BATCH} sequences")
     for column in ("model", "parameters", "accuracy", "over the seeds"):
         table.add_column(column)
-    for name, scores in found.items():
+    for name in MIXERS:
         config = model_config(name, task, depth)
-        for seed in range(seeds):
+        scores = accuracies.setdefault(name, [])
+        for seed in range(len(scores), seeds):
             scores.append(train(config, task, steps, seed))
             console.print(f"{name}, seed {seed}: {scores[-1]:.3f}")
-            settings = {"steps": steps, "batch": BATCH, "depth": depth, "task": str(task)}
-            out.write_text(json.dumps({**settings, "accuracy": found}, indent=2) + "\n")
+            _save(out, result)
         table.add_row(
             name,
             str(parameter_count(config)),
-            f"{statistics.mean(scores):.3f}",
-            f"{min(scores):.3f} to {max(scores):.3f}",
+            f"{statistics.mean(scores[:seeds]):.3f}",
+            f"{min(scores[:seeds]):.3f} to {max(scores[:seeds]):.3f}",
         )
+    _save(out, {**result, "complete": True})
     console.print(table)
     console.print(f"saved [bold]{out}[/]")
-    return found
+    return {name: accuracies[name][:seeds] for name in MIXERS}
+
+
+def _load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The file as far as it has come, or an empty one of these settings."""
+    if not path.exists():
+        return {**settings, **stamp(torch.device("cpu")), "accuracy": {}}
+    try:
+        result = json.loads(path.read_text())
+        before = {key: result[key] for key in (*settings, "accuracy")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {path} is no result of this command ({error})") from error
+    if before != {**settings, "accuracy": before["accuracy"]}:
+        raise ValueError(f"out: {path} is of another run; name another file")
+    return {**result, "complete": False}
+
+
+def _save(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=2) + "\n")

@@ -61,7 +61,8 @@ SETTINGS = (
 )
 # tensors: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state (see `unflatten`).
 # -> y, the state's tensors and, with `save`, what the backward takes as `saved`: the memory at the
-# start of every chunk as `functional.omega_rule.run` describes it, the same for every provider.
+# start of every chunk as `functional.omega_rule.run` describes it, the same for every provider that
+# `saves` (nothing for others).
 LIBRARY.define(f"omega_rule(Tensor[] tensors, {SETTINGS}, str provider, bool save) -> Tensor[]")
 # grads: of y and of the state's tensors but its position. -> those of all floating tensors.
 LIBRARY.define(
@@ -115,7 +116,7 @@ def omega_rule(
     """`functional.omega_rule` by a provider: same arguments, results and errors.
 
     provider: who computes it, "definition" or such as "triton"; "auto" leaves it to `use_provider`,
-    or takes the fastest of the device that supports the call. Raises ValueError where the one asked
+    or takes the first of the device that supports the call. Raises ValueError where the one asked
     for cannot serve. One graph node when compiled.
     """
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
@@ -374,12 +375,12 @@ def _backward(
 
 
 def _forward_fake(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
-    *settings, _, save = rest
+    *settings, provider, save = rest
     a = unflatten(tensors, Settings(*settings))
     state = a.state
     if state is None:
         state = rules.initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None)
-    saved = starts_like(a) if save else []
+    saved = starts_like(a) if save and providers.find("omega_rule", provider).saves else []
     return [a.q.new_empty(a.v.shape), *(own_empty(t) for t in state.tensors()), *saved]
 
 

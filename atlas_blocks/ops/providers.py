@@ -1,4 +1,4 @@
-"""Which implementation serves an op: the definition or a faster provider, asked for or by itself.
+"""Which implementation serves an op: the definition or another provider, asked for or by itself.
 
 The choice is made in Python before the op is called, from the device, dtypes and widths of a call
 (never from its lengths: one compiled graph serves them all), and the name of the chosen provider is
@@ -21,7 +21,7 @@ DEFINITION = "definition"
 
 
 class ProviderWarning(UserWarning):
-    """A call is served by a slower provider than its device has."""
+    """A call is served by a provider that is not the first choice on its device."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,20 @@ class Provider:
     the op says of a call, such as `ops.omega_rule.Call`.
     forward, backward: serve the op and its backward; their arguments are the ops' without the
     provider's name, the settings as one tuple.
+    saves: whether the forward, asked to save, hands out what the op keeps for the backward; one
+    that computes everything anew in its backward does not, and is given nothing there.
     """
 
     name: str
     supports: Callable[[Any], str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    saves: bool = True
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Who serves a call, and why not the others: their names and reasons, the fastest first."""
+    """Who serves a call, and why not the others: their names and reasons, the preferred first."""
 
     op: str
     provider: str
@@ -63,7 +66,7 @@ def _imported(module: str) -> Provider:
     return importlib.import_module(module).PROVIDER
 
 
-# Every op's providers but the definition, by name, the fastest first. A module named here is
+# Every op's providers but the definition, by name, the preferred first. A module named here is
 # imported when its provider is first needed and has it as PROVIDER.
 _PROVIDERS: dict[str, dict[str, _Entry]] = {
     "newton_schulz": {
@@ -72,7 +75,11 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
         )
     },
     "omega_rule": {
-        "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule"))
+        "triton": _Entry(
+            ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule")
+        ),
+        # Last: nobody has timed the two beside each other.
+        "fla": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.delta_rule")),
     },
     "omega_rule_step": {
         "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.decode"))
@@ -90,7 +97,7 @@ def define(op: str, forward: Callable[..., Any], backward: Callable[..., Any]) -
 def register_provider(
     op: str, provider: Provider, *, automatic_on: tuple[str, ...] = ("cuda",)
 ) -> None:
-    """Add a provider, taken to be faster than those there are.
+    """Add a provider, preferred to those there are.
 
     automatic_on: device types where it is chosen without being asked for; () for none. Raises
     ValueError for an op that is not there or a name that is taken.
@@ -140,7 +147,7 @@ def context() -> str:
 
 
 def names(op: str) -> tuple[str, ...]:
-    """The names of the op's providers, the definition first, then the fastest first."""
+    """The names of the op's providers, the definition first, then the preferred first."""
     return (DEFINITION, *_PROVIDERS[op])
 
 
@@ -162,15 +169,15 @@ def choose(op: str, argument: str, context: str, device: str, call: Any) -> str:
 
     argument: what the op was given as `provider`; context: the name in force around it. Raises
     ValueError where the one that was asked for cannot serve. Warns, once for each op and reason,
-    where the device has a faster provider that cannot.
+    where the device has a preferred provider that cannot.
     """
     known = names(op)
     check.choice("provider", argument, ("auto", *known))
     asked = context if argument == "auto" and context in known else argument
     if asked == "auto":
         chosen, refusals = _automatic(op, device, call)
-        for name, reason in refusals.items():
-            _warn_once(op, chosen, name, reason)
+        if refusals:
+            _warn_once(op, chosen, *next(iter(refusals.items())))
         return chosen
     reason = refusal(op, asked, call)
     if reason is not None:
@@ -179,7 +186,7 @@ def choose(op: str, argument: str, context: str, device: str, call: Any) -> str:
 
 
 def _automatic(op: str, device: str, call: Any) -> tuple[str, dict[str, str]]:
-    """The fastest provider of this device type that can serve, and why faster ones cannot."""
+    """The first provider of this device type that can serve, and why those before cannot."""
     refusals = {}
     for name, entry in _PROVIDERS[op].items():
         if device in entry.automatic_on:
@@ -192,7 +199,7 @@ def _automatic(op: str, device: str, call: Any) -> tuple[str, dict[str, str]]:
 
 @functools.cache
 def _warn_once(op: str, chosen: str, name: str, reason: str) -> None:
-    message = f"{op} is served by {chosen!r}, not by the faster {name!r}: {reason}"
+    message = f"{op} is served by {chosen!r}, not by the preferred {name!r}: {reason}"
     warnings.warn(message, ProviderWarning, stacklevel=4)
 
 
@@ -210,7 +217,7 @@ def explain_choice(op: str, call: Any) -> Choice:
         if reason is None and call.device not in entry.automatic_on:
             reason = f"on {call.device} it serves only where it is asked for"
         elif reason is None and name != chosen:
-            reason = f"{chosen!r} is faster"
+            reason = f"{chosen!r} is preferred"
         if reason is not None:
             reasons[name] = reason
     return Choice(op, chosen, reasons)

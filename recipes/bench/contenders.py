@@ -179,10 +179,15 @@ def served_by(provider: str) -> Implementation:
 
 
 def provider_names(device: torch.device) -> list[str]:
-    """Every provider of the rule but the definition."""
+    """Every provider of the rule but the definition, and but fla, one of OTHERS: no variant has a
+    chunk of one token."""
     a = Variant().arguments(Shape(1, 1, 1, 1), device, torch.bfloat16, torch.float32)
     choice = explain_choice("omega_rule", describe(a, needs_grad=True))
-    return [n for n in dict.fromkeys([choice.provider, *choice.refusals]) if n != DEFINITION]
+    return [
+        n
+        for n in dict.fromkeys([choice.provider, *choice.refusals])
+        if n not in (DEFINITION, "fla")
+    ]
 
 
 def why_not(provider: str, a: Arguments) -> str | None:

@@ -207,7 +207,7 @@ def test_one_that_cannot_serve_is_refused_with_its_reason(register):
 
 
 def test_a_name_that_is_not_there_is_named():
-    known = "provider: expected one of auto, definition, triton, got 'cuda'"
+    known = "provider: expected one of auto, definition, fla, triton, got 'cuda'"
     with pytest.raises(ValueError, match=known):
         ops.omega_rule(**rule_inputs(), provider="cuda")
     with pytest.raises(ValueError, match=known):
@@ -219,7 +219,7 @@ def test_a_name_that_is_not_there_is_named():
 def test_a_slower_choice_is_warned_of_once_for_each_reason(register):
     register(automatic_on=("cpu",))
     inputs = rule_inputs(window=3)
-    message = f"omega_rule is served by 'definition', not by the faster 'spy': {WIDE}"
+    message = f"omega_rule is served by 'definition', not by the preferred 'spy': {WIDE}"
     with pytest.warns(ProviderWarning, match=message):
         ops.omega_rule(**inputs)
     ops.omega_rule(**inputs)  # a second warning would be an error
@@ -235,10 +235,10 @@ def test_a_choice_can_be_explained(register):
     assert (choice.provider, choice.refusals["fast"]) == ("definition", WIDE)
     choice = ops.explain_choice("omega_rule", call_of())
     assert choice.provider == "fast"
-    assert set(choice.refusals) == {"triton"}
+    assert set(choice.refusals) == {"triton", "fla"}
     register("faster", automatic_on=("cpu",))
     choice = ops.explain_choice("omega_rule", call_of())
-    assert choice.refusals["fast"] == "'faster' is faster"
+    assert choice.refusals["fast"] == "'faster' is preferred"
     register("elsewhere", automatic_on=("cuda",))
     choice = ops.explain_choice("omega_rule", call_of())
     assert choice.refusals["elsewhere"] == "on cpu it serves only where it is asked for"

@@ -51,7 +51,34 @@ def test_a_run_is_saved_and_repeats(tmp_path) -> None:
         separation.run(Console(quiet=True), out=tmp_path / f"{i}.json", **options) for i in range(2)
     ]
     assert found[0] == found[1]
-    assert json.loads((tmp_path / "0.json").read_text())["accuracy"] == found[0]
+    saved = json.loads((tmp_path / "0.json").read_text())
+    assert saved["accuracy"] == found[0]
+    assert saved["complete"]
+    assert saved["versions"]["torch"] == torch.__version__
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch) -> None:
+    options = {"task": OverwriteTask(writes=3, queries=2), "depth": 1, "steps": 2}
+    whole = separation.run(Console(quiet=True), out=tmp_path / "whole.json", seeds=2, **options)
+    trained = []
+
+    def counted(config, task, steps, seed):
+        trained.append((config.name, seed))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return whole[config.name][seed]
+
+    monkeypatch.setattr(separation, "train", counted)
+    out = tmp_path / "separation.json"
+    with pytest.raises(KeyboardInterrupt):
+        separation.run(Console(quiet=True), out=out, seeds=2, **options)
+    assert separation.run(Console(quiet=True), out=out, seeds=2, **options) == whole
+    assert len(trained) == 1 + len(separation.MIXERS) * 2
+    with pytest.raises(ValueError, match="of another run"):
+        separation.run(Console(quiet=True), out=out, seeds=2, **{**options, "steps": 3})
+    out.write_text("{}")
+    with pytest.raises(ValueError, match="no result"):
+        separation.run(Console(quiet=True), out=out, seeds=2, **options)
 
 
 @pytest.mark.slow
