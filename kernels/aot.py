@@ -197,7 +197,7 @@ class Usage:
 def compile_for(one: Launch, chip: str) -> Usage:
     """Compile a recorded launch for "sm_80", "sm_90" or "sm_100"."""
     names = one.kernel.arg_names
-    options = {k: v for k, v in one.settings.items() if k in ("num_warps", "num_stages")}
+    options = {k: v for k, v in one.settings.items() if k in ("num_warps", "num_stages", "maxnreg")}
     values = dict(zip(names, one.arguments, strict=False))
     values |= {k: v for k, v in one.settings.items() if k not in options}
     signature: dict[str, str] = {}

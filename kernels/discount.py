@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atlas_blocks.kernels import tiles
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.tiles import (
     Layout,
@@ -134,7 +135,8 @@ class DiscountSums(torch.autograd.Function):
 
 def _settings(d: int, spans: Spans) -> dict[str, Any]:
     block = min(32 if d % 16 else 64, padded(d))
-    return {
+    found = {
         "CHUNK": spans.chunk, "SPAN": spans.span, "BD": block, "TILES": ceil_div(d, block),
         "num_stages": 1,
     }  # fmt: skip
+    return found | tiles.ALL_REGISTERS if d % 16 else found

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from atlas_blocks.kernels.coefficients import Coefficients, Spans
 from atlas_blocks.kernels.tiles import (
+    ALL_REGISTERS,
     Layout,
     ceil_div,
     chip,
@@ -240,6 +241,7 @@ class Tiles:
     v: int
     count: int  # of D
     value_count: int
+    crowded: bool  # registers are to be had for fewer programs at once
 
     @staticmethod
     def of(d: int, v: int, widest_d: int, widest_v: int) -> Tiles:
@@ -247,12 +249,14 @@ class Tiles:
         smallest = 32 if chip() >= 100 else 16
         block_d = min(widest_d, max(smallest, padded(d)))
         block_v = min(widest_v, max(smallest, padded(v)))
-        return Tiles(block_d, block_v, ceil_div(d, block_d), ceil_div(v, block_v))
+        crowded = d % 16 > 0 or (chip() >= 100 and not 16 < d <= 128)
+        return Tiles(block_d, block_v, ceil_div(d, block_d), ceil_div(v, block_v), crowded)
 
     def settings(self, warps: int = 8) -> dict[str, int]:
-        return {
+        found = {
             "BD": self.d, "BV": self.v, "TILES": self.count, "num_warps": warps, "num_stages": 1,
         }  # fmt: skip
+        return found | ALL_REGISTERS if self.crowded else found
 
 
 # The sizes below are the largest for which `aot` finds no register spilled. Before Hopper the
@@ -275,8 +279,8 @@ def read_tiles(d: int, v: int) -> Tiles:
     return Tiles.of(d, v, 64, 64) if chip() >= 90 else Tiles.of(d, v, 32, 16)
 
 
-def state_warps() -> int:
-    return 4 if chip() >= 100 else 8
+def state_warps(dtype: torch.dtype) -> int:
+    return 4 if chip() >= 100 and dtype != torch.float32 else 8
 
 
 def forward(
@@ -313,14 +317,14 @@ def forward(
         k, target, w, s, m, at.slots, at.rows,
         found.write_own, found.write_halo, found.last_own, found.last_halo,
         found.abar, found.carried, found.thbar, starts_w, starts_s, w_end, s_end, *shape,
-        **chunk_settings(spans), **kinds, **t.settings(state_warps()),
+        **chunk_settings(spans), **kinds, **t.settings(state_warps(q.dtype)),
     )  # fmt: skip
     t = read_tiles(d, v)
     launch(
         _read_forward, (at.count * heads, t.value_count),
         q, k, target, m, at.slots, found.own, found.halo, found.abar, found.carried,
         starts_w, starts_s, y, *shape,
-        **chunk_settings(spans), **kinds, **t.settings(state_warps()),
+        **chunk_settings(spans), **kinds, **t.settings(state_warps(q.dtype)),
     )  # fmt: skip
     return y, w_end, s_end, starts_w, starts_s
 

@@ -428,7 +428,7 @@ def backward(
         _left_backward, (at.count * heads, t.value_count),
         q, k, target, dy, m, at.slots, found.own, found.halo, starts_w,
         e_own, e_halo, dl_own, dl_halo, *shape,
-        **settings, **kinds, **t.settings(state_warps()),
+        **settings, **kinds, **t.settings(state_warps(q.dtype)),
     )  # fmt: skip
     t = walk_backward_tiles(d, v)
     ends_w, dw_start, dm_start = (
@@ -445,7 +445,7 @@ def backward(
         found.write_own, found.write_halo, found.last_own, found.last_halo,
         found.abar, found.carried, found.thbar,
         dl_own, dl_halo, dw, ds, dm, ends_w, ends_s, dw_start, ds_start, dm_start, *shape,
-        **settings, **t.settings(state_warps()), L2=l2, MOMENTUM=ends_s is not None,
+        **settings, **t.settings(state_warps(q.dtype)), L2=l2, MOMENTUM=ends_s is not None,
     )  # fmt: skip
     t = gradient_tiles(d, v, spans)
     gradient = coefficients.empty(at, heads, spans, parts=t.count)

@@ -18,7 +18,8 @@ from atlas_blocks.functional.rule import Arguments, OmegaState
 from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.deep import backward as deep_backward
-from atlas_blocks.kernels.deep import forward as deep
+from atlas_blocks.kernels.deep import call as deep_call
+from atlas_blocks.kernels.deep import forward as deep_forward
 from atlas_blocks.kernels.discount import DiscountSums
 from atlas_blocks.kernels.tiles import Layout, layout, no_device
 from atlas_blocks.ops.newton_schulz import NewtonSchulz
@@ -101,7 +102,7 @@ def _layout(a: Arguments) -> tuple[Layout, Spans]:
     position = None if a.state is None else a.state.position
     history = 0 if a.state is None else a.rule.history
     batch, length = a.q.shape[:2]
-    least = 16 if a.rule.memory == "matrix" else deep.LEAST_HALO
+    least = 16 if a.rule.memory == "matrix" else deep_call.LEAST_HALO
     spans = Spans.of(a.rule.chunk_size, a.rule.window, history, least)
     return layout(batch, length, spans.chunk, position, a.q.device), spans
 
@@ -190,10 +191,10 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
             # A matrix memory's discount carries no scale.
             scale, scales = memory.scale, memory.scale.new_zeros(at.count, a.q.shape[2])
         else:
-            call = deep.Call(
+            call = deep_call.Call(
                 x.q, x.k, x.target, *gates, x.mass, memory.w, memory.s, memory.m, at, spans, l2
             )
-            y, w, s, scale, starts_w, starts_s, scales = deep.forward(call, memory.scale)
+            y, w, s, scale, starts_w, starts_s, scales = deep_forward.forward(call, memory.scale)
             if _has_residual(a):
                 y = y + a.q
         first = torch.zeros_like(at.rows[:, 0]) if a.state is None else a.state.position
@@ -265,7 +266,9 @@ def _backward(
         dw, ds, dm = ([] if t is None else [t] for t in one)
         d_gates = coefficients.backward(*gates, at, spans, gradient)
     else:
-        call = deep.Call(plain.q, plain.k, plain.target, *gates, plain.mass, w, s, m, at, spans, l2)
+        call = deep_call.Call(
+            plain.q, plain.k, plain.target, *gates, plain.mass, w, s, m, at, spans, l2
+        )
         dq, dk, dv, d_gates, d_mass, dw, ds, dm, d_scale = deep_backward.backward(
             call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale
         )

@@ -229,3 +229,8 @@ def dot(a, b):
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
         return tl.dot(a, b)
+
+
+# A launch setting. Left to itself ptxas keeps to fewer registers than a thread can have, so that
+# more programs run at once, and may then spill a few.
+ALL_REGISTERS = {"maxnreg": 255}

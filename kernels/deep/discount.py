@@ -6,7 +6,7 @@
 
 f is `Memory.tangent` of functional/memories.py: four numbers a key (two are 0 of an mlp), made of
 w, a bound on the norm of W_1, of |e| and |h|, and where gated of the largest |gelu'(z) o u|,
-|gelu(z)| and |u|. Called by the programs of deep.py; `features` [13, KEYS] is theirs.
+|gelu(z)| and |u|. Called by the programs of forward.py; `features` [13, KEYS] is theirs.
 """
 
 # A call of a jitted function is NoReturn to pyright.
@@ -59,7 +59,7 @@ def _roots(norm_e, norm_h, gate, value, upper, w, GATED: tl.constexpr):
 
 
 @triton.jit
-def _squares(x, r, KEYS, D, BD: tl.constexpr, TILES: tl.constexpr):
+def _squares(x, r, KEYS, D, BD: tl.constexpr, TILES):
     """|x|^2 of some keys."""
     found = tl.zeros([r.shape[0]], tl.float32)
     for i in tl.range(TILES, disable_licm=True):
@@ -80,7 +80,7 @@ def tangents(
     x, e, z, u, w, features,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr, KEYS: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr,
+    TILES, BLOCKS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """The features of all keys."""
     for n in tl.range(KEYS // BK, disable_licm=True):
@@ -139,10 +139,11 @@ def _gate(x, token, head, H, neutral):
 
 
 @triton.jit
-def _held_own(features, gamma, token, head, H, t, WINDOW, SPAN: tl.constexpr, HALO,
-              KEYS: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """The largest own_i among the keys that each token's window weighs."""
-    held = tl.zeros([SPAN], tl.float32)
+def _held_own(
+    features, gamma, token, head, H, t, WINDOW, SPAN, HALO, KEYS: tl.constexpr, BK: tl.constexpr
+):
+    """The largest own_i among the keys that each of these tokens' window weighs."""
+    held = tl.zeros([t.shape[0]], tl.float32)
     for n in tl.range(KEYS // BK, disable_licm=True):
         r = n * BK + tl.arange(0, BK)
         own = tl.load(features + _OWN * KEYS + r)
@@ -154,7 +155,7 @@ def _held_own(features, gamma, token, head, H, t, WINDOW, SPAN: tl.constexpr, HA
 @triton.jit
 def _products(
     x, z, u, D, HIDDEN, SPAN: tl.constexpr, KEYS: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, TILES, BLOCKS: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
     """h_t . h_s and x_t . x_s of a chunk's own tokens."""
@@ -189,17 +190,24 @@ def strengths_of(
     x, z, u, features, tokens, key_tokens, filled, eta, theta, gamma, mass, before, head, H,
     D: tl.constexpr, HIDDEN: tl.constexpr, WINDOW: tl.constexpr,
     SPAN: tl.constexpr, HALO: tl.constexpr, KEYS: tl.constexpr,
-    BK: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, TILES,
     BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """A chunk's write strengths, and held of its newest token. before: held, of the last chunk."""
     t = tl.arange(0, SPAN)
     token = tl.load(tokens + t)
-    held = _held_own(features, gamma, token, head, H, t, WINDOW, SPAN, HALO, KEYS, BK)
     if MOMENTUM:
         m = _gate(theta, token, head, H, 1.0)
-        held = tl.max(decay(m, SPAN) * held[None, :], 1)
-        held = tl.maximum(held, tl.cumprod(m, axis=0) * before)
+        held = tl.cumprod(m, axis=0) * before
+        for n in tl.range(SPAN // BK, disable_licm=True):
+            s = n * BK + tl.arange(0, BK)
+            past = tl.load(tokens + s)
+            own = _held_own(features, gamma, past, head, H, s, WINDOW, SPAN, HALO, KEYS, BK)
+            aged = tl.cumprod(tl.where(t[None, :] > s[:, None], m[None, :], 1.0), axis=1)
+            aged = tl.where(t[None, :] >= s[:, None], aged, 0.0) * own[:, None]
+            held = tl.maximum(held, tl.max(aged, 0))
+    else:
+        held = _held_own(features, gamma, token, head, H, t, WINDOW, SPAN, HALO, KEYS, BK)
     hidden, dots = _products(x, z, u, D, HIDDEN, SPAN, KEYS, BD, BH, TILES, BLOCKS, GATED)
     kappa = tl.abs(hidden) + _inner(features, t, KEYS, GATED) * tl.abs(dots)
     m = _gate(mass, tl.load(key_tokens + t), head, H, 0.0)
@@ -241,7 +249,7 @@ def gradient_of_strengths(
     eta, theta, gamma, mass, strengths, before, after, d_eta, d_theta, d_mass, head, H,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr, WINDOW: tl.constexpr,
     SPAN: tl.constexpr, HALO: tl.constexpr, KEYS: tl.constexpr,
-    BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, TILES: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, TILES,
     BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """The gradients of eta and m, of theta through what is held, and of e, which is added to de.
@@ -330,7 +338,7 @@ def gradient_of_strengths(
 def _tangent_backward(
     x, e, de, features, slopes, d_own, w, r,
     D: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, GATED: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, TILES, GATED: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of own and, in slopes, those of f through kappa, to de and the slopes: what
     h, x and the largest |gelu'(z) o u|, |gelu(z)| and |u| are to be multiplied by. Returns dw."""

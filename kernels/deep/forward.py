@@ -19,37 +19,30 @@ keys: a chunk's own tokens and then those of the halo, KEYS in all. Tensors name
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atlas_blocks.kernels import coefficients
-from atlas_blocks.kernels.coefficients import Coefficients, Spans
-from atlas_blocks.kernels.deep.cutter import Cutter, cut, put
-from atlas_blocks.kernels.deep.discount import FEATURES, bound_of, strengths_of, tangents
+from atlas_blocks.kernels.coefficients import Coefficients
+from atlas_blocks.kernels.deep.call import GROUP, Call, Group, Rooms, groups, joined, three
+from atlas_blocks.kernels.deep.cutter import cut, put
+from atlas_blocks.kernels.deep.discount import bound_of, strengths_of, tangents
 from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
 from atlas_blocks.kernels.tiles import (
+    ALL_REGISTERS,
     Layout,
-    ceil_div,
     chip,
     dot,
     launch,
     load_block,
-    padded,
     store_block,
 )
-
-GROUP = 4  # chunks at a time
-LEAST_HALO = 32  # so that keys come in tiles of 32
 
 
 @triton.jit
 def project(
-    x, w, r, ROWS, j, HIDDEN, D, BD: tl.constexpr, TILES: tl.constexpr
+    x, w, r, ROWS, j, HIDDEN, D, BD: tl.constexpr, TILES
 ):  # fmt: skip
     """x W^T for some rows of x [ROWS, D] and some hidden units of W [HIDDEN, D]."""
     found = tl.zeros([r.shape[0], j.shape[0]], tl.float32)
@@ -66,11 +59,17 @@ def room(rooms, index: tl.constexpr, line, LINES, size: tl.constexpr):
 
 
 @triton.jit
+def two_rooms(rooms, index: tl.constexpr, line, LINES, size: tl.constexpr):
+    """Those of one name and of the next."""
+    return room(rooms, index, line, LINES, size), room(rooms, index + 1, line, LINES, size)
+
+
+@triton.jit
 def keys_hidden(
     x, target, w1, w2, w3, z, u, e,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr, KEYS: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, L2: tl.constexpr, GATED: tl.constexpr,
+    TILES, BLOCKS: tl.constexpr, L2: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """z, u and e of all keys."""
     v = tl.arange(0, BV)
@@ -138,7 +137,7 @@ def _write(
         store_block(to_s, y, row, ROWS, column, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["START", "PER_ROW", "LINES"])
+@triton.jit(do_not_specialize=["START", "PER_ROW", "LINES", "TILES"])
 def _walk_forward(
     x, target, tokens, key_tokens, filled, rows, alpha, eta, theta, gamma, mass,
     window, thbar, write, last, ends, m1, m2, m3, w1, w2, w3, s1, s2, s3,
@@ -148,7 +147,7 @@ def _walk_forward(
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr,
     WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, KEYS: tl.constexpr,
     GROUP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, L2: tl.constexpr, GATED: tl.constexpr,
+    TILES, BLOCKS: tl.constexpr, L2: tl.constexpr, GATED: tl.constexpr,
     MOMENTUM: tl.constexpr, BEGUN: tl.constexpr, DISCOUNT: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """A group's chunks one after the other, from START on: the key factors, the strengths and, with
@@ -178,8 +177,8 @@ def _walk_forward(
             # M^(0) of a chunk that an earlier call began is not the W it starts with here.
             at_1, at_2, at_3 = m1 + line * size1, m2 + line * size2, m3 + line * size2
         ROOM: tl.constexpr = KEYS * HIDDEN
-        z, u = room(rooms, 0, mine, LINES, ROOM), room(rooms, 1, mine, LINES, ROOM)
-        h, p2 = room(rooms, 2, mine, LINES, ROOM), room(rooms, 3, mine, LINES, ROOM)
+        z, u = two_rooms(rooms, 0, mine, LINES, ROOM)
+        h, p2 = two_rooms(rooms, 2, mine, LINES, ROOM)
         p3 = room(rooms, 4, mine, LINES, ROOM)
         e, keys = errors + key * KEYS * V, x + key * KEYS * D
         write_, last_, ends_ = write + key * KEYS, last + key * KEYS, ends + key * 3
@@ -346,8 +345,8 @@ def _read_forward(
     at_q, at_x, e = q + key * SPAN * D, x + key * KEYS * D, errors + key * KEYS * V
     # The keys' z and u, which room 0 and 1 hold, are not needed any more.
     ROOM: tl.constexpr = KEYS * HIDDEN
-    z, u = room(rooms, 0, mine, LINES, ROOM), room(rooms, 1, mine, LINES, ROOM)
-    h, p2 = room(rooms, 2, mine, LINES, ROOM), room(rooms, 3, mine, LINES, ROOM)
+    z, u = two_rooms(rooms, 0, mine, LINES, ROOM)
+    h, p2 = two_rooms(rooms, 2, mine, LINES, ROOM)
     p3 = room(rooms, 4, mine, LINES, ROOM)
     scores += key * SPAN * KEYS
     f += key * SPAN * KEYS
@@ -383,104 +382,6 @@ def _read_forward(
     store_block(y + key * SPAN * V, found, t, SPAN, v, V)
 
 
-@dataclass(frozen=True)
-class Group:
-    """The same few chunks of every row."""
-
-    start: int  # the first
-    at: Layout  # their slots alone, [B, GROUP]
-    cutter: Cutter
-
-
-def groups(at: Layout, spans: Spans) -> list[Group]:
-    """All chunks of a call, GROUP at a time."""
-    slots, found = at.slots.unflatten(0, (at.batch, at.per_row)), []
-    for start in range(0, at.per_row, GROUP):
-        some = slots[:, start : start + GROUP]
-        if some.shape[1] < GROUP:  # slots without a chunk
-            some = torch.cat(
-                [some, torch.zeros_like(slots[:, :1]).expand(-1, GROUP - some.shape[1], -1)], 1
-            )
-        part = Layout(some.flatten(0, 1).contiguous(), at.rows, at.batch, GROUP, at.chunk)
-        found.append(Group(start, part, Cutter.of(part, spans)))
-    return found
-
-
-@dataclass(frozen=True)
-class Rooms:
-    """What the programs of a group hand from one stage to the next, float32."""
-
-    hidden: Tensor  # [names, lines, KEYS * HIDDEN]
-    errors: Tensor  # e [lines, KEYS, V]
-    features: Tensor  # of the discount [lines, 13, KEYS]
-    grams: Tensor  # W_1 W_1^T [lines, V, V]
-
-    @staticmethod
-    def of(names: int, at: Layout, spans: Spans, w: list[Tensor]) -> Rooms:
-        batch, heads, v, hidden = w[0].shape
-        lines, keys = batch * GROUP * heads, spans.span + spans.halo
-        return Rooms(
-            w[0].new_empty(names, lines, keys * hidden), w[0].new_empty(lines, keys, v),
-            w[0].new_empty(lines, FEATURES, keys), w[0].new_empty(lines, v, v),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of `forward`."""
-
-    q: Tensor  # [B, T, H, D]
-    k: Tensor  # [B, HIST + T, H, D]
-    target: Tensor  # [B, HIST + T, H, V]
-    alpha: Tensor  # [B T, H], and so the other gates
-    eta: Tensor
-    theta: Tensor | None
-    gamma: Tensor  # [B T, H, c]
-    mass: Tensor | None  # [B, HIST + T, H] where writes are discounted
-    w: list[Tensor]  # [B, H, dout, din]
-    s: list[Tensor]  # empty without momentum
-    m: list[Tensor]  # M^(0), empty where no chunk is begun
-    at: Layout
-    spans: Spans
-    l2: bool
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """H, D, V and hidden units."""
-        v, hidden = self.w[0].shape[-2:]
-        return self.q.shape[2], self.q.shape[3], v, hidden
-
-    def settings(self, widest: int = 32) -> dict[str, Any]:
-        """The compile-time settings that all kernels share; widest: tile of hidden units."""
-        _, d, v, hidden = self.shape
-        spans = self.spans
-        keys = {"SPAN": spans.span, "KEYS": spans.span + spans.halo, "GROUP": GROUP}
-        kinds = {"GATED": len(self.w) == 3, "MOMENTUM": self.theta is not None}
-        return keys | kinds | tiles(d, v, hidden, spans, widest)
-
-    def window(self, group: Group) -> Coefficients:
-        """C, and thbar where P thbar would be: with alpha = 0 and eta = 1 P is the identity."""
-        none, one = torch.zeros_like(self.alpha), torch.ones_like(self.eta)
-        return coefficients.forward(none, one, self.theta, self.gamma, group.at, self.spans)
-
-    def coefficients(self, group: Group, strengths: Tensor) -> Coefficients:
-        """All of the dual form's coefficients for these write strengths."""
-        return coefficients.forward(
-            self.alpha, strengths, self.theta, self.gamma, group.at, self.spans
-        )
-
-
-def joined(own: Tensor, halo: Tensor) -> Tensor:
-    """Coefficients of all keys."""
-    return torch.cat([own, halo], -1) if halo.shape[-1] else own
-
-
-def three(group: list[Tensor], other: list[Tensor]) -> list[Tensor]:
-    """Pointers for W_1..W_3; those to what is not there are never followed."""
-    group = group or other
-    return [*group, *(3 - len(group)) * group[-1:]]
-
-
 def walk(
     call: Call,
     group: Group,
@@ -506,6 +407,10 @@ def walk(
     ends = torch.stack([found.abar[..., -1], found.carried[..., -1], found.thbar], -1)
     window = joined(found.own, found.halo)
     programs = at.batch * heads * (1 if forward else GROUP)
+    # Without a gate, and where tiles do not go through registers, larger ones take fewer of them.
+    widest = 64 if chip() >= 90 and len(call.w) == 2 and hidden > 64 else 32
+    widest = 16 if chip() < 90 and v > 64 else widest
+    settings = call.settings(widest) | ALL_REGISTERS
     launch(
         _walk_forward, (programs,),
         cut(call.k, cutter.keys), cut(call.target, cutter.keys), cutter.tokens, cutter.keys,
@@ -514,7 +419,7 @@ def walk(
         *three(starts_w, starts_w), *three(starts_s, starts_w), *three(end_w, starts_w),
         *three(end_s, starts_w), rooms.hidden, rooms.errors, rooms.features, rooms.grams,
         strengths, scales, end_scale, group.start, at.per_row, at.batch * GROUP * heads,
-        heads, d, v, hidden, **call.settings(), WINDOW=spans.window, HALO=spans.halo, L2=call.l2,
+        heads, d, v, hidden, **settings, WINDOW=spans.window, HALO=spans.halo, L2=call.l2,
         BEGUN=bool(call.m), DISCOUNT=discount, WALK=forward,
     )  # fmt: skip
     return call.coefficients(group, strengths) if discount else found
@@ -557,16 +462,3 @@ def _starts(x: Tensor, at: Layout) -> Tensor:
     found = x.new_zeros(at.batch, at.per_row, *x.shape[1:])
     found[:, 0] = x
     return found.flatten(0, 1)
-
-
-def tiles(d: int, v: int, hidden: int, spans: Spans, widest: int) -> dict[str, int]:
-    """How keys, D and the hidden units are cut; V is not. The largest that `aot` finds no register
-    spilled with."""
-    block_d = min(64 if chip() >= 90 else 32, padded(d))
-    block_h = min(widest, padded(hidden))
-    return {
-        "BK": min(LEAST_HALO, spans.span, spans.halo or spans.span),
-        "BD": block_d, "BV": padded(v), "BH": block_h,
-        "TILES": ceil_div(d, block_d), "BLOCKS": ceil_div(hidden, block_h),
-        "num_warps": 8, "num_stages": 1,
-    }  # fmt: skip

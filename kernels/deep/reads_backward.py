@@ -8,7 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_blocks.kernels.deep.forward import hidden_of, project, read_hidden, room, weighed_scores
+from atlas_blocks.kernels.deep.forward import (
+    hidden_of,
+    project,
+    read_hidden,
+    room,
+    two_rooms,
+    weighed_scores,
+)
 from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
 from atlas_blocks.kernels.tiles import dot, load_block, store_block
 
@@ -39,9 +46,9 @@ def scores_backward(
         return
     key, size = mine.to(tl.int64), HIDDEN * D
     ROOM: tl.constexpr = KEYS * HIDDEN
-    h, p2 = room(rooms, 2, mine, LINES, ROOM), room(rooms, 3, mine, LINES, ROOM)
+    h, p2 = two_rooms(rooms, 2, mine, LINES, ROOM)
     p3 = room(rooms, 4, mine, LINES, ROOM)
-    z_t, u_t = room(rooms, 8, mine, LINES, ROOM), room(rooms, 9, mine, LINES, ROOM)
+    z_t, u_t = two_rooms(rooms, 8, mine, LINES, ROOM)
     at_q, at_dy, e = q + key * SPAN * D, dy + key * SPAN * V, errors + key * KEYS * V
     square = key * SPAN * KEYS
     weighed_scores(
@@ -91,8 +98,8 @@ def read_backward(
     part = (m * LINES + mine).to(tl.int64) * SPAN
     ROOM: tl.constexpr = KEYS * HIDDEN
     h, dh = room(rooms, 2, mine, LINES, ROOM), room(rooms, 5, mine, LINES, ROOM)
-    z_t, u_t = room(rooms, 8, mine, LINES, ROOM), room(rooms, 9, mine, LINES, ROOM)
-    dz_t, du_t = room(rooms, 10, mine, LINES, ROOM), room(rooms, 11, mine, LINES, ROOM)
+    z_t, u_t = two_rooms(rooms, 8, mine, LINES, ROOM)
+    dz_t, du_t = two_rooms(rooms, 10, mine, LINES, ROOM)
     t, v, j = tl.arange(0, SPAN), tl.arange(0, BV), m * BH + tl.arange(0, BH)
     at_dy = dy + key * SPAN * V
     h_t = hidden_of(z_t, u_t, t, SPAN, j, HIDDEN, GATED)
@@ -142,9 +149,9 @@ def left_backward(
     key = mine.to(tl.int64)
     square = key * SPAN * KEYS
     ROOM: tl.constexpr = KEYS * HIDDEN
-    p2, p3 = room(rooms, 3, mine, LINES, ROOM), room(rooms, 4, mine, LINES, ROOM)
-    dp2, dp3 = room(rooms, 6, mine, LINES, ROOM), room(rooms, 7, mine, LINES, ROOM)
-    dz_t, du_t = room(rooms, 10, mine, LINES, ROOM), room(rooms, 11, mine, LINES, ROOM)
+    p2, p3 = two_rooms(rooms, 3, mine, LINES, ROOM)
+    dp2, dp3 = two_rooms(rooms, 6, mine, LINES, ROOM)
+    dz_t, du_t = two_rooms(rooms, 10, mine, LINES, ROOM)
     t, r = tl.arange(0, SPAN), tl.program_id(2) * BK + tl.arange(0, BK)
     inner = tl.zeros([SPAN, BK], tl.float32)
     for m in tl.range(BLOCKS, disable_licm=True):
@@ -206,7 +213,7 @@ def query_backward(
     key, size = mine.to(tl.int64), HIDDEN * D
     part = ((BLOCKS + m) * LINES + mine).to(tl.int64) * SPAN
     ROOM: tl.constexpr = KEYS * HIDDEN
-    dz_t, du_t = room(rooms, 10, mine, LINES, ROOM), room(rooms, 11, mine, LINES, ROOM)
+    dz_t, du_t = two_rooms(rooms, 10, mine, LINES, ROOM)
     at_q = q + key * SPAN * D
     abar += key * SPAN
     carried += key * SPAN

@@ -15,7 +15,7 @@ from atlas_blocks.kernels.deep.discount import (
     strength_gradient,
     units_discounted,
 )
-from atlas_blocks.kernels.deep.forward import project, room
+from atlas_blocks.kernels.deep.forward import project, room, two_rooms
 from atlas_blocks.kernels.deep.gelu import gelu, gelu_bend, gelu_slope
 from atlas_blocks.kernels.deep.reads_backward import place
 from atlas_blocks.kernels.tiles import dot, load_block, store_block
@@ -67,11 +67,11 @@ def factors_backward(
         return
     key, at, size1, size2 = mine.to(tl.int64), line.to(tl.int64), V * HIDDEN, HIDDEN * D
     ROOM: tl.constexpr = KEYS * HIDDEN
-    z, u = room(rooms, 0, mine, LINES, ROOM), room(rooms, 1, mine, LINES, ROOM)
-    h, p2 = room(rooms, 2, mine, LINES, ROOM), room(rooms, 3, mine, LINES, ROOM)
-    p3, dh = room(rooms, 4, mine, LINES, ROOM), room(rooms, 5, mine, LINES, ROOM)
-    dp2, dp3 = room(rooms, 6, mine, LINES, ROOM), room(rooms, 7, mine, LINES, ROOM)
-    dh_all, dp2_all = room(rooms, 8, mine, LINES, ROOM), room(rooms, 9, mine, LINES, ROOM)
+    z, u = two_rooms(rooms, 0, mine, LINES, ROOM)
+    h, p2 = two_rooms(rooms, 2, mine, LINES, ROOM)
+    p3, dh = two_rooms(rooms, 4, mine, LINES, ROOM)
+    dp2, dp3 = two_rooms(rooms, 6, mine, LINES, ROOM)
+    dh_all, dp2_all = two_rooms(rooms, 8, mine, LINES, ROOM)
     dp3_all = room(rooms, 10, mine, LINES, ROOM)
     weights = w1 + here * size1
     if BEGUN and _begun(tokens, mine // H, START + OFFSET, SPAN):
@@ -191,7 +191,7 @@ def ends_backward(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW", "LINES"])
+@triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW", "LINES", "TILES"])
 def discount_backward(
     x, rows, tokens, key_tokens, filled, eta, theta, gamma, mass, scales, strengths,
     rooms, errors, features, grams, squares, slopes, de_all, d_eta, d_theta, d_mass, d_scale,
@@ -199,18 +199,16 @@ def discount_backward(
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-    TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
+    TILES, BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
     WINDOW: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
-    """The write strengths, see deep_discount.py. The first of slopes: the factor of W_1 W_1^T."""
+    """The write strengths, see discount.py. The first of slopes: the factor of W_1 W_1^T."""
     line = tl.program_id(0)
     there, mine, here = place(rows, START, OFFSET, PER_ROW, line, H, GROUP)
     if there == 0:
         return
     key, spot = mine.to(tl.int64), mine // H
-    z, u = (
-        room(rooms, 0, mine, LINES, KEYS * HIDDEN), room(rooms, 1, mine, LINES, KEYS * HIDDEN)
-    )  # fmt: skip
+    z, u = two_rooms(rooms, 0, mine, LINES, KEYS * HIDDEN)
     before, into_gram = gradient_of_strengths(
         x + key * KEYS * D, errors + key * KEYS * V, z, u, features + key * 13 * KEYS,
         squares + key * 2 * SPAN * SPAN, slopes + key * 6 * KEYS, grams + key * V * V,
@@ -268,10 +266,10 @@ def outer_backward(
         return
     key, at, size = mine.to(tl.int64), line.to(tl.int64), V * HIDDEN
     ROOM: tl.constexpr = KEYS * HIDDEN
-    z, u = room(rooms, 0, mine, LINES, ROOM), room(rooms, 1, mine, LINES, ROOM)
+    z, u = two_rooms(rooms, 0, mine, LINES, ROOM)
     h, dz = room(rooms, 2, mine, LINES, ROOM), room(rooms, 5, mine, LINES, ROOM)
     du, dh = room(rooms, 6, mine, LINES, ROOM), room(rooms, 8, mine, LINES, ROOM)
-    dp2, dp3 = room(rooms, 9, mine, LINES, ROOM), room(rooms, 10, mine, LINES, ROOM)
+    dp2, dp3 = two_rooms(rooms, 9, mine, LINES, ROOM)
     at_slopes, at_squares = slopes + key * 6 * KEYS, squares + key * 2 * SPAN * SPAN
     begun, weights = _begun(tokens, mine // H, START + OFFSET, SPAN), w1 + here * size
     if BEGUN and begun:
@@ -320,12 +318,15 @@ def outer_backward(
 
 
 @triton.jit
-def _right_written(
-    left, gw, gs, write, last, r, j, d, HIDDEN, D, KEYS: tl.constexpr, MOMENTUM: tl.constexpr
+def _right(
+    found, into, w, left, gw, gs, write, last, r, j, d, HIDDEN, D,
+    KEYS: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """What the writes of W_2 or W_3 add to dx, by some hidden units."""
+    """dx with what some hidden units of W_2 or W_3 add: from the gradient of what the keys make of
+    them, and from the writes."""
+    found += dot(load_block(into, r, KEYS, j, HIDDEN), load_block(w, j, HIDDEN, d, D))
     some = load_block(left, r, KEYS, j, HIDDEN)
-    found = -dot(some * write[:, None], load_block(gw, j, HIDDEN, d, D))
+    found -= dot(some * write[:, None], load_block(gw, j, HIDDEN, d, D))
     if MOMENTUM:
         found += dot(some * last[:, None], load_block(gs, j, HIDDEN, d, D))
     return found
@@ -348,8 +349,8 @@ def key_backward(
         return
     key, at, size = mine.to(tl.int64), line.to(tl.int64), HIDDEN * D
     ROOM: tl.constexpr = KEYS * HIDDEN
-    p2, p3 = room(rooms, 3, mine, LINES, ROOM), room(rooms, 4, mine, LINES, ROOM)
-    dz, du = room(rooms, 5, mine, LINES, ROOM), room(rooms, 6, mine, LINES, ROOM)
+    p2, p3 = two_rooms(rooms, 3, mine, LINES, ROOM)
+    dz, du = two_rooms(rooms, 5, mine, LINES, ROOM)
     at_2, at_3 = w2 + here * size, w3 + here * size
     if BEGUN and _begun(tokens, mine // H, START + OFFSET, SPAN):
         at_2, at_3 = m2 + at * size, m3 + at * size
@@ -358,18 +359,14 @@ def key_backward(
     found = load_block(dx + key * KEYS * D, r, KEYS, d, D)
     for n in tl.range(BLOCKS, disable_licm=True):
         j = n * BH + tl.arange(0, BH)
-        some = load_block(dz, r, KEYS, j, HIDDEN)
-        found += dot(some, load_block(at_2, j, HIDDEN, d, D))
-        found += _right_written(
-            p2, gw2 + at * size, gs2 + at * size, write_r, last_r, r, j, d, HIDDEN, D, KEYS,
-            MOMENTUM,
+        found = _right(
+            found, dz, at_2, p2, gw2 + at * size, gs2 + at * size, write_r, last_r, r, j, d,
+            HIDDEN, D, KEYS, MOMENTUM,
         )  # fmt: skip
         if GATED:
-            some = load_block(du, r, KEYS, j, HIDDEN)
-            found += dot(some, load_block(at_3, j, HIDDEN, d, D))
-            found += _right_written(
-                p3, gw3 + at * size, gs3 + at * size, write_r, last_r, r, j, d, HIDDEN, D, KEYS,
-                MOMENTUM,
+            found = _right(
+                found, du, at_3, p3, gw3 + at * size, gs3 + at * size, write_r, last_r, r, j, d,
+                HIDDEN, D, KEYS, MOMENTUM,
             )  # fmt: skip
     if DISCOUNT:
         found += inputs_discounted(
@@ -377,6 +374,23 @@ def key_backward(
             SPAN, KEYS, BK,
         )  # fmt: skip
     store_block(dx_all + key * KEYS * D, found, r, KEYS, d, D)
+
+
+@triton.jit
+def _inner(
+    x, into, gw, gs, rw, rs, gm, start, a, c, th, begun, last, j, d,
+    D: tl.constexpr, HIDDEN: tl.constexpr, KEYS: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, MOMENTUM: tl.constexpr,
+):  # fmt: skip
+    """One block of W_2 or W_3; into: dz or du."""
+    dm = tl.zeros([BH, BD], tl.float32)
+    for n in tl.range(KEYS // BK, disable_licm=True):
+        r = n * BK + tl.arange(0, BK)
+        some = load_block(x, r, KEYS, d, D)
+        dm += dot(tl.trans(load_block(into, r, KEYS, j, HIDDEN)), some)
+    _advance(
+        gw, gs, rw, rs, gm, start, dm, a, c, th, begun, last, j, HIDDEN, d, D, MOMENTUM
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW", "LINES"])
@@ -395,28 +409,20 @@ def inner_backward(
         return
     key, at, size = mine.to(tl.int64), line.to(tl.int64), HIDDEN * D
     ROOM: tl.constexpr = KEYS * HIDDEN
-    dz, du = room(rooms, 5, mine, LINES, ROOM), room(rooms, 6, mine, LINES, ROOM)
+    dz, du = two_rooms(rooms, 5, mine, LINES, ROOM)
     begun = _begun(tokens, mine // H, START + OFFSET, SPAN)
     last = tl.load(rows + line // H * 2 + 1) == START + OFFSET + 1
     ends += key * 3
     a, c, th = tl.load(ends), tl.load(ends + 1), tl.load(ends + 2)
     j, d = m * BH + tl.arange(0, BH), i * BD + tl.arange(0, BD)
-    dm = tl.zeros([BH, BD], tl.float32)
-    for n in tl.range(KEYS // BK, disable_licm=True):
-        r = n * BK + tl.arange(0, BK)
-        some = load_block(x + key * KEYS * D, r, KEYS, d, D)
-        dm += dot(tl.trans(load_block(dz, r, KEYS, j, HIDDEN)), some)
-    _advance(
-        gw2 + at * size, gs2 + at * size, rw2 + key * size, rs2 + key * size, gm2 + at * size,
-        dm2 + at * size, dm, a, c, th, begun, last, j, HIDDEN, d, D, MOMENTUM,
+    _inner(
+        x + key * KEYS * D, dz, gw2 + at * size, gs2 + at * size, rw2 + key * size,
+        rs2 + key * size, gm2 + at * size, dm2 + at * size, a, c, th, begun, last, j, d,
+        D, HIDDEN, KEYS, BK, BD, BH, MOMENTUM,
     )  # fmt: skip
     if GATED:
-        dm = tl.zeros([BH, BD], tl.float32)
-        for n in tl.range(KEYS // BK, disable_licm=True):
-            r = n * BK + tl.arange(0, BK)
-            some = load_block(x + key * KEYS * D, r, KEYS, d, D)
-            dm += dot(tl.trans(load_block(du, r, KEYS, j, HIDDEN)), some)
-        _advance(
-            gw3 + at * size, gs3 + at * size, rw3 + key * size, rs3 + key * size, gm3 + at * size,
-            dm3 + at * size, dm, a, c, th, begun, last, j, HIDDEN, d, D, MOMENTUM,
+        _inner(
+            x + key * KEYS * D, du, gw3 + at * size, gs3 + at * size, rw3 + key * size,
+            rs3 + key * size, gm3 + at * size, dm3 + at * size, a, c, th, begun, last, j, d,
+            D, HIDDEN, KEYS, BK, BD, BH, MOMENTUM,
         )  # fmt: skip
