@@ -20,11 +20,14 @@ from helpers import (
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.compile_passes.graph_pass import Passes
-from atlas_blocks.compile_passes.lower_ops import LowerOps, op_nodes
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.omega_rule import Call, describe, flatten
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Inductor's own import
+    from atlas_blocks.compile_passes.graph_pass import Passes
+    from atlas_blocks.compile_passes.lower_ops import LowerOps, op_nodes
 
 pytest.importorskip("triton")
 from atlas_blocks.kernels import delta_rule
