@@ -84,15 +84,17 @@ def explain(
 
     torch._dynamo.reset()
     seen_breaks = len(dynamo.graph_break_reasons)
-    seen_compiles = len(dynamo.get_compilation_metrics())
+    # Told apart by identity, and held on to for that: torch keeps the last few alone.
+    seen_compiles = dynamo.get_compilation_metrics()
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     seconds, recompiles, tracing = [], [], 0.0
     with functorch.patch(enable_autograd_cache=False):
         for call, arguments in enumerate((inputs, *more)):
             first, again = (_seconds(model, compiled, arguments) for _ in range(2))
             seconds.append(max(0.0, first - again))
-            metrics = dynamo.get_compilation_metrics()[seen_compiles:]
-            seen_compiles += len(metrics)
+            recent = dynamo.get_compilation_metrics()
+            metrics = [m for m in recent if all(m is not seen for seen in seen_compiles)]
+            seen_compiles += metrics
             recompiles += [_recompile(call, m) for m in metrics if m.recompile_reason]
             tracing += sum(_tracing(m) for m in metrics)
     breaks = [_break(r) for r in dynamo.graph_break_reasons[seen_breaks:]]

@@ -7,6 +7,7 @@ import torch
 from helpers import DIM, Recorder, draw, make_block
 from rich.console import Console
 from torch import nn
+from torch._dynamo import utils as dynamo
 
 from atlas_blocks.compile_passes import explain
 from atlas_blocks.compile_passes.survey import Survey
@@ -64,6 +65,16 @@ def test_a_graph_break_is_named_by_file_and_line(capsys):
     text = console.export_text()
     assert "1 graph break" in text
     assert Path(__file__).name in text
+
+
+def test_recompiles_are_found_though_torch_forgets_old_compiles():
+    """It keeps the last 64, here 8: later reports begin with as many as there may be."""
+    dynamo.set_compilation_metrics_limit(8)
+    try:
+        reports = [explain(Whole(), *map(whole_inputs, (20, 28))) for _ in range(4)]
+    finally:
+        dynamo.set_compilation_metrics_limit(dynamo.DEFAULT_COMPILATION_METRICS_LIMIT)
+    assert [len(r.recompiles) for r in reports] == 4 * [1]
 
 
 def test_ops_providers_passes_work_and_recompiles():
