@@ -14,15 +14,13 @@ a tensor core's.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from atlas_blocks.functional import rule as rules
-from atlas_blocks.functional.features import FeatureMap, PolynomialMap, _monomials, _multinomials
+from atlas_blocks.functional.features import FeatureMap, PolynomialMap, monomial_scales, monomials
 from atlas_blocks.kernels.tiles import INTERPRETED, ceil_div, launch, padded
 from atlas_blocks.ops.omega_rule import Settings
 from atlas_blocks.ops.omega_step import StepCall, arguments, no_backward
@@ -132,23 +130,13 @@ def _supports(call: StepCall) -> str | None:
     return None
 
 
-@lru_cache
-def _scales(dim: int, degree: int, device: torch.device) -> Tensor:
-    """The square root of every monomial's multinomial weight.
-
-    Kept: a copy from the host has no place in a CUDA graph, and `PolynomialMap` makes one a call.
-    """
-    weights = [w for level in _multinomials(dim, degree) for w in level]
-    return torch.tensor(weights, device=device).sqrt()
-
-
 def _lifted(phi: FeatureMap | None, x: Tensor) -> Tensor:
     """phi(x), contiguous."""
     if isinstance(phi, PolynomialMap):
         degree = phi.coefficients.shape[0] - 1
         root = phi.coefficients.float().clamp(min=0).sqrt()
-        levels = [root[n] * level for n, level in enumerate(_monomials(x, degree))]
-        x = torch.cat(levels, -1) * _scales(x.shape[-1], degree, x.device)
+        levels = [root[n] * level for n, level in enumerate(monomials(x, degree))]
+        x = torch.cat(levels, -1) * monomial_scales(x.shape[-1], degree, x.dtype, x.device)
     elif phi is not None:
         x = phi(x)
     return x.contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from atlas_blocks import (
     AtlasBlockConfig,
@@ -336,6 +337,23 @@ def cast(
         tables = phi.buckets.to(device), phi.signs.to(device, dtype)
         found["feature_map"] = SketchMap(to(phi.coefficients, dtype), *tables, phi.width)
     return found
+
+
+class HostData(TorchFunctionMode):
+    """Notes calls that bring data from the host: `torch.tensor`, copies between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in (*args, result) if isinstance(t, Tensor) and t.dim()}
+        if len(devices) > 1 or func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            self.found.append(str(func))
+        return result
 
 
 class Recorder:

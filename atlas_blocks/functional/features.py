@@ -27,8 +27,8 @@ def polynomial_width(dim: int, degree: int) -> int:
 
 
 @lru_cache
-def _multinomials(dim: int, degree: int) -> tuple[tuple[float, ...], ...]:
-    """For n = 0..p the multinomial weight of every monomial, in the order `_monomials` makes."""
+def multinomials(dim: int, degree: int) -> tuple[tuple[float, ...], ...]:
+    """For n = 0..p the multinomial weight of every monomial, in the order `monomials` makes."""
     levels: list[list[tuple[int, ...]]] = [[(0,) * dim]]
     for _ in range(degree):
         previous, level = levels[-1], []
@@ -42,12 +42,20 @@ def _multinomials(dim: int, degree: int) -> tuple[tuple[float, ...], ...]:
     )
 
 
+@lru_cache
+@torch.inference_mode(False)  # or what inference has left here could not be differentiated with
+def monomial_scales(dim: int, degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The square root of every monomial's multinomial weight, [W] in the order of `monomials`."""
+    weights = [w for level in multinomials(dim, degree) for w in level]
+    return torch.tensor(weights, dtype=dtype, device=device).sqrt()
+
+
 def _suffix(variables: int, degree: int) -> int:
     """Number of monomials of exactly this degree in the last `variables` variables."""
     return math.comb(variables + degree - 1, degree)
 
 
-def _monomials(x: Tensor, degree: int) -> list[Tensor]:
+def monomials(x: Tensor, degree: int) -> list[Tensor]:
     """For n = 0..p all products of n entries of x [..., D], each unordered choice once.
 
     Monomials of degree n that use only x_i, x_{i+1}, ... are the tail of their list, so degree
@@ -76,13 +84,14 @@ def polynomial_features(x: Tensor, coefficients: Tensor) -> Tensor:
     check.tensor("coefficients", coefficients, "[p + 1]", (None,))
     check.at_least("coefficients' length", coefficients.shape[0], 1)
     degree = coefficients.shape[0] - 1
-    weights = _multinomials(x.shape[-1], degree)
+    # Kept where x is data: a copy from the host at every call has no place in a CUDA graph.
+    plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    scales_of = monomial_scales if plain else monomial_scales.__wrapped__
+    scales = scales_of(x.shape[-1], degree, x.dtype, x.device)
     root = _safe_sqrt(coefficients.to(x.dtype))
-    levels = [
-        level * (root[n] * torch.tensor(weights[n], dtype=x.dtype, device=x.device).sqrt())
-        for n, level in enumerate(_monomials(x, degree))
-    ]
-    return torch.cat(levels, dim=-1)
+    levels = monomials(x, degree)
+    pairs = zip(levels, scales.split([t.shape[-1] for t in levels]), strict=True)
+    return torch.cat([t * (root[n] * scale) for n, (t, scale) in enumerate(pairs)], dim=-1)
 
 
 def sketch_tables(

@@ -21,6 +21,7 @@ from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import run
+from atlas_blocks.functional.one_token import one_token
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.contract import LIBRARY, implement, own, untraced
@@ -77,9 +78,9 @@ def omega_rule_step(
     written. Rows may stand at different positions. Its tensors must be contiguous, share no memory
     and have the dtype in which the rule computes. What `omega_rule` and `initial_state` return
     shares memory; `state.map(torch.clone)` does not.
-    provider: as of `ops.omega_rule`. "triton" never waits for the device and allocates the same
-    memory at every call, so that a CUDA graph can hold it, captured after one call to warm up; for
-    that state.position must be on the device too. The definition reads the position on the host.
+    provider: as of `ops.omega_rule`. Where state.position is on a GPU, no provider waits for the
+    device and each allocates the same memory at every call, so that a CUDA graph can hold the step,
+    captured after one call to warm up.
 
     Returns y [B, H, Dv] in the dtype of q. Raises ValueError naming a bad argument, and for one
     that requires a gradient while gradients are recorded: the step has none.
@@ -213,7 +214,11 @@ def _check_gradients(a: Arguments, state: OmegaState) -> None:
 
 
 def _definition(tensors: list[Tensor], state: list[Tensor], settings: Settings) -> Tensor:
-    y, after = run(arguments(tensors, state, settings))
+    a = arguments(tensors, state, settings)
+    assert a.state is not None
+    # The position is read where that does not wait for a device.
+    step = run if a.state.position.device.type == "cpu" else one_token
+    y, after = step(a)
     # Copies first: what comes after may be what was before, as M^(0) at a chunk's first token.
     for old, new in zip(state, [own(t) for t in after.tensors()], strict=True):
         old.copy_(new)

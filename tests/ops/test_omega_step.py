@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import MEMORIES, OBJECTIVES, STREAMS, UPDATES, assert_close, rows, rule_inputs, tokens
+from helpers import (
+    MEMORIES,
+    OBJECTIVES,
+    STREAMS,
+    UPDATES,
+    HostData,
+    assert_close,
+    rows,
+    rule_inputs,
+    tokens,
+)
 
 from atlas_blocks import ops
 from atlas_blocks.functional import OmegaState, PolynomialMap, omega_rule
@@ -248,6 +258,32 @@ def test_a_state_of_another_dtype_is_refused():
     single = state.map(lambda t: t.float() if t.is_floating_point() else t)
     with pytest.raises(ValueError, match=r"state\.weights\[0\]: expected torch\.float64 on cpu"):
         omega_rule_step(**token(inputs, 0), **options, state=single)
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_where_the_position_is_on_a_device_nothing_is_asked_of_the_host(memory, update, features):
+    """Then a CUDA graph can hold the step. On tensors without storage, which cannot be read."""
+    inputs = rule_inputs(memory, length=2, window=3, features=features, update=update)
+    options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": True}
+    state = before(inputs, options).map(lambda t: t.to("meta"))
+    phi = inputs["feature_map"]
+    if phi is not None:
+        moved = {n: t.to("meta") for n, t in vars(phi).items() if isinstance(t, torch.Tensor)}
+        phi = dataclasses.replace(phi, **moved)
+    x = {n: t.to("meta") for n, t in token(inputs, 0).items() if isinstance(t, torch.Tensor)}
+    for _ in range(2):  # the first call fills what is kept
+        with HostData() as host:
+            y = omega_rule_step(**x, **options, feature_map=phi, state=state)
+    assert host.found == []
+    assert y.shape == (1, 2, 3)
+
+
+def test_host_data_is_noticed():
+    with HostData() as host:
+        torch.tensor([1.0])
+    assert len(host.found) == 1
 
 
 def test_it_is_exported():
