@@ -22,7 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from atlas_blocks.functional.omega_rule import first_state, run
 from atlas_blocks.functional.rule import Arguments, OmegaState
@@ -63,7 +65,18 @@ def _supports(call: Call) -> str | None:
         return f"it needs a CUDA device, not {call.device}"
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install 'atlas-blocks[fla]')"
-    return no_device(call.device, call.dtype)
+    reason = no_device(call.device, call.dtype)
+    if reason is None and call.needs_grad and _backward_is_broken():
+        return (
+            f"its backward refuses a Hopper GPU with Triton {triton.__version__} (3.7.1 mends it)"
+        )
+    return reason
+
+
+def _backward_is_broken() -> bool:
+    """fla.ops.common.chunk_o raises there, because Triton computed a gradient wrongly."""
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    return hopper and "3.4" <= TorchVersion(triton.__version__) < "3.7.1"
 
 
 def _gated_delta_rule() -> Callable[..., tuple[Tensor, Tensor]]:

@@ -56,6 +56,7 @@ class Choice:
 class _Entry:
     automatic_on: tuple[str, ...]  # device types where it is chosen without being asked for
     load: Callable[[], Provider]  # raises ImportError where it cannot be
+    special: bool = False  # for one case alone: that it does not serve another is not worth a word
 
 
 @functools.cache
@@ -75,11 +76,13 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
         )
     },
     "omega_rule": {
+        # For the rule token by token, of which the other would save one memory a token.
+        "fla": _Entry(
+            ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.delta_rule"), special=True
+        ),
         "triton": _Entry(
             ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule")
         ),
-        # Last: nobody has timed the two beside each other.
-        "fla": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.delta_rule")),
     },
     "omega_rule_step": {
         "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.decode"))
@@ -176,8 +179,9 @@ def choose(op: str, argument: str, context: str, device: str, call: Any) -> str:
     asked = context if argument == "auto" and context in known else argument
     if asked == "auto":
         chosen, refusals = _automatic(op, device, call)
-        if refusals:
-            _warn_once(op, chosen, *next(iter(refusals.items())))
+        missed = [n for n in refusals if not _PROVIDERS[op][n].special]
+        if missed:
+            _warn_once(op, chosen, missed[0], refusals[missed[0]])
         return chosen
     reason = refusal(op, asked, call)
     if reason is not None:

@@ -189,18 +189,39 @@ def test_what_it_refuses() -> None:
         assert words in reason
 
 
-def test_by_itself_a_gpu_takes_it_where_triton_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_it_by_itself_and_its_refusals_are_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(delta_rule, "_backward_is_broken", lambda: False)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "fla" else find(n))
     assert "pip install 'atlas-blocks[fla]'" in str(delta_rule.PROVIDER.supports(call_of()))
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: True if n == "fla" else find(n))
     choice = ops.explain_choice("omega_rule", call_of())
-    assert (choice.provider, choice.refusals) == ("triton", {"fla": "'triton' is preferred"})
-    choice = ops.explain_choice("omega_rule", call_of(value_width=300))
-    assert choice.provider == "fla"
-    assert "value width 300" in choice.refusals["triton"]
+    assert (choice.provider, choice.refusals) == ("fla", {"triton": "'fla' is preferred"})
+    chunks = call_of(rule=dataclasses.replace(RULE, chunk_size=16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert providers.choose("omega_rule", "auto", "auto", "cuda", chunks) == "triton"
     choice = ops.explain_choice("omega_rule", call_of(value_width=300, key_width=300))
     assert (choice.provider, set(choice.refusals)) == ("definition", {"triton", "fla"})
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "served"),
+    [("3.6.0", 9, False), ("3.7.0", 9, False), ("3.7.1", 9, True), ("3.3.1", 9, True),
+     ("3.6.0", 8, True), ("3.10.0", 9, True)],
+)  # fmt: skip
+def test_a_hopper_gpu_needs_a_triton_of_its_backward(
+    version: str, capability: int, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: True if n == "fla" else find(n))
+    monkeypatch.setattr(delta_rule, "no_device", lambda *call: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(delta_rule.triton, "__version__", version)
+    assert (delta_rule.PROVIDER.supports(call_of()) is None) == served
+    assert delta_rule.PROVIDER.supports(call_of(needs_grad=False)) is None
 
 
 def fla() -> Any:
