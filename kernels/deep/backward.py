@@ -25,7 +25,7 @@ from atlas_blocks.kernels.deep import reads_backward, writes_backward
 from atlas_blocks.kernels.deep.call import GROUP, Call, Rooms, groups, joined, three
 from atlas_blocks.kernels.deep.cutter import cut, put
 from atlas_blocks.kernels.deep.forward import walk
-from atlas_blocks.kernels.tiles import ALL_REGISTERS, launch
+from atlas_blocks.kernels.tiles import launch
 
 
 class Gradients(NamedTuple):
@@ -63,7 +63,6 @@ def backward(
     at, spans, settings = call.at, call.spans, call.settings(widest=16)
     heads, d, v, hidden = call.shape
     lines, keys = at.batch * GROUP * heads, spans.span + spans.halo
-    few = settings | ALL_REGISTERS  # of kernels whose programs are few or small
     discount = call.mass is not None
     whole = at.ends_whole()[:, None, None, None]
     gw = [torch.where(whole, g + m, g) for g, m in zip(dw, dm, strict=True)]
@@ -139,13 +138,14 @@ def backward(
             launch(
                 writes_backward.factors_backward, (at.batch * heads, keys_),
                 x, at.rows, cutter.tokens, write, last, m1, w1, gw1, gw2, gw3, gs1, gs2, gs3,
-                rooms.hidden, rooms.errors, part_e, all_e, d_write, d_last, *where, **few, **begun,
+                rooms.hidden, rooms.errors, part_e, all_e, d_write, d_last, *where, **settings,
+                **begun,
             )  # fmt: skip
             launch(
                 writes_backward.ends_backward, (at.batch * heads,),
                 at.rows, cutter.tokens, w1, w2, w3, s1, s2, s3, gw1, gw2, gw3, gs1, gs2, gs3,
                 d_ends, call.alpha, c, thbar, df, d_carried, d_write, slopes, group.start, n,
-                at.per_row, heads, d, v, hidden, **few, DISCOUNT=discount,
+                at.per_row, heads, d, v, hidden, **settings, DISCOUNT=discount,
             )  # fmt: skip
             if discount:
                 launch(
@@ -154,7 +154,7 @@ def backward(
                     call.theta, call.gamma, call.mass, scales, strengths, rooms.hidden,
                     rooms.errors, rooms.features, rooms.grams, squares, slopes, all_e, d_eta,
                     held_theta, d_mass, d_scale, *where,
-                    **few, WINDOW=spans.window, HALO=spans.halo,
+                    **settings, WINDOW=spans.window, HALO=spans.halo,
                 )  # fmt: skip
             launch(
                 writes_backward.outer_backward, (at.batch * heads, blocks),
@@ -171,7 +171,7 @@ def backward(
             launch(
                 writes_backward.inner_backward, (at.batch * heads, blocks, tiles),
                 x, at.rows, cutter.tokens, ends, rooms.hidden, gw2, gw3, gs2, gs3, gm2, gm3, dm2,
-                dm3, rw2, rw3, rs2, rs3, *where, **few,
+                dm3, rw2, rw3, rs2, rs3, *where, **settings,
             )  # fmt: skip
         put(dq, part_q.view(-1, heads, spans.span, d), cutter.tokens)
         put(dk, all_x.view(-1, heads, keys, d), cutter.keys)

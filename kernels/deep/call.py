@@ -131,4 +131,4 @@ def tiles(d: int, v: int, hidden: int, spans: Spans, widest: int) -> dict[str, i
         "TILES": ceil_div(d, block_d), "BLOCKS": ceil_div(hidden, block_h),
         "num_warps": 8, "num_stages": 1,
     }  # fmt: skip
-    return found | ALL_REGISTERS if d <= 32 else found
+    return found | ALL_REGISTERS

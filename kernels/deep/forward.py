@@ -30,7 +30,6 @@ from atlas_blocks.kernels.deep.cutter import cut, put
 from atlas_blocks.kernels.deep.discount import bound_of, strengths_of, tangents
 from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
 from atlas_blocks.kernels.tiles import (
-    ALL_REGISTERS,
     Layout,
     chip,
     dot,
@@ -410,7 +409,7 @@ def walk(
     # Without a gate, and where tiles do not go through registers, larger ones take fewer of them.
     widest = 64 if chip() >= 90 and len(call.w) == 2 and hidden > 64 else 32
     widest = 16 if chip() < 90 and v > 64 else widest
-    settings = call.settings(widest) | ALL_REGISTERS
+    settings = call.settings(widest)
     launch(
         _walk_forward, (programs,),
         cut(call.k, cutter.keys), cut(call.target, cutter.keys), cutter.tokens, cutter.keys,
