@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.functional import OmegaState, omega_rule
+from atlas_blocks.functional import OmegaState, omega_rule, omega_rule_reference
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops.omega_rule import flatten
 
@@ -29,11 +29,25 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 from atlas_blocks.kernels import coefficients, matrix, matrix_backward  # noqa: E402
 from atlas_blocks.kernels import discount as discounts  # noqa: E402
+from atlas_blocks.kernels.deep import discount as deep_discount  # noqa: E402
+from atlas_blocks.kernels.deep import forward as deep_forward  # noqa: E402
+from atlas_blocks.kernels.deep import reads_backward, writes_backward  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of float32 under the interpreter, of tf32 on a GPU, each relative to a tensor's largest entry.
 ROUNDING = 1e-2 if DEVICE == "cuda" else 2e-6
 cast = partial(helpers.cast, device=DEVICE)
+# The modules that multiply.
+MULTIPLYING = (
+    coefficients,
+    discounts,
+    matrix,
+    matrix_backward,
+    deep_forward,
+    deep_discount,
+    reads_backward,
+    writes_backward,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,14 +84,15 @@ def triton_rule(**arguments: Any) -> tuple[Tensor, OmegaState]:
 
 
 def assert_provider_is_definition(
-    inputs: dict[str, Any], pieces: tuple[int, ...], **options: Any
+    inputs: dict[str, Any], pieces: tuple[int, ...], forms: Any = (omega_rule,), **options: Any
 ) -> None:
+    """forms: of the definition. Their own error in float32 is the measure: a sum of gates near 1
+    loses digits."""
     exact = cast(inputs, torch.float64, torch.float64)
     true = run_in_pieces(omega_rule, exact, pieces, **options)
-    # The definition's own error in float32 is the measure: a sum of gates near 1 loses digits.
     found = [
         run_in_pieces(rule, cast(inputs, torch.float32, torch.float32), pieces, **options)
-        for rule in (omega_rule, triton_rule)
+        for rule in (*forms, triton_rule)
     ]
     errors = []
     for y, state, gradients in found:
@@ -88,9 +103,10 @@ def assert_provider_is_definition(
         }
         pairs |= {f"gradient of {n}": (gradients[n], g) for n, g in true[2].items()}
         errors.append({n: difference([a.double()], [b.double()]) for n, (a, b) in pairs.items()})
-    definition, provider = errors
+    *definition, provider = errors
     for name, gap in provider.items():
-        assert gap <= 2 * definition[name] + ROUNDING, f"{name}: {gap:.2g}"
+        worst = max(form[name] for form in definition)
+        assert gap <= 2 * worst + ROUNDING, f"{name}: {gap:.2g}"
 
 
 # Of what every example is made. Calls end inside chunks and inside windows.
@@ -179,6 +195,14 @@ def assert_example_is_definition(
     )
 
 
+def test_a_gradient_whose_terms_cancel() -> None:
+    """eta's: -1.015 + 0.836 from y and the state. Which form of the rule loses more is chance; token
+    by token it errs by 1e-5 here."""
+    inputs = rule_inputs(batch=2, heads=1, length=1, window=5, key_width=5, value_width=20, seed=1)
+    forms = (omega_rule, omega_rule_reference)
+    assert_provider_is_definition(inputs, (1,), forms, chunk_size=7)
+
+
 @pytest.mark.parametrize("discount", [False, True])
 @pytest.mark.parametrize("widths", [(64, 64), (300, 24), (24, 80)])
 def test_wide_states_are_tiled(widths: tuple[int, int], discount: bool) -> None:
@@ -244,16 +268,27 @@ def tf32_dot(a, b):
 
 
 def errors_against_float64(
-    dtype: torch.dtype, length: int, discount: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    length: int,
+    discount: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: str = "matrix",
 ) -> dict[str, float]:
     """The provider's error as a multiple of the definition's, both given rounded q, k and v."""
     if DEVICE == "cpu":
-        for module in (coefficients, discounts, matrix, matrix_backward):
+        for module in MULTIPLYING:
             monkeypatch.setattr(module, "dot", tf32_dot)
     inputs = rule_inputs(
-        length=length, heads=1, window=4, key_width=16, value_width=16, exact_gates=False
+        memory,
+        length=length,
+        heads=1,
+        window=4,
+        key_width=16,
+        value_width=16,
+        hidden=16,
+        exact_gates=False,
     )
-    options = {"memory": "matrix", "chunk_size": 64, "write_discount": discount}
+    options = {"memory": memory, "chunk_size": 64, "write_discount": discount}
     pieces = (length,)
     true = run_in_pieces(omega_rule, cast(inputs, torch.float64, torch.float64), pieces, **options)
     wanted = {"y": true[0], "M": true[1].weights[0], "S": true[1].momentum[0], **true[2]}
@@ -279,6 +314,16 @@ def test_low_precision_is_as_good_as_the_definitions(
     dtype: torch.dtype, discount: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ratios = errors_against_float64(dtype, 200, discount, monkeypatch)
+    assert max(ratios.values()) <= 2, ratios
+
+
+@pytest.mark.parametrize("length", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("discount", [False, True])
+@pytest.mark.parametrize("memory", MEMORIES[1:])
+def test_bfloat16_of_a_deep_memory_is_as_good_as_the_definitions(
+    memory: str, discount: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = errors_against_float64(torch.bfloat16, length, discount, monkeypatch, memory)
     assert max(ratios.values()) <= 2, ratios
 
 
