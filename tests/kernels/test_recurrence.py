@@ -196,8 +196,8 @@ def assert_example_is_definition(
 
 
 def test_a_gradient_whose_terms_cancel() -> None:
-    """eta's: -1.015 + 0.836 from y and the state. Which form of the rule loses more is chance; token
-    by token it errs by 1e-5 here."""
+    """eta's: -1.015 + 0.836 from y and the state. Which form of the rule loses more is chance:
+    token by token it errs by 1e-5 here."""
     inputs = rule_inputs(batch=2, heads=1, length=1, window=5, key_width=5, value_width=20, seed=1)
     forms = (omega_rule, omega_rule_reference)
     assert_provider_is_definition(inputs, (1,), forms, chunk_size=7)
