@@ -64,9 +64,7 @@ def _one_position(
     """What the rule computes before any memory and what comes of it: each with its gradient."""
     tokens, before, history = prepare(a, position)
     grad_y, after, grads_of_history = _split(a, grads)
-    pairs = [p for p in zip(history, grads_of_history, strict=True) if _may_matter(p[1])]
-    # Whether the memory after the chunks has a gradient.
-    goes_on = any(_may_matter(g) for g in after.tensors())
+    pairs = list(zip(history, grads_of_history, strict=True))
     cuts, chunk = [], 0
     for piece in pieces(a.q.shape[1], position, a.rule.chunk_size):
         cuts.append((piece, chunk, *cut(a.rule, a.feature_map, tokens, piece)))
@@ -90,10 +88,9 @@ def _one_position(
                 memory,
                 piece.place,
                 grad,
-                after if goes_on else None,
+                after,
                 orthogonalise,
             )
-            goes_on = True
             found.append(gradients)
         whole = [torch.cat(parts) for parts in zip(*reversed(found), strict=True)]
         pairs += zip(write.tensors() + read.tensors(), whole, strict=True)
@@ -126,12 +123,12 @@ def _chunks(
     memory: ChunkMemory,
     place: int,
     grad_y: Tensor,
-    after: ChunkMemory | None,
+    after: ChunkMemory,
     orthogonalise: Orthogonalise,
 ) -> tuple[list[Tensor], ChunkMemory]:
     """Gradients of a few chunks' write and read and of the memory before them.
 
-    grad_y [G, N L, Dv] and `after` (None: all zero): gradients of what they return.
+    grad_y [G, N L, Dv] and `after`: gradients of what they return.
     """
     leaves: list[Tensor] = []
 
@@ -147,24 +144,22 @@ def _chunks(
         # Not `walk_muon`, which would compute it once more to keep less for its backward.
         (chunk,) = zip(write.unbind(), read.unbind(), strict=True)
         y, result = muon_chunk(rule, *chunk, start, place, orthogonalise)
-    outputs = [(y, grad_y)]
-    if after is not None:
-        outputs += zip(result.tensors(), after.tensors(), strict=True)
+    outputs = [(y, grad_y), *zip(result.tensors(), after.tensors(), strict=True)]
     floats = iter(_gradients(outputs, [t for t in leaves if t.requires_grad]))
     found = iter([next(floats) if t.requires_grad else torch.zeros_like(t) for t in leaves])
     of_cut = [next(found) for _ in write.tensors() + read.tensors()]
     return of_cut, memory.map(lambda _: next(found))
 
 
-def _may_matter(grad: Tensor) -> bool:
-    """Whether a gradient may be other than zero, as that of a state nobody goes on from is: what
-    led to that alone need not be differentiated. (On a GPU one would have to wait to know.)"""
-    return grad.device.type != "cpu" or bool(grad.any())
-
-
 def _gradients(outputs: Pairs, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of `inputs` for those of the outputs, each given with its output."""
-    outputs = [(t, g) for t, g in outputs if t.requires_grad]
+    """Gradients of `inputs` for those of the outputs, each given with its output.
+
+    Outputs whose gradient is zero, as that of a state nobody goes on from, are left out: what led
+    to them alone need not be differentiated. (On a GPU it would have to be waited for.)
+    """
+    outputs = [
+        (t, g) for t, g in outputs if t.requires_grad and (g.device.type != "cpu" or g.any())
+    ]
     if not outputs:
         return [torch.zeros_like(t) for t in inputs]
     results, gradients = zip(*outputs, strict=True)

@@ -76,7 +76,7 @@ def test_generation_depends_on_the_seed_alone():
 def test_generation_reads_the_prompt_once():
     model, lengths = tiny("transformer-tiny"), []
     model.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
-    list(stream(model, tokens(1, 9), max_new_tokens=8))
+    list(stream(model, tokens(1, 9), max_new_tokens=4))
     assert lengths == [9, 1, 1, 1]
 
 
