@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 
 @pytest.fixture(autouse=True)
@@ -18,5 +19,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return empty
 
+    # `with torch.device(...)` keeps the set of functions that it changes: the true ones.
+    _device_constructors()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
