@@ -18,6 +18,7 @@ from atlas_blocks.compile_passes.backend import compile_graph
 from atlas_blocks.compile_passes.graph_pass import PassRun
 from atlas_blocks.compile_passes.report import Break, Graph, Recompile, Report
 from atlas_blocks.compile_passes.survey import Survey
+from atlas_blocks.ops import omega_inline
 
 # What the reasons of Dynamo mean for the one who wrote the line: words in them, and what helps.
 HINTS = (
@@ -95,6 +96,8 @@ def explain(
             recent = dynamo.get_compilation_metrics()
             metrics = [m for m in recent if all(m is not seen for seen in seen_compiles)]
             seen_compiles += metrics
+            # What an op compiles inside its body is none of the model's graphs.
+            metrics = [m for m in metrics if m.co_filename != omega_inline.__file__]
             recompiles += [_recompile(call, m) for m in metrics if m.recompile_reason]
             tracing += sum(_tracing(m) for m in metrics)
     breaks = [_break(r) for r in dynamo.graph_break_reasons[seen_breaks:]]

@@ -15,7 +15,7 @@ from torch import fx
 
 from atlas_blocks import check
 from atlas_blocks.compile_passes.graph_pass import GraphPass, bound, is_atlas, values
-from atlas_blocks.ops import omega_step, providers
+from atlas_blocks.ops import omega_inline, omega_step, providers
 from atlas_blocks.ops.omega_rule import Call, Settings, describe, unflatten
 from atlas_blocks.ops.polynomial_features import Call as FeaturesCall
 
@@ -37,7 +37,8 @@ class OpNode(NamedTuple):
 
 
 class LowerOps(GraphPass):
-    """Sets the provider of every op node. Raises ValueError where the one asked for cannot serve.
+    """Sets the provider of every op node. Raises ValueError where the one asked for cannot serve,
+    or comes too late: a rule that was inlined when it was traced has no node of its own.
 
     A match is a node whose provider was changed.
     """
@@ -53,6 +54,11 @@ class LowerOps(GraphPass):
 
     def run(self, graph: fx.Graph) -> int:
         matches = 0
+        if self.mode not in ("auto", omega_inline.NAME) and inlined(graph):
+            raise ValueError(
+                f"provider: {self.mode!r} cannot serve this call of omega_rule: it was traced for "
+                f"'inline' (use_provider({self.mode!r}) around the first call traces for it)"
+            )
         for found in op_nodes(graph):
             name = self._choice(found)
             if name != found.provider:
@@ -77,6 +83,12 @@ class LowerOps(GraphPass):
                 if _refusal(found, name) is None:
                     return name
         raise ValueError(f"provider: {asked!r} cannot serve this call of {found.op}: {reason}")
+
+
+def inlined(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that are left of rules taken into the graph when they were traced."""
+    names = ("atlas::omega_walk", "atlas::omega_walk_backward")
+    return [n for n in graph.nodes if is_atlas(n.target) and n.target._schema.name in names]
 
 
 def op_nodes(graph: fx.Graph) -> list[OpNode]:

@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from atlas_blocks.compile_passes.graph_pass import direction, is_atlas, op_counts, values
-from atlas_blocks.compile_passes.lower_ops import op_nodes
+from atlas_blocks.compile_passes.lower_ops import inlined, op_nodes
 from atlas_blocks.compile_passes.report import OpUse, Work
-from atlas_blocks.ops import providers, register_flop_formulas
+from atlas_blocks.ops import omega_inline, providers, register_flop_formulas
+
+INLINED = "traced into the graph, and compiled with it but for the walk over the chunks"
 
 
 @dataclass
@@ -35,6 +37,10 @@ class Survey:
         way = direction(graph)
         self.nodes[way] = op_counts(graph).total()
         self.ops += [_use(self.number, way, found) for found in op_nodes(graph)]
+        self.ops += [
+            OpUse(self.number, way, "omega_rule", omega_inline.NAME, INLINED, {})
+            for _ in inlined(graph)
+        ]
         self.work += _work(graph, self.number, way, self.balance)
 
 

@@ -41,7 +41,9 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    return x.abs().amax(-1, keepdim=True)
+    # By its index: amax looks for it again by its value in the backward, where a compiler may have
+    # computed x once more and rounded it otherwise; nothing is found then, and 0 / 0 the gradient.
+    return x.abs().max(-1, keepdim=True).values
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Axes as in chunks.py, which computes what needs no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,18 @@ class ChunkMemory(NamedTuple):
         return [*self.weights, *self.momentum, self.scale]
 
 
+Step = Callable[[Rule, Write, ChunkMemory], tuple[list[Factor], Tensor, Tensor, ChunkMemory]]
+
+
+class Ends(NamedTuple):
+    """What `walk_ends` finds of N chunks."""
+
+    starts: list[Tensor]  # what each starts from: W and S [N, G, dout, din], the scale [N, G]
+    factors: list[Factor]  # of every weight, [N, G, E, dout] and [N, G, E, din]
+    eta: Tensor  # write strengths  [N, G, L]
+    scales: Tensor  # the discount's scale after every token  [N, G, L]
+
+
 def walk_gradient(
     rule: Rule,
     write: Write,
@@ -55,46 +67,80 @@ def walk_gradient(
 
     Returns y [G, N L, Dv] and the memory after the chunks.
     """
-    groups = len(memory.weights[0])
-    starts, all_factors, strengths = [], [], []
+    ends, after = walk_ends(rule, write, memory, place, kept)
+    return read_chunks(rule, write, read, ends), _leave(rule, after, place, write.eta.shape[-1])
+
+
+def walk_ends(
+    rule: Rule,
+    write: Write,
+    memory: ChunkMemory,
+    place: int,
+    kept: list[ChunkMemory] | None,
+    step: Step | None = None,
+) -> tuple[Ends, ChunkMemory]:
+    """From each chunk's start to its end, and the memory there. step: `chunk_end`, or that
+    compiled."""
+    starts, all_factors, strengths, scales = [], [], [], []
     for x in write.unbind():
         memory = _enter(memory, place)
-        factors, eta, scale = _gradients(rule, x, memory)
         starts.append(memory)
+        factors, eta, scale, memory = (step or chunk_end)(rule, x, memory)
         all_factors.append(factors)
         strengths.append(eta)
-        last = x.last or x.last_coefficients(eta)
-        weights = []
-        for i, (left, right) in enumerate(factors):
-            now = x.abar * memory.weights[i]
-            if last.carried is not None:
-                now.addcmul_(last.carried, memory.momentum[i], value=-1)
-            weights.append(now.baddbmm((left * last.written).mT, right, alpha=-1))
-        momentum = _next_momentum(x, memory, factors)
-        memory = ChunkMemory(weights, momentum, memory.chunk_start, scale)
+        scales.append(scale)
     if kept is not None:
         kept.extend(starts)
 
+    def stacked(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(tensors))
+
+    tensors = [stacked(ts) for ts in zip(*(m.start() for m in starts), strict=True)]
+    factors = [
+        (stacked(left for left, _ in ends), stacked(right for _, right in ends))
+        for ends in zip(*all_factors, strict=True)
+    ]
+    return Ends(tensors, factors, stacked(strengths), stacked(scales)), memory
+
+
+def chunk_end(
+    rule: Rule, x: Write, memory: ChunkMemory
+) -> tuple[list[Factor], Tensor, Tensor, ChunkMemory]:
+    """One chunk's gradient factors, write strengths, scales, and the memory at its end."""
+    factors, eta, scale = _gradients(rule, x, memory)
+    last = x.last or x.last_coefficients(eta)
+    weights = []
+    for i, (left, right) in enumerate(factors):
+        now = x.abar * memory.weights[i]
+        if last.carried is not None:
+            now.addcmul_(last.carried, memory.momentum[i], value=-1)
+        weights.append(now.baddbmm((left * last.written).mT, right, alpha=-1))
+    momentum = _next_momentum(x, memory, factors)
+    return factors, eta, scale, ChunkMemory(weights, momentum, memory.chunk_start, scale[:, -1])
+
+
+def read_chunks(rule: Rule, write: Write, read: Read, ends: Ends) -> Tensor:
+    """y [G, N L, Dv] of all chunks at once."""
+    count, groups = ends.eta.shape[:2]
+    starts = [t.flatten(0, 1) for t in ends.starts]
+    factors = [(left.flatten(0, 1), right.flatten(0, 1)) for left, right in ends.factors]
     x = read.flatten()
-    step = x.decay * torch.cat(strengths).unsqueeze(-2)  # P
+    step = x.decay * ends.eta.flatten(0, 1).unsqueeze(-2)  # P
     written = step @ write.window.flatten(0, 1)  # P C
     carried = None if write.thbar is None else step @ write.thbar.flatten(0, 1)  # P thbar
 
     def linear(i: int, z: Tensor) -> Tensor:
         """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i."""
-        left, right = ([f[i][side] for f in all_factors] for side in (0, 1))
-        y = x.abar * (z @ torch.cat([m.weights[i] for m in starts]).mT)
+        left, right = factors[i]
+        y = x.abar * (z @ starts[i].mT)
         if carried is not None:
-            momentum = torch.cat([m.momentum[i] for m in starts])
-            y.addcmul_(carried, z @ momentum.mT, value=-1)
-        dots = x.dots if z is x.q else z @ torch.cat(right).mT
-        return y.baddbmm(written * dots, torch.cat(left), alpha=-1)
+            y.addcmul_(carried, z @ starts[len(factors) + i].mT, value=-1)
+        dots = x.dots if z is x.q else z @ right.mT
+        return y.baddbmm(written * dots, left, alpha=-1)
 
     y = MEMORIES[rule.memory].forward(linear, x.q)
     y = y if x.residual is None else y + x.residual
-    span = y.shape[1]
-    y = y.unflatten(0, (-1, groups)).transpose(0, 1).flatten(1, 2)
-    return y, _leave(rule, memory, place, span)
+    return y.unflatten(0, (count, groups)).transpose(0, 1).flatten(1, 2)
 
 
 def walk_muon(
@@ -163,7 +209,7 @@ def muon_chunk(
     # Cloned: a view would keep the weights of every token alive.
     weights = [w[:, -1].clone() for w in per_token]
     momentum = _next_momentum(write, memory, factors)
-    memory = ChunkMemory(weights, momentum, memory.chunk_start, scale)
+    memory = ChunkMemory(weights, momentum, memory.chunk_start, scale[:, -1])
     return y, _leave(rule, memory, place, span)
 
 
@@ -179,7 +225,7 @@ def _leave(rule: Rule, memory: ChunkMemory, place: int, span: int) -> ChunkMemor
 
 
 def _gradients(rule: Rule, x: Write, memory: ChunkMemory) -> tuple[list[Factor], Tensor, Tensor]:
-    """The chunk's gradient factors at M^(0), its write strengths eta [G, L], the last scale [G]."""
+    """The chunk's gradient factors at M^(0), its write strengths eta and scales [G, L]."""
     structure = MEMORIES[rule.memory]
 
     def error(y: Tensor) -> Tensor:
@@ -188,7 +234,7 @@ def _gradients(rule: Rule, x: Write, memory: ChunkMemory) -> tuple[list[Factor],
 
     factors = structure.factors(memory.chunk_start, x.k, error)
     if x.discount is None or structure.tangent is None:
-        return factors, x.eta, memory.scale
+        return factors, x.eta, memory.scale.unsqueeze(-1).expand_as(x.eta)
     similarity, squares, held, writes, momentum = vars(x.discount).values()
     h = factors[0][1]
     f = structure.tangent(memory.chunk_start, x.k, factors[0])
@@ -196,7 +242,7 @@ def _gradients(rule: Rule, x: Write, memory: ChunkMemory) -> tuple[list[Factor],
     scale = running_scale(own, held, momentum, x.thbar, memory.scale)
     h, f = (t[:, -writes.shape[-1] :] for t in (h, f))
     kappa = (h @ h.mT).abs() + (f @ f.mT) * similarity
-    return factors, discounted(x.eta, writes, kappa, scale), scale[:, -1]
+    return factors, discounted(x.eta, writes, kappa, scale), scale
 
 
 def _next_momentum(x: Write, memory: ChunkMemory, factors: list[Factor]) -> list[Tensor]:

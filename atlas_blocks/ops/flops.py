@@ -42,6 +42,14 @@ def register_flop_formulas() -> None:
     def backward(grads: Any, tensors: Any, saved: Any, *rest: Any, out_shape: Any = None) -> int:
         return backward_flops(tensors, Settings(*rest[:-1]))
 
+    def walk(tensors: Any, *rest: Any, out_shape: Any = None) -> int:
+        return walk_flops(tensors, *rest)
+
+    def walk_backward(
+        grads: Any, tensors: Any, results: Any, *rest: Any, out_shape: Any = None
+    ) -> int:
+        return walk_backward_flops(tensors, *rest)
+
     def none(*shapes: Any, out_shape: Any = None) -> int:
         """Monomials are elementwise products."""
         return 0
@@ -56,6 +64,8 @@ def register_flop_formulas() -> None:
 
     register_flop_formula(ops.omega_rule)(forward)
     register_flop_formula(ops.omega_rule_backward)(backward)
+    register_flop_formula(ops.omega_walk)(walk)
+    register_flop_formula(ops.omega_walk_backward)(walk_backward)
     register_flop_formula(ops.newton_schulz)(newton_schulz)
     register_flop_formula(ops.newton_schulz_backward)(newton_schulz_backward)
     register_flop_formula([ops.polynomial_features, ops.polynomial_features_backward])(none)
@@ -135,23 +145,13 @@ def _chunk_flops(
 ) -> int:
     """One chunk of L = span tokens. shapes: [dout, din] of every weight; dots: width of q, k in
     phi(q) . phi(k)."""
-    L, E = span, window - 1 + span
-    phi, hidden, inner = shapes[-1][1], shapes[0][1], len(shapes) - 1
-    deep_discount = s.write_discount and inner > 0
+    L, E, inner = span, window - 1 + span, len(shapes) - 1
 
     # Without memory: Theta Gam, phi(q) phi(k)^T.
     total = (2 * L * L * E if s.momentum else 0) + 2 * L * E * dots
     if s.write_discount:
         total += 2 * L * L * dots + 2 * L * L  # |phi(k) phi(k)^T|, and its sum rho
-
-    # Gradient factors: M(k) forward, and back through W_1 to the hidden units.
-    total += inner * 2 * E * phi * hidden + 2 * E * hidden * dv
-    total += 2 * E * dv * hidden if inner else 0
-    if deep_discount:
-        # |h h^T|, |f f^T|, the bound on ||W_1||; the gated memory's hidden units once more.
-        total += 2 * L * L * (hidden + (2 if inner == 1 else 4))
-        total += 2 * min(dv, hidden) ** 2 * max(dv, hidden)
-        total += inner * 2 * E * phi * hidden if inner == 2 else 0
+    total += _factor_flops(shapes, dv, L, E, s.write_discount)
 
     for i, (dout, din) in enumerate(shapes):
         write = 2 * dout * E * din  # left^T right over the chunk's keys
@@ -169,7 +169,55 @@ def _chunk_flops(
             total += 2 * L * steps * dout * din + read
     if s.update == "gd":
         # P C and P thbar, and their last rows by themselves.
-        total += (L + 1) * (2 * L * E + (2 * L if s.momentum else 0))
+        total += (L + 1) * _row_flops(L, E, s.momentum)
+    return total
+
+
+def _factor_flops(
+    shapes: list[tuple[int, int]], dv: int, L: int, E: int, write_discount: bool
+) -> int:
+    """One chunk's gradient factors, and what a deep memory's discount asks of them."""
+    phi, hidden, inner = shapes[-1][1], shapes[0][1], len(shapes) - 1
+    # M(k) forward, and back through W_1 to the hidden units.
+    total = inner * 2 * E * phi * hidden + 2 * E * hidden * dv
+    total += 2 * E * dv * hidden if inner else 0
+    if write_discount and inner:
+        # |h h^T|, |f f^T|, the bound on ||W_1||; the gated memory's hidden units once more.
+        total += 2 * L * L * (hidden + (2 if inner == 1 else 4))
+        total += 2 * min(dv, hidden) ** 2 * max(dv, hidden)
+        total += inner * 2 * E * phi * hidden if inner == 2 else 0
+    return total
+
+
+def _row_flops(L: int, E: int, momentum: bool) -> int:
+    """One row of P C and of P thbar."""
+    return 2 * L * E + (2 * L if momentum else 0)
+
+
+def walk_flops(
+    tensors: Sequence[Shape], memory: str, objective: str, momentum: bool, discount: bool
+) -> int:
+    """Of `omega_walk`, for the shapes of its tensors."""
+    (count, groups, E, _), L = tensors[0], tensors[2][-1]
+    weights = MEMORIES[memory].weights
+    first = len(tensors) - 1 - weights * (2 if momentum else 1)
+    shapes = [(w[1], w[2]) for w in tensors[first : first + weights]]
+    total = _factor_flops(shapes, shapes[0][0], L, E, discount)
+    total += sum((4 if momentum else 2) * dout * E * din for dout, din in shapes)
+    if discount:
+        total += 2 * L * L + _row_flops(L, E, momentum)  # rho, the last rows
+    return count * groups * total
+
+
+def walk_backward_flops(
+    tensors: Sequence[Shape], memory: str, objective: str, momentum: bool, discount: bool
+) -> int:
+    """Of its backward: each product again, and one for each factor's gradient."""
+    total = 3 * walk_flops(tensors, memory, objective, momentum, discount)
+    if objective == "dot":  # as in `backward_flops`
+        count, groups, keys, _ = tensors[0]
+        first = len(tensors) - 1 - MEMORIES[memory].weights * (2 if momentum else 1)
+        total -= 2 * count * groups * 2 * keys * tensors[first][1] * tensors[first][2]
     return total
 
 

@@ -2,7 +2,8 @@
 
 `atlas::omega_rule` and `atlas::omega_rule_backward` are served by a provider, whose name is among
 their arguments (see providers.py). Where that is the definition and nothing is compiled, no op is
-called: the definition runs under plain autograd. In a graph its loop over chunks would be unrolled.
+called: the definition runs under plain autograd. In a graph its loop over chunks would be unrolled;
+what of it can be inlined is in omega_inline.py.
 
 B batch, T tokens, H heads, Dk, Dv key and value width, Dphi width after the feature map, c window,
 b chunk, N chunks that a call touches at most.
@@ -28,7 +29,7 @@ from atlas_blocks.functional.omega_backward import omega_rule_backward
 from atlas_blocks.functional.omega_rule import chunk_count, run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.functional.walk import Orthogonalise
-from atlas_blocks.ops import providers
+from atlas_blocks.ops import omega_inline, providers
 from atlas_blocks.ops.contract import (
     LIBRARY,
     distinct,
@@ -90,6 +91,7 @@ class Call:
     momentum: bool
     has_state: bool
     needs_grad: bool
+    traced: bool  # by torch.compile, and so where a graph can take the rule in
 
 
 def omega_rule(
@@ -124,9 +126,15 @@ def omega_rule(
     a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
     rules.validate(*a)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
-    chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad))
-    if chosen == providers.DEFINITION and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    traced = compiling and not torch.compiler.is_exporting()
+    chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad, traced))
+    if chosen == providers.DEFINITION and not compiling:
         return run(a)
+    if chosen == omega_inline.NAME:
+        if 0 not in q.shape[:2]:
+            return omega_inline.run(a)
+        chosen = providers.DEFINITION  # of no token there is nothing to inline
     tensors, settings = flatten(a)
     if needs_grad:
         y, *after = _OmegaRule.apply(settings, chosen, *distinct(tensors))
@@ -136,11 +144,11 @@ def omega_rule(
 
 
 def describe(a: Arguments, needs_grad: bool) -> Call:
-    """What providers learn of a call with these arguments."""
+    """What providers learn of a call with these arguments, outside of torch.compile."""
     return call_of(*facts_of(a, needs_grad))
 
 
-def facts_of(a: Arguments, needs_grad: bool) -> tuple:
+def facts_of(a: Arguments, needs_grad: bool, traced: bool = False) -> tuple:
     """`Call` as plain values: Dynamo hands no dataclass to a function that it does not trace."""
     rule, phi = a.rule, a.feature_map
     signs = phi.signs if isinstance(phi, SketchMap) else None
@@ -162,6 +170,7 @@ def facts_of(a: Arguments, needs_grad: bool) -> tuple:
         a.theta is not None,
         a.state is not None,
         needs_grad,
+        traced,
     )
 
 
@@ -178,6 +187,7 @@ def call_of(
     momentum: bool,
     has_state: bool,
     needs_grad: bool,
+    traced: bool,
 ) -> Call:
     return Call(
         device=device,
@@ -195,6 +205,7 @@ def call_of(
         momentum=momentum,
         has_state=has_state,
         needs_grad=needs_grad,
+        traced=traced,
     )
 
 
@@ -202,7 +213,12 @@ def call_of(
 def _choose(provider: str, context: str, *facts: Any) -> str:
     """Not traced: providers are imported here, may look at the device, and warn."""
     call = call_of(*facts)
-    return providers.choose("omega_rule", provider, context, call.device, call)
+    chosen = providers.choose("omega_rule", provider, context, call.device, call)
+    if chosen == omega_inline.NAME:
+        from atlas_blocks.ops.flops import register_flop_formulas
+
+        register_flop_formulas()
+    return chosen
 
 
 def _kind(phi: FeatureMap | None) -> str:

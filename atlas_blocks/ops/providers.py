@@ -59,12 +59,16 @@ class _Entry:
     special: bool = False  # for one case alone: that it does not serve another is not worth a word
 
 
+def _module(name: str) -> Provider:
+    return importlib.import_module(name).PROVIDER
+
+
 @functools.cache
-def _imported(module: str) -> Provider:
+def _imported(name: str) -> Provider:
     from atlas_blocks.ops.flops import register_flop_formulas
 
     register_flop_formulas()
-    return importlib.import_module(module).PROVIDER
+    return _module(name)
 
 
 # Every op's providers but the definition, by name, the preferred first. A module named here is
@@ -82,6 +86,10 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
         ),
         "triton": _Entry(
             ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule")
+        ),
+        # Only where a graph is traced, and not of every call.
+        "inline": _Entry(
+            ("cpu",), functools.partial(_module, "atlas_blocks.ops.omega_inline"), special=True
         ),
     },
     "omega_rule_step": {

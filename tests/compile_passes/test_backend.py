@@ -17,10 +17,17 @@ from torch._inductor import config as inductor
 import atlas_blocks
 from atlas_blocks.compile_passes import backend
 from atlas_blocks.compile_passes.graph_pass import GraphPass
-from atlas_blocks.ops import omega_rule
+from atlas_blocks.ops import omega_rule, use_provider
 
 # Dynamo instantiates every autograd.Function that it traces; Inductor warns of its own parts.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def one_node():
+    """The rule as one node, which is not what a CPU would take: that is C++ to compile."""
+    with use_provider("definition"):
+        yield
 
 
 class Model(nn.Module):

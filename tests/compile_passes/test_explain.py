@@ -11,11 +11,18 @@ from torch._dynamo import utils as dynamo
 
 from atlas_blocks.compile_passes import explain
 from atlas_blocks.compile_passes.survey import Survey
-from atlas_blocks.ops import omega_rule
+from atlas_blocks.ops import omega_rule, use_provider
 from atlas_blocks.ops.flops import forward_flops
 from atlas_blocks.ops.omega_rule import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def one_node():
+    """The rule as one node, for which Inductor compiles no C++."""
+    with use_provider("definition"):
+        yield
 
 
 class Breaking(nn.Module):
@@ -32,7 +39,7 @@ class Breaking(nn.Module):
 
 
 class Whole(nn.Module):
-    """The rule alone: Inductor compiles no C++ for it."""
+    """The rule alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,6 +122,17 @@ def test_ops_providers_passes_work_and_recompiles():
         assert work.flops == forward_flops(shapes, settings)
         assert work.bytes >= 4 * sum(torch.Size(s).numel() for s in shapes)
         assert work.bound in ("compute", "memory")
+
+
+@pytest.mark.slow
+def test_an_inlined_rule_is_told_of():
+    with use_provider("auto"):
+        report = explain(Whole(), *map(whole_inputs, (20, 28, 36)))
+    assert [(g.call, g.dynamic) for g in report.graphs] == [(0, False), (1, True)]
+    # What is compiled of the walk itself is no recompile of the model.
+    assert [r.function for r in report.recompiles] == ["forward"]
+    assert {(u.op, u.provider) for u in report.ops} == {("omega_rule", "inline")}
+    assert {w.op for w in report.work} >= {"atlas.omega_walk", "atlas.omega_walk_backward"}
 
 
 def test_the_graph_does_not_grow_with_the_length():

@@ -22,6 +22,13 @@ from atlas_blocks.ops import providers
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 
 
+@pytest.fixture(autouse=True)
+def one_node():
+    """The rule as one node, which is not what a CPU would take."""
+    with use_provider("definition"):
+        yield
+
+
 def served(graph) -> list[tuple[str, bool, str]]:
     return [(n.op, n.backward, n.provider) for n in op_nodes(graph)]
 
@@ -100,6 +107,15 @@ def test_a_provider_that_cannot_serve_is_refused_with_the_reason():
         torch.compile(block, backend=recorder, fullgraph=True)(draw(1, 9, DIM))
     with pytest.raises(ValueError, match=r"provider: expected one of .*triton.*, got 'cuda'"):
         LowerOps("cuda")
+
+
+def test_a_provider_is_not_asked_for_where_the_rule_was_inlined():
+    recorder = Recorder(Passes([LowerOps("triton")]))
+    with use_provider("auto"), pytest.raises(RuntimeError, match="it was traced for 'inline'"):
+        torch.compile(memory(), backend=recorder)(draw(1, 9, 32, dtype=torch.float32))
+    recorder = Recorder(Passes([LowerOps("inline")]))
+    with pytest.raises(RuntimeError, match=r"'inline' cannot serve .* before there is a n"):
+        torch.compile(memory(), backend=recorder)(draw(1, 9, 32, dtype=torch.float32))
 
 
 def test_segments_hand_the_name_on():

@@ -46,4 +46,4 @@ def test_the_op_keeps_its_contract(objective: str) -> None:
     opcheck(torch.ops.atlas.kernel_attention.default, (tensors, *s))
     outputs = torch.ops.atlas.kernel_attention.default(tensors, *s)[:-1]
     grads = [torch.randn_like(t) for t in outputs]
-    opcheck(torch.ops.atlas.kernel_attention_backward.default, (grads, tensors, *s))
+    opcheck(torch.ops.atlas.kernel_attention_backward.default, (grads, tensors, [], *s))

@@ -91,6 +91,7 @@ def test_a_call_says_what_a_provider_may_ask():
         "momentum": True,
         "has_state": False,
         "needs_grad": True,
+        "traced": False,
     }
 
 
@@ -207,7 +208,7 @@ def test_one_that_cannot_serve_is_refused_with_its_reason(register):
 
 
 def test_a_name_that_is_not_there_is_named():
-    known = "provider: expected one of auto, definition, fla, triton, got 'cuda'"
+    known = "provider: expected one of auto, definition, fla, inline, triton, got 'cuda'"
     with pytest.raises(ValueError, match=known):
         ops.omega_rule(**rule_inputs(), provider="cuda")
     with pytest.raises(ValueError, match=known):
@@ -235,7 +236,7 @@ def test_a_choice_can_be_explained(register):
     assert (choice.provider, choice.refusals["fast"]) == ("definition", WIDE)
     choice = ops.explain_choice("omega_rule", call_of())
     assert choice.provider == "fast"
-    assert set(choice.refusals) == {"triton", "fla"}
+    assert set(choice.refusals) == {"triton", "fla", "inline"}
     register("faster", automatic_on=("cpu",))
     choice = ops.explain_choice("omega_rule", call_of())
     assert choice.refusals["fast"] == "'faster' is preferred"

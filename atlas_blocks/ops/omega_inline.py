@@ -1,0 +1,265 @@
+"""The Omega rule traced into a compiled graph: only the walk over the chunks' ends is a node.
+
+What needs no memory and what reads it is computed for all chunks at once (functional/chunks.py and
+walk.py), without a loop, so the compiler may fuse it with what is around it. Serves a sequence from
+its start, with gradient descent.
+
+Axes as in functional/chunks.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas_blocks.functional import walk
+from atlas_blocks.functional.chunks import Discount, Last, Piece, Tokens, Write, cut
+from atlas_blocks.functional.features import PolynomialMap
+from atlas_blocks.functional.memories import MEMORIES
+from atlas_blocks.functional.omega_rule import first_state, prepare
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
+from atlas_blocks.functional.walk import ChunkMemory, Ends, Step
+from atlas_blocks.ops import recomputed
+from atlas_blocks.ops.polynomial_features import polynomial_features
+from atlas_blocks.ops.providers import Provider
+
+NAME = "inline"
+
+
+def _supports(call: Any) -> str | None:
+    if not call.traced:
+        return "it is chosen where torch.compile traces the rule, and so before there is a node"
+    if call.rule.update != "gd":
+        return f"update={call.rule.update!r} reads the memory inside the loop over chunks"
+    if call.has_state:
+        return "only a sequence from its start begins with a whole chunk"
+    return None
+
+
+def _no_node(*arguments: Any) -> Any:
+    raise NotImplementedError("'inline' is no provider of a node: it is traced in its place")
+
+
+PROVIDER = Provider(NAME, _supports, _no_node, _no_node)
+
+
+class _PolynomialOp(PolynomialMap):
+    """As one node: tracing would go through the tables of monomials."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return polynomial_features(x, self.coefficients)
+
+
+def run(a: Arguments) -> tuple[Tensor, OmegaState]:
+    """`functional.omega_rule.run` of a call without a state."""
+    rule, (batch, length, heads, _) = a.rule, a.q.shape
+    if isinstance(a.feature_map, PolynomialMap):
+        a = a._replace(feature_map=_PolynomialOp(a.feature_map.coefficients))
+    chunk, state = rule.chunk_size, first_state(a)
+    with torch.autocast(a.q.device.type, enabled=False):
+        tokens, memory, history = prepare(a._replace(state=state), 0)
+        count = (length + chunk - 1) // chunk
+        piece = Piece(0, chunk, count, 0)
+        write, read = cut(rule, a.feature_map, _whole_chunks(tokens, rule, count), piece)
+        discount = write.discount is not None
+        found = iter(
+            _walk(
+                [*write.tensors(), *memory.start()],
+                rule.memory, rule.objective, a.theta is not None, discount,
+            )
+        )  # fmt: skip
+        ends, after = _unflatten_ends(found, rule.memory, a.theta is not None)
+        y = walk.read_chunks(rule, write, read, ends)
+
+    def rows(t: Tensor) -> Tensor:
+        """[G, ...] -> [B, H, ...]."""
+        return t.unflatten(0, (batch, heads))
+
+    # A chunk longer than it can be: whether the cut leaves it contiguous would be a guard.
+    y = torch.cat([y, y.new_zeros(batch * heads, chunk, y.shape[-1])], 1)
+    y = rows(y)[:, :, :length].transpose(1, 2)
+
+    # M^(0) of the token that comes next: of the last chunk, or M after a whole one.
+    newest = length // chunk
+    starts = tuple(
+        torch.cat([start, end.unsqueeze(0)])[newest]
+        for start, end in zip(ends.starts, after.weights, strict=False)
+    )
+    # Without momentum the tokens filled in would leave none.
+    scale = ends.scales.transpose(1, 2).flatten(0, 1)[length - 1]
+    keys, values, writes = history
+    state = OmegaState(
+        weights=tuple(map(rows, after.weights)),
+        momentum=tuple(map(rows, after.momentum)),
+        chunk_start=tuple(map(rows, starts)),
+        keys=keys,
+        values=values,
+        writes=writes,
+        scale=rows(scale),
+        position=state.position + length,
+    )
+    return y.to(a.q.dtype), state
+
+
+def _whole_chunks(x: Tokens, rule: Rule, count: int) -> Tokens:
+    """With tokens that change no memory after the last, up to whole chunks."""
+    length, past = count * rule.chunk_size, rule.history
+
+    def more(t: Tensor, value: float = 0.0, past: int = 0) -> Tensor:
+        # A whole chunk, then cut: nothing here may depend on how far the last one is filled.
+        rest = t.new_full((t.shape[0], rule.chunk_size, *t.shape[2:]), value)
+        return torch.cat([t, rest], 1)[:, : past + length]
+
+    return Tokens(
+        q_raw=more(x.q_raw),
+        k_raw=more(x.k_raw, past=past),
+        q=more(x.q),
+        k=more(x.k, past=past),
+        v=more(x.v, past=past),
+        alpha=more(x.alpha, 1.0),
+        eta=more(x.eta),
+        theta=None if x.theta is None else more(x.theta, 1.0),
+        gamma=more(x.gamma),
+        writes=None if x.writes is None else more(x.writes, past=past),
+    )
+
+
+# --- the op: tensors are those of `Write`, then of `ChunkMemory.start()` ------------------------
+
+
+def _unflatten(
+    tensors: Sequence[Tensor], memory: str, momentum: bool, discount: bool
+) -> tuple[Write, ChunkMemory]:
+    parts = iter(tensors)
+
+    def several(count: int) -> list[Tensor]:
+        return [next(parts) for _ in range(count)]
+
+    k, target, eta, abar, decay = several(5)
+    thbar, thbar_last = several(2) if momentum else (None, None)
+    window, window_last = several(2)
+    of_discount = last = None
+    if discount:
+        similarity, squares, held, writes = several(4)
+        decays = next(parts) if momentum else None
+        of_discount = Discount(similarity, squares, held, writes, decays)
+    else:
+        last = Last(next(parts), next(parts) if momentum else None)
+    write = Write(
+        k, target, eta, abar, decay, thbar, thbar_last, window, window_last, of_discount, last
+    )
+    count = MEMORIES[memory].weights
+    weights, s = several(count), several(count if momentum else 0)
+    return write, ChunkMemory(weights, s, weights, next(parts))
+
+
+def _unflatten_ends(
+    parts: Iterator[Tensor], memory: str, momentum: bool
+) -> tuple[Ends, ChunkMemory]:
+    count = MEMORIES[memory].weights
+    both = count * (2 if momentum else 1)
+    starts = [next(parts) for _ in range(both + 1)]
+    factors = [(next(parts), next(parts)) for _ in range(count)]
+    eta, scales = next(parts), next(parts)
+    weights, s = ([next(parts) for _ in range(n)] for n in (count, both - count))
+    return Ends(starts, factors, eta, scales), ChunkMemory(weights, s, weights, next(parts))
+
+
+def _outputs(ends: Ends, after: ChunkMemory) -> list[Tensor]:
+    """What the op returns."""
+    factors = [t for factor in ends.factors for t in factor]
+    return [*ends.starts, *factors, ends.eta, ends.scales, *after.start()]
+
+
+def _prepare(
+    tensors: Sequence[Tensor], memory: str, objective: str, momentum: bool, discount: bool
+) -> tuple[Rule, Write, ChunkMemory, Step]:
+    write, start = _unflatten(tensors, memory, momentum, discount)
+    span, keys = write.window.shape[-2:]
+    rule = Rule(memory, objective, "gd", 0, 1, span, discount, keys - span + 1)
+    # Of one layout from the first chunk on, so that one compiled step serves all.
+    start = start.map(Tensor.contiguous)
+    sizes = tuple(t.shape[2:] for t in (*write.tensors(), *start.weights))
+    return rule, write, start, _compiled_step(rule, sizes, write.k.dtype, write.k.device)
+
+
+def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
+    rule, write, start, step = _prepare(tensors, *settings)
+    return _outputs(*walk.walk_ends(rule, write, start, 0, None, step))
+
+
+def _differentiate(
+    grads: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor], *settings: Any
+) -> list[Tensor]:
+    """From the last chunk to the first, each computed again from what it starts with."""
+    memory, _, momentum, _ = settings
+    rule, write, start, step = _prepare(tensors, *settings)
+    ends, _ = _unflatten_ends(iter(results), memory, momentum)
+    of_ends, of_memory = _unflatten_ends(iter(grads), memory, momentum)
+    after, found = of_memory.start(), []
+    for n, x in reversed(list(enumerate(write.unbind()))):
+        leaves: list[Tensor] = []
+
+        def leaf(t: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
+            leaves.append(t.detach().requires_grad_(t.is_floating_point()))
+            return leaves[-1]
+
+        x = x.map(leaf)
+        begin = [leaf(t[n]) for t in ends.starts]
+        count = len(start.weights)
+        weights, s, scale = begin[:count], begin[count:-1], begin[-1]
+        factors, eta, scales, end = step(rule, x, ChunkMemory(weights, s, weights, scale))
+        pairs = [(eta, of_ends.eta[n]), (scales, of_ends.scales[n])]
+        pairs += zip(end.start(), after, strict=True)
+        for two, of_two in zip(factors, of_ends.factors, strict=True):
+            pairs += [(t, g[n]) for t, g in zip(two, of_two, strict=True)]
+        pairs = [(t, g) for t, g in pairs if t.requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
+        wanted = [t for t in leaves if t.requires_grad]
+        one = torch.autograd.grad(
+            outputs, wanted, gradients, allow_unused=True, materialize_grads=True
+        )
+        one, before = one[: -len(begin)], one[-len(begin) :]
+        after = [g + of[n] for g, of in zip(before, of_ends.starts, strict=True)]
+        found.append(one)
+    return [*(torch.stack(gs) for gs in zip(*reversed(found), strict=True)), *after]
+
+
+@functools.cache
+def _compiled_step(rule: Rule, sizes: tuple, dtype: torch.dtype, device: torch.device) -> Step:
+    """`chunk_end`, compiled once for these sizes, whatever the batch and the length."""
+
+    def step(rule: Rule, x: Write, memory: ChunkMemory) -> Any:
+        factors, eta, scales, end = walk.chunk_end(rule, x, memory)
+        # Laid out as the memory it began with, so that the next chunk is served by what serves it.
+        return factors, eta, scales, end.map(Tensor.contiguous)
+
+    # Dynamo keeps what it compiled by code object, and not much for each.
+    step.__code__ = step.__code__.replace()
+    return torch.compile(step, fullgraph=True)
+
+
+def _fake(
+    tensors: Sequence[Tensor], memory: str, objective: str, momentum: bool, discount: bool
+) -> list[Tensor]:
+    write, start = _unflatten(tensors, memory, momentum, discount)
+    count = write.k.shape[0]
+    begin = [t.new_empty(count, *t.shape) for t in start.start()]
+    factors = [
+        write.k.new_empty(*write.k.shape[:-1], width)
+        for w in start.weights
+        for width in w.shape[1:]
+    ]
+    end = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in start.start()]
+    tokens = [write.eta.new_empty(write.eta.shape) for _ in range(2)]
+    return [*begin, *factors, *tokens, *end]
+
+
+_walk = recomputed.define(
+    "omega_walk", "str memory, str objective, bool momentum, bool discount", _run, _fake,
+    _differentiate,
+)  # fmt: skip

@@ -1,0 +1,133 @@
+"""The rule taken into a graph: the definition, whatever the length leaves of the last chunk."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import MEMORIES, OBJECTIVES, difference, draw, rule_inputs
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from atlas_blocks import ops, use_provider
+from atlas_blocks.functional import omega_rule, walk
+from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.ops import omega_inline
+from atlas_blocks.ops.omega_rule import describe
+
+CHUNK = 4
+VARIANTS = list(itertools.product((True, False), (True, False), (1, 3, 7), (1, 4, 10, 12)))
+
+
+@pytest.fixture(autouse=True)
+def _plain_step(monkeypatch):
+    """The step as it is, not compiled: tests of compiled graphs are in compile_passes."""
+    monkeypatch.setattr(omega_inline, "_compiled_step", lambda *key: walk.chunk_end)
+
+
+def make(memory: str, momentum: bool, discount: bool, window: int, length: int, **options):
+    objective = OBJECTIVES[length % 2]
+    inputs = rule_inputs(
+        memory, batch=2, length=length, window=window, momentum=momentum, update="gd", **options
+    )
+    settings = {"memory": memory, "objective": objective, "chunk_size": CHUNK}
+    return inputs, settings | {"write_discount": discount}
+
+
+def arguments(inputs: dict, settings: dict) -> Arguments:
+    rule = Rule(**settings, update="gd", ns_steps=5, ns_every=1, window=inputs["gamma"].shape[-1])
+    names = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "feature_map")
+    return Arguments(*(inputs[n] for n in names), rule=rule, state=None)
+
+
+def with_gradients(call, inputs: dict) -> tuple[list, list]:
+    """Outputs and state, and the gradients of every input for weights that differ by entry."""
+    leaves = {
+        name: value.clone().requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor)
+    }
+    weights = [w.clone().requires_grad_() for w in inputs["weights"]]
+    y, state = call(inputs | leaves | {"weights": weights})
+    outputs = [y, *state.tensors()]
+    some = [t for t in outputs if t.requires_grad]
+    seeds = [draw(*t.shape, seed=5, dtype=t.dtype) for t in some]
+    wanted = [*leaves.values(), *weights]
+    gradients = torch.autograd.grad(some, wanted, seeds, materialize_grads=True)
+    return [t.double() for t in outputs], list(gradients)
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_it_is_the_definition(memory, features):
+    for momentum, discount, window, length in VARIANTS:
+        inputs, settings = make(memory, momentum, discount, window, length, features=features)
+        (ours, our_gradients), (true, true_gradients) = (
+            with_gradients(call, inputs)
+            for call in (
+                lambda x, s=settings: omega_inline.run(arguments(x, s)),
+                lambda x, s=settings: omega_rule(**x, **s),
+            )
+        )
+        assert difference(ours, true) < 1e-12
+        assert difference(our_gradients, true_gradients) < 1e-10
+
+
+def walk_calls(memory: str, momentum: bool, discount: bool, length: int, monkeypatch):
+    """The op's arguments in a call of the rule, tensors that require gradients."""
+    seen, run = [], omega_inline._walk
+    monkeypatch.setattr(omega_inline, "_walk", lambda *a: seen.append(a) or run(*a))
+    omega_inline.run(arguments(*make(memory, momentum, discount, 3, length)))
+    monkeypatch.setattr(omega_inline, "_walk", run)
+    ((tensors, *settings),) = seen
+    return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors], settings
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_walk_is_an_op(memory, monkeypatch):
+    for momentum, discount in itertools.product((True, False), repeat=2):
+        tensors, settings = walk_calls(memory, momentum, discount, 6, monkeypatch)
+        plain = [t.detach() for t in tensors]
+        opcheck(torch.ops.atlas.omega_walk.default, (plain, *settings))
+        results = torch.ops.atlas.omega_walk.default(plain, *settings)
+        grads = [torch.ones_like(t) for t in results]
+        backward = torch.ops.atlas.omega_walk_backward.default
+        opcheck(backward, (grads, plain, results, *settings))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_formulas_count_what_the_walk_computes(memory, monkeypatch):
+    ops.register_flop_formulas()
+    for momentum, discount, length in itertools.product((True, False), (True, False), (8, 11)):
+        tensors, settings = walk_calls(memory, momentum, discount, length, monkeypatch)
+
+        def counted(call):
+            with FlopCounterMode(display=False) as counter:
+                result = call()
+            return counter.get_total_flops(), result
+
+        plain = [t.detach() for t in tensors]
+        true, _ = counted(lambda p=plain, s=settings: omega_inline._run(p, *s))
+        op = torch.ops.atlas.omega_walk
+        ours, results = counted(lambda p=plain, s=settings, op=op: op.default(p, *s))
+        assert ours == true > 0
+        grads = [torch.ones_like(t) for t in results]
+        rest = (grads, plain, results, *settings)
+        true, _ = counted(lambda r=rest: omega_inline._differentiate(*r))
+        ours, _ = counted(lambda r=rest: torch.ops.atlas.omega_walk_backward.default(*r))
+        assert ours == true > 0
+
+
+def test_where_it_cannot_serve_it_says_why():
+    inputs, settings = make("mlp", True, True, 3, 9)
+    with pytest.raises(ValueError, match=r"provider: 'inline' cannot serve .* traces the rule"):
+        ops.omega_rule(**inputs, **settings, provider="inline")
+    with use_provider("inline"):
+        for changes, reason in (({"update": "muon"}, "update='muon'"), ({}, "from its start")):
+            state = None if changes else omega_rule(**inputs, **settings)[1]
+            options = settings | changes | {"state": state}
+            call = torch.compile(
+                lambda o=options: ops.omega_rule(**inputs, **o), backend="eager", fullgraph=True
+            )
+            with pytest.raises(Exception, match=reason):
+                call()
+    assert describe(arguments(inputs, settings), needs_grad=True).traced is False
