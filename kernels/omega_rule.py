@@ -82,6 +82,8 @@ def _supports(call: Call) -> str | None:
     if rule.update == "muon":
         refused = (newton_schulz.refused_shape(*shape) for shape in call.weight_shapes)
         return no_device(call.device, call.dtype) or next(filter(None, refused), None)
+    if call.packed:
+        return "packed documents have no kernel"
     widest = LARGEST_VALUE if rule.memory == "matrix" else LARGEST_DEEP_VALUE
     for name, size, most in (
         ("chunk_size", rule.chunk_size, LARGEST_CHUNK),
@@ -108,7 +110,7 @@ def _layout(a: Arguments) -> tuple[Layout, Spans]:
 
 
 def _prepare(a: Arguments, at: Layout, spans: Spans) -> tuple[_Streams, _Memory, _History]:
-    q, k, v, alpha, eta, theta, gamma, _, phi, rule, state = a
+    q, k, v, alpha, eta, theta, gamma, _, phi, rule, state, _ = a
     length, device = q.shape[1], q.device
     gamma = gamma.float()
     if rule.window > 1:

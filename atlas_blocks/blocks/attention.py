@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import (
     BACKENDS,
@@ -85,7 +85,8 @@ class SlidingWindowAttention(Block):
     """Causal multi-head attention over the last `window` tokens.
 
     y, state = block(x, state): x and y [B, T, dim], AttentionState. Under autocast y, the keys
-    and the values have autocast's dtype.
+    and the values have autocast's dtype. Packed documents take one call; with a state, or without a
+    window, whose state is as long as the longest document, one for each length.
     """
 
     state_type = AttentionState
@@ -121,11 +122,21 @@ class SlidingWindowAttention(Block):
             if sink is not None:
                 nn.init.normal_(sink, std=0.02)
 
-    def mix(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+    def mix(
+        self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, AttentionState]:
         """x [B, T, dim] -> y [B, T, dim], state after token T. Raises ValueError: see Block."""
-        tensors, options, position = self._inputs(x, state)
+        tensors, options, position = self._inputs(x, state, documents)
         y = sliding_window_attention(*tensors, **options, backend=self.config.backend)
-        return self.out(y.flatten(2)), self._remember(*tensors[1:], position)
+        return self.out(y.flatten(2)), self._remember(*tensors[1:], position, documents)
+
+    def mix_packed(
+        self, x: Tensor, state: AttentionState | None, documents: Documents
+    ) -> tuple[Tensor, AttentionState]:
+        """One call where there is no state and a window, else those of `Block.mix_packed`."""
+        if state is not None or self.config.window is None:
+            return super().mix_packed(x, state, documents)
+        return self.mix(x, None, documents)
 
     def backend_for(self, x: Tensor, state: AttentionState | None = None) -> tuple[str, str]:
         """Which attention backend a call with these arguments takes, and why.
@@ -137,7 +148,7 @@ class SlidingWindowAttention(Block):
         return choose_backend(*tensors, **options, backend=self.config.backend)
 
     def _inputs(
-        self, x: Tensor, state: AttentionState | None
+        self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], Tensor]:
         """q [B, T, H, D], cache + own k and v [B, S, H, D]; options; tokens seen after the call."""
         B, T, _ = x.shape
@@ -149,6 +160,10 @@ class SlidingWindowAttention(Block):
             sinks = {"sink_k": self.sink_k.to(q.dtype), "sink_v": self.sink_v.to(q.dtype)}
             options |= {"sink_q": q, **sinks}
         steps = torch.arange(T, device=x.device)
+        if documents is not None:
+            options["first"] = documents.bounds[documents.of]
+            q, k = (rotary(t, steps - options["first"], self.config.rope_base) for t in (q, k))
+            return (q, k, v), options, documents.cu_seqlens.diff()
         if state is None:
             q, k = (rotary(t, steps, self.config.rope_base) for t in (q, k))
             return (q, k, v), options, torch.full((B,), T)
@@ -162,11 +177,19 @@ class SlidingWindowAttention(Block):
         v = torch.cat([state.values.to(v.dtype), v], dim=1)
         return (q, k, v), options, state.position + T
 
-    def _remember(self, k: Tensor, v: Tensor, position: Tensor) -> AttentionState:
+    def _remember(
+        self, k: Tensor, v: Tensor, position: Tensor, documents: Documents | None
+    ) -> AttentionState:
         """The last window - 1 of k, v [B, S, H, D]."""
         if self.config.window is None:
             return AttentionState(k, v, position)
         size, S = self.config.window - 1, k.shape[1]
+        if documents is not None:
+            start, stop = documents.bounds[:-1, None], documents.bounds[1:, None]
+            last = stop - size + torch.arange(size, device=k.device)
+            there = (last >= start)[..., None, None]
+            k, v = (torch.where(there, t[0, last.clamp(min=0)], 0.0) for t in (k, v))
+            return AttentionState(k, v, position)
         if size > S:
             k, v = (F.pad(t, (0, 0, 0, 0, size - S, 0)) for t in (k, v))
         elif size < S:
