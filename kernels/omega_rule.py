@@ -7,7 +7,6 @@ the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,9 +25,8 @@ from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
 from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz
 from atlas_blocks.kernels.coefficients import Spans
-from atlas_blocks.kernels.deep import backward as deep_backward
+from atlas_blocks.kernels.deep import batches as deep
 from atlas_blocks.kernels.deep import call as deep_call
-from atlas_blocks.kernels.deep import forward as deep_forward
 from atlas_blocks.kernels.discount import DiscountSums
 from atlas_blocks.kernels.tiles import Layout, layout, no_device
 from atlas_blocks.ops.newton_schulz import NewtonSchulz
@@ -70,6 +68,7 @@ class _Rows(NamedTuple):
     spans: Spans
     bounds: Tensor  # where their tokens begin and end [R + 1]
     document: Tensor | None  # of every token, where they are packed [T]
+    batches: list[deep.Batch]  # of packed documents with a deep memory
 
     def with_past(self, past: Tensor, x: Tensor) -> Tensor:
         """[R, n, ...] and [B, T, ...] -> [B, n + T, ...], or [1, R n + T, ...] where packed."""
@@ -86,16 +85,6 @@ class _Rows(NamedTuple):
         if t.shape[1] < n:
             t = torch.cat([past[:, : n - t.shape[1]], t], 1)
         return t[:, t.shape[1] - n :]
-
-    def packed_slots(self, count: int) -> tuple[Tensor, Tensor]:
-        """Where each of `count` chunk starts, one document's after the other's, lies among the
-        slots, and whether there is one."""
-        first, used = self.at.rows.long().unbind(1)
-        ahead = used.cumsum(0) - used
-        slot = torch.arange(count, device=used.device)
-        row = torch.searchsorted(ahead, slot, right=True) - 1
-        n = slot - ahead[row]
-        return torch.where(n < used[row], first[row] + n, 0), n < used[row]
 
 
 class _Memory(NamedTuple):
@@ -151,16 +140,16 @@ def _rows(a: Arguments) -> _Rows:
     position = None if state is None else state.position
     if a.cu_seqlens is None:
         bounds = torch.arange(batch + 1, device=device) * length
-        per_row = chunk_count(length, chunk, begun)
-        return _Rows(layout(bounds, length, chunk, position, per_row=per_row), spans, bounds, None)
+        at = layout(bounds, length, chunk, position, per_row=chunk_count(length, chunk, begun))
+        return _Rows(at, spans, bounds, None, [])
     numbers = document_bounds(a.cu_seqlens, length)
-    longest = max(stop - start for start, stop in pairwise(numbers))
+    lengths = [stop - start for start, stop in pairwise(numbers)]
     bounds = a.cu_seqlens.to(device, torch.int64)
     count = chunk_count(length, chunk, begun, a.sequences)
-    # A deep memory's kernels go over the same chunk of every row at a time.
-    per_row = 0 if matrix_memory else chunk_count(longest, chunk, begun)
-    at = layout(bounds, longest, chunk, position, per_row=per_row, count=count)
-    return _Rows(at, spans, bounds, document_of(bounds, length))
+    at, parts = layout(bounds, max(lengths), chunk, position, count=count), []
+    if not matrix_memory:
+        parts = deep.batches(at, [chunk_count(n, chunk, begun) for n in lengths])
+    return _Rows(at, spans, bounds, document_of(bounds, length), parts)
 
 
 def _times(a: Arguments, rows: _Rows) -> Tensor:
@@ -254,7 +243,9 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
             call = deep_call.Call(
                 x.q, x.k, x.target, *gates, x.mass, memory.w, memory.s, memory.m, at, spans, l2
             )
-            y, w, s, scale, starts_w, starts_s, scales = deep_forward.forward(call, memory.scale)
+            y, w, s, scale, starts_w, starts_s, scales = deep.forward(
+                call, memory.scale, rows.batches
+            )
             if _has_residual(a):
                 y = y + a.q
         first = torch.zeros_like(at.rows[:, 0]) if a.state is None else a.state.position
@@ -283,32 +274,9 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
         outputs = [y.to(a.q.dtype), *(t.clone() for t in state.tensors())]
         if save:
             starts = (*starts_w, *starts_s, scales)
-            outputs += _packed(a, rows, starts)
+            shape = (at.batch, at.per_row) if at.per_row else (1, at.count)
+            outputs += [t.unflatten(0, shape) for t in starts]
         return outputs
-
-
-def _packed(a: Arguments, rows: _Rows, starts: Sequence[Tensor]) -> list[Tensor]:
-    """Chunk starts [slots, ...] as the op gives them, [B, N, ...]: those of packed documents one
-    after the other, zero behind the last."""
-    at = rows.at
-    if a.cu_seqlens is None:
-        return [t.unflatten(0, (at.batch, at.per_row)) for t in starts]
-    if not at.per_row:
-        return [t.unsqueeze(0) for t in starts]
-    count = chunk_count(a.q.shape[1], at.chunk, a.state is not None, a.sequences)
-    place, there = rows.packed_slots(count)
-    found = (t[place] for t in starts)
-    return [torch.where(there.view(-1, *(t.dim() - 1) * (1,)), t, 0.0)[None] for t in found]
-
-
-def _unpacked(a: Arguments, rows: _Rows, saved: Sequence[Tensor]) -> list[Tensor]:
-    """The starts whose `_packed` these are."""
-    flat = [t.flatten(0, 1) for t in saved]
-    if a.cu_seqlens is None or not rows.at.per_row:
-        return flat
-    place, _ = rows.packed_slots(len(flat[0]))
-    # What lies behind the last document is zero.
-    return [t.new_zeros(rows.at.count, *t.shape[1:]).index_add_(0, place, t) for t in flat]
 
 
 def _first(group: list[Tensor]) -> Tensor | None:
@@ -336,7 +304,7 @@ def _backward(
     at, spans = rows.at, rows.spans
     with torch.enable_grad():
         x, memory, history = _prepare(a, rows)
-    *starts, scales = _unpacked(a, rows, saved)
+    *starts, scales = (t.flatten(0, 1) for t in saved)
     starts_w, starts_s = starts[:count], starts[count:]
     plain = _Streams._make(None if t is None else t.detach() for t in x)
     w, s, m = ([t.detach() for t in group] for group in memory[:3])
@@ -354,8 +322,8 @@ def _backward(
         call = deep_call.Call(
             plain.q, plain.k, plain.target, *gates, plain.mass, w, s, m, at, spans, l2
         )
-        dq, dk, dv, d_gates, d_mass, dw, ds, dm, d_scale = deep_backward.backward(
-            call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale
+        dq, dk, dv, d_gates, d_mass, dw, ds, dm, d_scale = deep.backward(
+            call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale, rows.batches
         )
         if _has_residual(a):
             d_read = dy
