@@ -25,6 +25,7 @@ from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES as STRUCTURES
 from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.ops.documents import checked_bounds
 from atlas_blocks.ops.omega_rule import Settings, flatten, unflatten
 
 OPS = torch.ops.atlas
@@ -188,3 +189,12 @@ def test_eager_is_the_definition() -> None:
     inputs, cu_seqlens = rule_inputs(length=9), torch.tensor([0, 4, 9], dtype=torch.int32)
     ours, true = (rule(**inputs, cu_seqlens=cu_seqlens) for rule in (ops.omega_rule, omega_rule))
     assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(true), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_checked_bounds_are_an_op(dtype: torch.dtype) -> None:
+    bounds = torch.tensor([0, 4, 9], dtype=dtype)
+    torch.library.opcheck(OPS.document_bounds.default, (bounds, 9))
+    found = checked_bounds(bounds, 9)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [0, 4, 9]
