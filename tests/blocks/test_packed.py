@@ -56,9 +56,10 @@ def test_one_graph_serves_all_bounds(name: str) -> None:
     assert backend.compiles == 1
 
 
-def test_one_graph_goes_on_from_documents_at_different_places() -> None:
+@pytest.mark.parametrize("name", ["memory-mlp-gd-sketch", "block-attention"])
+def test_one_graph_goes_on_from_documents_at_different_places(name: str) -> None:
     torch._dynamo.reset()
-    block, backend = make_block("memory-mlp-gd-sketch"), Recorder()
+    block, backend = make_block(name), Recorder()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     for bounds, last in itertools.pairwise((*BOUNDS, BOUNDS[0])):
         _, state = block(draw(1, LENGTH, DIM), cu_seqlens=torch.tensor(last))
