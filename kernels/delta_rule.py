@@ -26,8 +26,9 @@ import triton
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from atlas_blocks.functional.omega_rule import first_state, run
-from atlas_blocks.functional.rule import Arguments, OmegaState
+from atlas_blocks.functional.documents import document_bounds
+from atlas_blocks.functional.omega_rule import run
+from atlas_blocks.functional.rule import Arguments, OmegaState, first_state
 from atlas_blocks.kernels.tiles import no_device
 from atlas_blocks.ops.contract import own
 from atlas_blocks.ops.omega_rule import Call, Settings, unflatten
@@ -88,7 +89,10 @@ def _rule(a: Arguments) -> tuple[Tensor, OmegaState]:
     """The rule under autograd. float64 inputs stay so, for kernels that take them."""
     if 0 in a.q.shape[:2]:
         return run(a)  # nothing to launch
-    before = a.state or first_state(a)
+    before, length, packed = a.state or first_state(a), a.q.shape[1], None
+    if a.cu_seqlens is not None:
+        document_bounds(a.cu_seqlens, length)
+        packed = a.cu_seqlens.to(a.q.device, torch.int64)
     (m,) = before.weights
     alpha = a.alpha.to(m.dtype).clamp(min=LEAST_ALPHA)
     write = (a.eta * a.gamma[..., 0]).to(m.dtype)
@@ -102,6 +106,7 @@ def _rule(a: Arguments) -> tuple[Tensor, OmegaState]:
         scale=1.0,
         initial_state=m.mT.contiguous(),
         output_final_state=True,
+        cu_seqlens=packed,
     )
     m = after.mT
     state = OmegaState(
@@ -112,7 +117,7 @@ def _rule(a: Arguments) -> tuple[Tensor, OmegaState]:
         values=before.values,
         writes=before.writes,
         scale=before.scale,
-        position=before.position + a.q.shape[1],
+        position=before.position + (length if packed is None else packed.diff()),
     )
     return y.to(a.q.dtype), state
 

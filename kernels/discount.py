@@ -99,14 +99,18 @@ def _backward(
 
 
 class DiscountSums(torch.autograd.Function):
-    """phi(k) [B, HIST + T, H, D] and m [B, HIST + T, H] -> rho, own [B, T, H], float32."""
+    """phi(k) [B, HIST + T, H, D] and m [B, HIST + T, H] -> rho, own [B, T, H], float32.
+
+    Of R packed documents [1, R HIST + T, ...] and [1, T, H].
+    """
 
     @staticmethod
     def forward(
         ctx: Any, k: Tensor, writes: Tensor, at: Layout, spans: Spans
     ) -> tuple[Tensor, Tensor]:
         batch, total, heads, d = k.shape
-        rho = writes.new_empty(batch, total - spans.history, heads)
+        past = at.batch // batch * spans.history
+        rho = writes.new_empty(batch, total - past, heads)
         own = torch.empty_like(rho)
         ctx.save_for_backward(k, writes)
         ctx.at, ctx.spans = at, spans

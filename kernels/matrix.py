@@ -296,14 +296,14 @@ def forward(
     *,
     l2: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """q [B, T, H, D]; k, target [B, HIST + T, H, D | V]; w, s and m (M^(0) where a chunk is begun)
-    [B, H, V, D]. Returns y [B, T, H, V], W and S at the end, and at the chunks' starts
-    [slots, H, V, D]."""
-    batch, _, heads, d = q.shape
+    """q [B, T, H, D]; k, target [B, HIST + T, H, D | V], of packed documents [1, R HIST + T, ...];
+    w, s and m (M^(0) where a chunk is begun) [R, H, V, D]. Returns y [B, T, H, V], W and S at the
+    end, and at the chunks' starts [slots, H, V, D]."""
+    heads, d = q.shape[-2:]
     v = target.shape[-1]
     y = q.new_empty(*q.shape[:-1], v)
-    # Zero where a row has no chunk: that can be only after a state.
-    new = torch.empty if m is None else torch.zeros
+    # Zero where there is no chunk: that can be only after a state, and behind packed documents.
+    new = torch.empty if m is None and at.per_row else torch.zeros
     starts_w = new(at.count, heads, v, d, dtype=w.dtype, device=w.device)
     w_end = torch.empty_like(w)
     starts_s = s_end = None
@@ -313,7 +313,7 @@ def forward(
     kinds = {"L2": l2, "MOMENTUM": s is not None, "BEGUN": m is not None}
     t = walk_forward_tiles(d, v)
     launch(
-        _walk_forward, (batch * heads, t.value_count),
+        _walk_forward, (at.batch * heads, t.value_count),
         k, target, w, s, m, at.slots, at.rows,
         found.write_own, found.write_halo, found.last_own, found.last_halo,
         found.abar, found.carried, found.thbar, starts_w, starts_s, w_end, s_end, *shape,

@@ -343,7 +343,7 @@ def _gradients(
 
 @triton.jit
 def _fold(
-    own, halo, out, slots, rows, LENGTH, SIGN,
+    own, halo, out, slots, rows, SIGN,
     H: tl.constexpr, D: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, STREAM: tl.constexpr,
@@ -356,9 +356,9 @@ def _fold(
     d = tl.program_id(2) * BD + tl.arange(0, BD)
     first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
     at = slots + first_slot.to(tl.int64) * 4
-    first, low = tl.load(at + 1), tl.load(at + 2)
+    first, low, high = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     past = tl.program_id(0) * BT + tl.arange(0, BT)
-    there = past < LENGTH + HISTORY
+    there = past < high - low + HISTORY
     token = low - HISTORY + past
     # Division rounds to zero; history reaches no further back than HALO + CHUNK.
     REACH: tl.constexpr = (HALO + CHUNK - 1) // CHUNK
@@ -414,7 +414,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Coefficients, Tensor, Tensor | None, Tensor]:
     """From the gradients of y, W, S and the state's chunk_start to those of q, k, target, the
     coefficients, and the W, S and M^(0) that the call began with."""
-    batch, length, heads, d = q.shape
+    heads, d = q.shape[-2:]
     v = target.shape[-1]
     shape = (heads, d, v, spans.history)
     slots = (at.count, heads)
@@ -440,7 +440,7 @@ def backward(
     if starts_s is not None and ds is not None:
         ends_s, ds_start = torch.empty_like(starts_s), torch.empty_like(ds)
     launch(
-        _walk_backward, (batch * heads, t.value_count),
+        _walk_backward, (at.batch * heads, t.value_count),
         q, k, dy, at.slots, at.rows,
         found.write_own, found.write_halo, found.last_own, found.last_halo,
         found.abar, found.carried, found.thbar,
@@ -469,10 +469,10 @@ def backward(
             continue  # nothing to add
         width = out.shape[-1]
         block = min(16 if width % 16 else 64, padded(width))
-        grid = (ceil_div(length + spans.history, 64), batch * heads, ceil_div(width, block))
+        grid = (ceil_div(at.longest + spans.history, 64), at.batch * heads, ceil_div(width, block))
         launch(
             _fold, grid,
-            own, halo, out, at.slots, at.rows, length, sign, heads, width, spans.history,
+            own, halo, out, at.slots, at.rows, sign, heads, width, spans.history,
             CHUNK=spans.chunk, SPAN=spans.span, HALO=spans.halo, BT=64, BD=block, STREAM=stream,
         )  # fmt: skip
     return dq, dk, dv, coefficients.summed(gradient), dw_start, ds_start, dm_start

@@ -7,19 +7,26 @@ the rest.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from atlas_blocks.functional import rule as rules
+from atlas_blocks.functional.documents import (
+    document_bounds,
+    document_of,
+    last_tokens,
+    with_past,
+)
+from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
 from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz
 from atlas_blocks.kernels.coefficients import Spans
-from atlas_blocks.kernels.deep import backward as deep_backward
+from atlas_blocks.kernels.deep import batches as deep
 from atlas_blocks.kernels.deep import call as deep_call
-from atlas_blocks.kernels.deep import forward as deep_forward
 from atlas_blocks.kernels.discount import DiscountSums
 from atlas_blocks.kernels.tiles import Layout, layout, no_device
 from atlas_blocks.ops.newton_schulz import NewtonSchulz
@@ -40,8 +47,8 @@ LARGEST_VALUE, LARGEST_DEEP_VALUE, LARGEST_FEATURES = 256, 128, 8192
 class _Streams(NamedTuple):
     """What the kernels read, differentiable in the op's inputs.
 
-    HIST tokens of history come first in k, target and mass. eta is discounted where the memory is a
-    matrix; mass is there for a deep memory's discount.
+    HIST tokens of history come first in k, target and mass, before each of packed documents. eta
+    is discounted where the memory is a matrix; mass is there for a deep memory's discount.
     """
 
     q: Tensor  # phi(q) [B, T, H, D]
@@ -54,8 +61,34 @@ class _Streams(NamedTuple):
     mass: Tensor | None  # [B, HIST + T, H]
 
 
+class _Rows(NamedTuple):
+    """The sequences of a call, rows of the batch or packed documents, R of them."""
+
+    at: Layout
+    spans: Spans
+    bounds: Tensor  # where their tokens begin and end [R + 1]
+    document: Tensor | None  # of every token, where they are packed [T]
+    batches: list[deep.Batch]  # of packed documents with a deep memory
+
+    def with_past(self, past: Tensor, x: Tensor) -> Tensor:
+        """[R, n, ...] and [B, T, ...] -> [B, n + T, ...], or [1, R n + T, ...] where packed."""
+        if self.document is None:
+            return torch.cat([past.to(x.dtype), x], 1)
+        return with_past(past, x, self.bounds, self.document)
+
+    def last(self, stream: Tensor, past: Tensor, *, joined: bool) -> Tensor:
+        """The last n tokens [R, n, ...], from those before the call where it is too short; joined:
+        whether the stream is `with_past`'s."""
+        n, t = past.shape[1], stream.to(past.dtype)
+        if self.document is not None:
+            return last_tokens(t if joined else self.with_past(past, t), n, self.bounds)
+        if t.shape[1] < n:
+            t = torch.cat([past[:, : n - t.shape[1]], t], 1)
+        return t[:, t.shape[1] - n :]
+
+
 class _Memory(NamedTuple):
-    """What a call begins with: lists of [B, H, dout, din], and scale [B, H]."""
+    """What a call begins with: lists of [R, H, dout, din], and scale [R, H]."""
 
     w: list[Tensor]  # W
     s: list[Tensor]  # S, empty without momentum
@@ -98,41 +131,57 @@ def _orthogonalise(s: Tensor, steps: int) -> Tensor:
     return NewtonSchulz.apply("triton", steps, steps, "jordan", s)
 
 
-def _layout(a: Arguments) -> tuple[Layout, Spans]:
-    position = None if a.state is None else a.state.position
-    history = 0 if a.state is None else a.rule.history
-    batch, length = a.q.shape[:2]
-    least = 16 if a.rule.memory == "matrix" else deep_call.LEAST_HALO
-    spans = Spans.of(a.rule.chunk_size, a.rule.window, history, least)
-    return layout(batch, length, spans.chunk, position, a.q.device), spans
+def _rows(a: Arguments) -> _Rows:
+    state, chunk, matrix_memory = a.state, a.rule.chunk_size, a.rule.memory == "matrix"
+    history = 0 if state is None else a.rule.history
+    least = 16 if matrix_memory else deep_call.LEAST_HALO
+    spans = Spans.of(chunk, a.rule.window, history, least)
+    (batch, length), device, begun = a.q.shape[:2], a.q.device, state is not None
+    position = None if state is None else state.position
+    if a.cu_seqlens is None:
+        bounds = torch.arange(batch + 1, device=device) * length
+        at = layout(bounds, length, chunk, position, per_row=chunk_count(length, chunk, begun))
+        return _Rows(at, spans, bounds, None, [])
+    numbers = document_bounds(a.cu_seqlens, length)
+    lengths = [stop - start for start, stop in pairwise(numbers)]
+    bounds = a.cu_seqlens.to(device, torch.int64)
+    count = chunk_count(length, chunk, begun, a.sequences)
+    at, parts = layout(bounds, max(lengths), chunk, position, count=count), []
+    if not matrix_memory:
+        parts = deep.batches(at, [chunk_count(n, chunk, begun) for n in lengths])
+    return _Rows(at, spans, bounds, document_of(bounds, length), parts)
 
 
-def _prepare(a: Arguments, at: Layout, spans: Spans) -> tuple[_Streams, _Memory, _History]:
-    q, k, v, alpha, eta, theta, gamma, _, phi, rule, state = a
-    length, device = q.shape[1], q.device
+def _times(a: Arguments, rows: _Rows) -> Tensor:
+    """Which token of its sequence each one is [B or 1, T]."""
+    times = torch.arange(a.q.shape[1], device=a.q.device)[None]
+    if rows.document is not None:
+        times = times - rows.bounds[rows.document]
+    if a.state is None:
+        return times
+    first = a.state.position.to(times.device)
+    return times + (first[:, None] if rows.document is None else first[rows.document])
+
+
+def _prepare(a: Arguments, rows: _Rows) -> tuple[_Streams, _Memory, _History]:
+    q, k, v, alpha, eta, theta, gamma, _, phi, rule, state, _ = a
     gamma = gamma.float()
     if rule.window > 1:
         # The window does not reach back over the start of the sequence.
-        times = torch.arange(length, device=device)[None, :, None]
-        if state is not None:
-            times = times + state.position.to(device)[:, None, None]
-        gamma = gamma * (torch.arange(rule.window, device=device) <= times)[:, :, None]
+        lags = torch.arange(rule.window, device=q.device)
+        gamma = gamma * (lags <= _times(a, rows)[..., None])[:, :, None]
     eta, theta = eta.float(), None if theta is None else theta.float()
-    mass = rules.write_mass(eta, theta, gamma) if rule.write_discount else None
+    mass = own_mass = rules.write_mass(eta, theta, gamma) if rule.write_discount else None
 
-    before = state if state is not None else rules.initial_state(q, v, a.weights, rule, False)
+    before = state
+    if before is None:
+        before = rules.initial_state(q, v, a.weights, rule, False, a.sequences)
     if state is not None:
-        k = torch.cat([state.keys.to(k.dtype), k], 1)
-        v = torch.cat([state.values.to(v.dtype), v], 1)
-        if mass is not None:
-            mass = torch.cat([state.writes, mass], 1)
+        k, v = rows.with_past(state.keys, k), rows.with_past(state.values, v)
+        mass = None if mass is None else rows.with_past(state.writes, mass)
 
-    def last(t: Tensor, old: Tensor) -> Tensor:
-        """The last `rule.history` tokens, from those before the call where it is too short."""
-        n, t = old.shape[1], t.to(old.dtype)
-        if t.shape[1] < n:
-            t = torch.cat([old[:, : n - t.shape[1]], t], 1)
-        return t[:, t.shape[1] - n :]
+    def last(stream: Tensor, past: Tensor) -> Tensor:
+        return rows.last(stream, past, joined=state is not None)
 
     writes = before.writes if mass is None else last(mass, before.writes)
     history = _History(last(k, before.keys), last(v, before.values), writes)
@@ -144,9 +193,8 @@ def _prepare(a: Arguments, at: Layout, spans: Spans) -> tuple[_Streams, _Memory,
     target = v.float() - k.float() if _has_residual(a) and rule.objective == "l2" else v
     q, k = lifted(q), lifted(k)
     if mass is not None and rule.memory == "matrix":
-        rho, own = DiscountSums.apply(k, mass.contiguous(), at, spans)
-        mass = mass[:, mass.shape[1] - length :]
-        eta, mass = eta * torch.exp(-rho) / (mass * own).clamp(min=1), None
+        rho, own = DiscountSums.apply(k, mass.contiguous(), rows.at, rows.spans)
+        eta, mass = eta * torch.exp(-rho) / (own_mass * own).clamp(min=1), None
     streams = _Streams(
         q, k, target.contiguous(), alpha.float().contiguous(), eta.contiguous(),
         None if theta is None else theta.contiguous(), gamma.contiguous(),
@@ -178,8 +226,9 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
         return find("omega_rule", DEFINITION).forward(tensors, settings, save)
     with torch.no_grad():
-        at, spans = _layout(a)
-        x, memory, history = _prepare(a, at, spans)
+        rows = _rows(a)
+        at, spans = rows.at, rows.spans
+        x, memory, history = _prepare(a, rows)
         l2, gates = a.rule.objective == "l2", _gates(x)
         if a.rule.memory == "matrix":
             found = coefficients.forward(*gates, at, spans)
@@ -194,12 +243,14 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
             call = deep_call.Call(
                 x.q, x.k, x.target, *gates, x.mass, memory.w, memory.s, memory.m, at, spans, l2
             )
-            y, w, s, scale, starts_w, starts_s, scales = deep_forward.forward(call, memory.scale)
+            y, w, s, scale, starts_w, starts_s, scales = deep.forward(
+                call, memory.scale, rows.batches
+            )
             if _has_residual(a):
                 y = y + a.q
         first = torch.zeros_like(at.rows[:, 0]) if a.state is None else a.state.position
         first = first.to(a.q.device, torch.int64)
-        position = first + a.q.shape[1]
+        position = first + rows.bounds.diff()
 
         def chunk_start(i: int) -> Tensor:
             """M^(0) of the token that comes next: W after a whole chunk, else the last chunk's."""
@@ -223,7 +274,8 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
         outputs = [y.to(a.q.dtype), *(t.clone() for t in state.tensors())]
         if save:
             starts = (*starts_w, *starts_s, scales)
-            outputs += [t.unflatten(0, (at.batch, at.per_row)) for t in starts]
+            shape = (at.batch, at.per_row) if at.per_row else (1, at.count)
+            outputs += [t.unflatten(0, shape) for t in starts]
         return outputs
 
 
@@ -248,9 +300,10 @@ def _backward(
     dw, rest = rest[:count], rest[count:]
     ds, rest = (rest[:count], rest[count:]) if settings.momentum else ([], rest)
     dm, (*d_history, d_scale) = rest[:count], rest[count:]
-    at, spans = _layout(a)
+    rows = _rows(a)
+    at, spans = rows.at, rows.spans
     with torch.enable_grad():
-        x, memory, history = _prepare(a, at, spans)
+        x, memory, history = _prepare(a, rows)
     *starts, scales = (t.flatten(0, 1) for t in saved)
     starts_w, starts_s = starts[:count], starts[count:]
     plain = _Streams._make(None if t is None else t.detach() for t in x)
@@ -269,8 +322,8 @@ def _backward(
         call = deep_call.Call(
             plain.q, plain.k, plain.target, *gates, plain.mass, w, s, m, at, spans, l2
         )
-        dq, dk, dv, d_gates, d_mass, dw, ds, dm, d_scale = deep_backward.backward(
-            call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale
+        dq, dk, dv, d_gates, d_mass, dw, ds, dm, d_scale = deep.backward(
+            call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale, rows.batches
         )
         if _has_residual(a):
             d_read = dy

@@ -35,9 +35,10 @@ class Layout:
 
     slots: Tensor
     rows: Tensor
-    batch: int
-    per_row: int
+    batch: int  # R
+    per_row: int  # slots of every row, 0 where those of one row follow those of another
     chunk: int
+    longest: int  # tokens of a row
 
     @property
     def count(self) -> int:
@@ -50,22 +51,33 @@ class Layout:
 
 
 def layout(
-    batch: int, length: int, chunk: int, position: Tensor | None, device: torch.device
+    bounds: Tensor,
+    longest: int,
+    chunk: int,
+    position: Tensor | None,
+    *,
+    per_row: int = 0,
+    count: int = 0,
 ) -> Layout:
-    """`batch` rows of `length` > 0 tokens, at these positions [B] of their sequences (None: 0)."""
-    longest = length if position is None else length + chunk - 1
-    per_row = ceil_div(longest, chunk)
-    row = torch.arange(batch, device=device).repeat_interleave(per_row, output_size=batch * per_row)
-    n = torch.arange(per_row, device=device).repeat(batch)
-    place = torch.zeros(batch, dtype=torch.int64, device=device)
-    if position is not None:
-        place = position.to(device) % chunk
-    low = row * length
-    used = (place + length + chunk - 1) // chunk
-    high = torch.where(n < used[row], low + length, low)
-    slots = torch.stack([row, low + n * chunk - place[row], low, high], 1).int()
-    first = torch.arange(batch, device=device) * per_row
-    return Layout(slots, torch.stack([first, used], 1).int(), batch, per_row, chunk)
+    """Rows of the tokens from bounds[r] to bounds[r + 1] - 1, 1 to `longest` of them, at these
+    positions [R] of their sequences (None: 0).
+
+    bounds: int64 [R + 1], on the device of the layout. per_row: so many slots for every row; or
+    count: so many in all, without a gap between rows.
+    """
+    low, high = bounds[:-1], bounds[1:]
+    place = torch.zeros_like(low) if position is None else position.to(low.device) % chunk
+    used = (place + high - low + chunk - 1) // chunk
+    first = used.cumsum(0) - used
+    if per_row:
+        count = len(low) * per_row
+        first = torch.arange(len(low), device=low.device) * per_row
+    slot = torch.arange(count, device=low.device)
+    row = torch.searchsorted(first, slot, right=True) - 1
+    n = slot - first[row]
+    high = torch.where(n < used[row], high[row], low[row])
+    slots = torch.stack([row, (low - place)[row] + n * chunk, low[row], high], 1).int()
+    return Layout(slots, torch.stack([first, used], 1).int(), len(low), per_row, chunk, longest)
 
 
 def ceil_div(a: int, b: int) -> int:

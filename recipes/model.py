@@ -23,6 +23,7 @@ from atlas_blocks import (
     State,
     check,
 )
+from atlas_blocks.blocks.base import Documents
 from atlas_blocks.blocks.norm import RMSNorm
 
 BlockConfig = AtlasBlockConfig | MemoryAsLayerConfig | MemoryAsGateConfig | MemoryAsContextConfig
@@ -128,10 +129,11 @@ class LanguageModel(nn.Module):
         if state is not None and len(state.blocks) != len(self.blocks):
             check.fail("state", f"{len(self.blocks)} block states", len(state.blocks))
         x = self.embedding(tokens)
+        documents = None if cu_seqlens is None else Documents.check(cu_seqlens, x)
         before = state.blocks if state is not None else (None,) * len(self.blocks)
         after = []
         for block, block_state in zip(self.blocks, before, strict=True):
-            x, block_state = block(x, block_state, cu_seqlens=cu_seqlens, detach_state=detach_state)
+            x, block_state = block(x, block_state, cu_seqlens=documents, detach_state=detach_state)
             after.append(block_state)
         x = self.norm(x)
         logits = x @ self.embedding.weight.mT if self.head is None else self.head(x)

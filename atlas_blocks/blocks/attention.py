@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import (
     BACKENDS,
@@ -22,6 +22,7 @@ from atlas_blocks.functional.attention import (
     rotary,
     sliding_window_attention,
 )
+from atlas_blocks.functional.documents import document_of, with_past
 from atlas_blocks.state import State
 
 
@@ -85,7 +86,8 @@ class SlidingWindowAttention(Block):
     """Causal multi-head attention over the last `window` tokens.
 
     y, state = block(x, state): x and y [B, T, dim], AttentionState. Under autocast y, the keys
-    and the values have autocast's dtype.
+    and the values have autocast's dtype. Packed documents take one call; without a window, where a
+    state is as long as the longest document, one for each length.
     """
 
     state_type = AttentionState
@@ -121,11 +123,27 @@ class SlidingWindowAttention(Block):
             if sink is not None:
                 nn.init.normal_(sink, std=0.02)
 
-    def mix(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+    def mix(
+        self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, AttentionState]:
         """x [B, T, dim] -> y [B, T, dim], state after token T. Raises ValueError: see Block."""
-        tensors, options, position = self._inputs(x, state)
+        tensors, options, position = self._inputs(x, state, documents)
         y = sliding_window_attention(*tensors, **options, backend=self.config.backend)
-        return self.out(y.flatten(2)), self._remember(*tensors[1:], position)
+        bounds = None
+        if documents is not None:
+            cached = 0 if state is None else state.keys.shape[1]
+            own = torch.arange(x.shape[1], device=x.device) + (documents.of + 1) * cached
+            y = y.index_select(1, own) if cached else y
+            bounds = _stretched(documents.bounds, cached)
+        return self.out(y.flatten(2)), self._remember(*tensors[1:], position, bounds)
+
+    def mix_packed(
+        self, x: Tensor, state: AttentionState | None, documents: Documents
+    ) -> tuple[Tensor, AttentionState]:
+        """One call where there is a window, else those of `Block.mix_packed`."""
+        if self.config.window is None:
+            return super().mix_packed(x, state, documents)
+        return self.mix(x, state, documents)
 
     def backend_for(self, x: Tensor, state: AttentionState | None = None) -> tuple[str, str]:
         """Which attention backend a call with these arguments takes, and why.
@@ -137,7 +155,7 @@ class SlidingWindowAttention(Block):
         return choose_backend(*tensors, **options, backend=self.config.backend)
 
     def _inputs(
-        self, x: Tensor, state: AttentionState | None
+        self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], Tensor]:
         """q [B, T, H, D], cache + own k and v [B, S, H, D]; options; tokens seen after the call."""
         B, T, _ = x.shape
@@ -148,6 +166,8 @@ class SlidingWindowAttention(Block):
         if self.sink_k is not None and self.sink_v is not None:
             sinks = {"sink_k": self.sink_k.to(q.dtype), "sink_v": self.sink_v.to(q.dtype)}
             options |= {"sink_q": q, **sinks}
+        if documents is not None:
+            return self._packed_inputs(q, k, v, state, documents, options)
         steps = torch.arange(T, device=x.device)
         if state is None:
             q, k = (rotary(t, steps, self.config.rope_base) for t in (q, k))
@@ -162,11 +182,52 @@ class SlidingWindowAttention(Block):
         v = torch.cat([state.values.to(v.dtype), v], dim=1)
         return (q, k, v), options, state.position + T
 
-    def _remember(self, k: Tensor, v: Tensor, position: Tensor) -> AttentionState:
-        """The last window - 1 of k, v [B, S, H, D]."""
+    def _packed_inputs(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: AttentionState | None,
+        documents: Documents,
+        options: dict[str, Any],
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], Tensor]:
+        """`_inputs` of one sequence, each document's cache before its tokens: cached keys have
+        queries of their own, which nobody reads."""
+        d, device, position = documents, q.device, torch.zeros(documents.count, dtype=torch.int64)
+        keys = values = k.new_zeros(d.count, 0, *k.shape[2:])
+        if state is not None:
+            self._check_state(state, d.count)
+            keys, values, position = state.keys, state.values, state.position
+
+        def after(cache: Tensor, t: Tensor) -> Tensor:
+            return with_past(cache, t, d.bounds, d.of)
+
+        seen, no_queries = position.to(device), torch.zeros_like(keys)
+        steps = torch.arange(q.shape[1], device=device) - d.bounds[d.of] + seen[d.of]
+        if "sink_q" in options:
+            options["sink_q"] = after(no_queries, q)
+        q, k = (rotary(t, steps, self.config.rope_base) for t in (q, k))
+        q, k, v = after(no_queries, q), after(keys, k), after(values, v)
+        # A document's first key: the oldest in its cache; to a query before that its own.
+        size, bounds = keys.shape[1], _stretched(d.bounds, keys.shape[1])
+        first = bounds[:-1] + size - seen.clamp(max=size)
+        first = first[document_of(bounds, q.shape[1])]
+        options["first"] = first.minimum(torch.arange(q.shape[1], device=device))
+        return (q, k, v), options, position + d.cu_seqlens.diff().to(position.device)
+
+    def _remember(
+        self, k: Tensor, v: Tensor, position: Tensor, bounds: Tensor | None
+    ) -> AttentionState:
+        """The last window - 1 of k, v [B, S, H, D], or of each document with these bounds."""
         if self.config.window is None:
             return AttentionState(k, v, position)
         size, S = self.config.window - 1, k.shape[1]
+        if bounds is not None:
+            start, stop = bounds[:-1, None], bounds[1:, None]
+            last = stop - size + torch.arange(size, device=k.device)
+            there = (last >= start)[..., None, None]
+            k, v = (torch.where(there, t[0, last.clamp(min=0)], 0.0) for t in (k, v))
+            return AttentionState(k, v, position)
         if size > S:
             k, v = (F.pad(t, (0, 0, 0, 0, size - S, 0)) for t in (k, v))
         elif size < S:
@@ -183,6 +244,11 @@ class SlidingWindowAttention(Block):
         check.tensor("state.keys", state.keys, "[B, window - 1, H, D]", sizes)
         check.tensor("state.values", state.values, "[B, window - 1, H, D]", sizes)
         check.tensor("state.position", state.position, "[B]", (B,), (torch.int64,))
+
+
+def _stretched(bounds: Tensor, n: int) -> Tensor:
+    """The bounds where n more tokens stand before each document."""
+    return bounds + n * torch.arange(bounds.shape[0], device=bounds.device)
 
 
 def _norm(x: Tensor, scale: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,14 +15,40 @@ import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
+from atlas_blocks.functional.documents import check_packed, document_of
+from atlas_blocks.ops.documents import checked_bounds
 from atlas_blocks.state import State
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed x lie, checked once for all blocks that it goes through."""
+
+    cu_seqlens: Tensor  # int64 [N + 1] on the CPU
+    bounds: Tensor  # the same on the device of x
+    of: Tensor  # the document of every token [T]
+
+    @staticmethod
+    def check(cu_seqlens: Tensor, x: Tensor) -> Documents:
+        """Raises ValueError where cu_seqlens does not fit x [1, T, dim]: see `Block.forward`."""
+        check_packed(cu_seqlens, "x", x)
+        cu_seqlens = checked_bounds(cu_seqlens, x.shape[1])
+        bounds = cu_seqlens.to(x.device)
+        return Documents(cu_seqlens, bounds, document_of(bounds, x.shape[1]))
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.cu_seqlens.shape[0] - 1
 
 
 class Block(nn.Module, abc.ABC):
     """A causal sequence block whose state is an argument and a result.
 
     A subclass sets `self.dim` and the class of its state, and computes `mix(x, state)`; this class
-    checks the input, runs packed documents apart and detaches the state.
+    checks the input, runs packed documents apart and detaches the state. A subclass that takes
+    packed documents in one call has a `mix_packed` of its own, which reads nothing on the host and
+    so leaves a compiled graph whole.
     """
 
     dim: int
@@ -31,42 +58,10 @@ class Block(nn.Module, abc.ABC):
     def mix(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x [B, T, dim], state of this block or None -> y [B, T, dim], state after token T."""
 
-    def forward(
-        self,
-        x: Tensor,
-        state: Any = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        detach_state: bool = True,
-    ) -> tuple[Tensor, Any]:
-        """Run the block over a sequence or a further piece of one.
-
-        x: [B, T, dim], any T >= 0. state: what the last call returned (None: a fresh sequence);
-        feeding a sequence in any split gives the same outputs and final state as one call.
-        cu_seqlens: int [N + 1], document boundaries 0 = c_0 < ... < c_N = T of a packed x with
-        B = 1: every document runs as if alone, and `state` (in and out) has a batch of N.
-        detach_state: False keeps the returned state in the autograd graph.
-        Returns y [B, T, dim] and the state. Raises ValueError on a wrong shape, dtype or state.
-        """
-        check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
-        if state is not None and (
-            self.state_type is None or not isinstance(state, self.state_type)
-        ):
-            kind = "" if self.state_type is None else f"{self.state_type.__name__} or "
-            check.fail("state", f"{kind}None", type(state).__name__)
-        if cu_seqlens is not None:
-            y, state = self._run_packed(x, state, cu_seqlens)
-        else:
-            if state is not None and (n := state.tensors()[0].shape[0]) != x.shape[0]:
-                check.fail("state", f"a batch of {x.shape[0]} (that of x)", n)
-            y, state = self.mix(x, state)
-        return y, state.detach() if detach_state and state is not None else state
-
-    def _run_packed(self, x: Tensor, state: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
-        bounds = document_bounds(cu_seqlens, x)
+    def mix_packed(self, x: Tensor, state: Any, documents: Documents) -> tuple[Tensor, Any]:
+        """x [1, T, dim] and a state of N documents -> y, their states; `mix` for each length."""
+        bounds = documents.cu_seqlens.tolist()
         starts, lengths = bounds[:-1], [b - a for a, b in pairwise(bounds)]
-        if state is not None and (n := state.tensors()[0].shape[0]) != len(starts):
-            check.fail("state", f"a batch of {len(starts)} (documents in cu_seqlens)", n)
         # Documents of equal length share one call; each is a row of its batch.
         by_length: dict[int, list[int]] = defaultdict(list)
         for i, length in enumerate(lengths):
@@ -84,14 +79,38 @@ class Block(nn.Module, abc.ABC):
             return y, None
         return y, State.cat(states)[sorted(range(len(order)), key=order.__getitem__)]
 
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        cu_seqlens: Tensor | Documents | None = None,
+        detach_state: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """Run the block over a sequence or a further piece of one.
 
-def document_bounds(cu_seqlens: Tensor, x: Tensor) -> list[int]:
-    """Checked document boundaries as a list. Raises ValueError where they do not fit x."""
-    check.tensor("cu_seqlens", cu_seqlens, "[N + 1]", (None,), (torch.int32, torch.int64))
-    bounds = cu_seqlens.tolist()
-    rising = all(a < b for a, b in pairwise(bounds))
-    if x.shape[0] != 1:
-        check.fail("x", "a batch of 1 with cu_seqlens", x.shape[0])
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or not rising:
-        check.fail("cu_seqlens", f"strictly rising bounds from 0 to T = {x.shape[1]}", bounds)
-    return bounds
+        x: [B, T, dim], any T >= 0. state: what the last call returned (None: a fresh sequence);
+        feeding a sequence in any split gives the same outputs and final state as one call.
+        cu_seqlens: int [N + 1], document boundaries 0 = c_0 < ... < c_N = T of a packed x with
+        B = 1: every document runs as if alone, and `state` (in and out) has a batch of N. Or what
+        `Documents.check` made of them.
+        detach_state: False keeps the returned state in the autograd graph.
+        Returns y [B, T, dim] and the state. Raises ValueError on a wrong shape, dtype or state.
+        """
+        check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
+        if state is not None and (
+            self.state_type is None or not isinstance(state, self.state_type)
+        ):
+            kind = "" if self.state_type is None else f"{self.state_type.__name__} or "
+            check.fail("state", f"{kind}None", type(state).__name__)
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
+            cu_seqlens = Documents.check(cu_seqlens, x)
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.count
+        if state is not None and (n := state.tensors()[0].shape[0]) != rows:
+            what = "that of x" if cu_seqlens is None else "documents in cu_seqlens"
+            check.fail("state", f"a batch of {rows} ({what})", n)
+        if cu_seqlens is None:
+            y, state = self.mix(x, state)
+        else:
+            y, state = self.mix_packed(x, state, cu_seqlens)
+        return y, state.detach() if detach_state and state is not None else state

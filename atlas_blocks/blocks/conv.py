@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.functional.conv import causal_conv
+from atlas_blocks.functional.documents import last_tokens, with_past
 from atlas_blocks.state import State
 
 
@@ -40,13 +41,24 @@ class ShortConv(Block):
         bound = self.width**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def mix(self, x: Tensor, state: ConvState | None) -> tuple[Tensor, ConvState]:
-        size = (x.shape[0], self.width - 1, self.dim)
+    def mix(
+        self, x: Tensor, state: ConvState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, ConvState]:
+        rows = x.shape[0] if documents is None else documents.count
+        size = (rows, self.width - 1, self.dim)
         if state is None:
             past = x.new_zeros(size)
         else:
             check.tensor("state.tail", state.tail, "[B, width - 1, dim]", size)
             past = state.tail.to(x.dtype)
-        reach = torch.cat([past, x], 1)
-        y = causal_conv(reach, self.weight.to(x.dtype))
-        return y, ConvState(reach[:, reach.shape[1] - self.width + 1 :].clone())
+        weight, n = self.weight.to(x.dtype), self.width - 1
+        if documents is None:
+            reach = torch.cat([past, x], 1)
+            return causal_conv(reach, weight), ConvState(reach[:, reach.shape[1] - n :].clone())
+        # Each document has its own past before it, of which no output is wanted.
+        reach = with_past(past, x, documents.bounds, documents.of)
+        wanted = torch.arange(x.shape[1], device=x.device) + documents.of * n
+        y = causal_conv(reach, weight).index_select(1, wanted)
+        return y, ConvState(last_tokens(reach, n, documents.bounds))
+
+    mix_packed = mix

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.conv import ConvState, ShortConv
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.config import Config
@@ -302,9 +302,13 @@ class AtlasMemory(Block):
             else:
                 self.coefficients.copy_(coefficients)
 
-    def mix(self, x: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
+    def mix(
+        self, x: Tensor, state: MemoryState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, MemoryState]:
         c = self.config
-        qkv, conv = self.conv(self.qkv(x), state and state.conv, detach_state=False)
+        qkv, conv = self.conv(
+            self.qkv(x), state and state.conv, cu_seqlens=documents, detach_state=False
+        )
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         y, rule = omega_rule(
             F.normalize(q, dim=-1),
@@ -324,9 +328,12 @@ class AtlasMemory(Block):
             chunk_size=c.chunk_size,
             write_discount=c.update == "gd" if c.write_discount is None else c.write_discount,
             state=state and state.rule,
+            cu_seqlens=documents and documents.cu_seqlens,
         )
         y = self.norm(y).flatten(-2) * F.silu(self.gate(x))
         return self.out(y), MemoryState(conv, rule)
+
+    mix_packed = mix
 
     def recall(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read a fixed memory: queries [B, T, dim], weights of an OmegaState -> [B, T, dim]."""

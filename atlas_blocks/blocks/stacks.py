@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
-from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.deep_transformer import DeepTransformerConfig
 from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, MemoryState
@@ -86,12 +86,18 @@ class AtlasBlock(Block):
         self.mlp_norm = RMSNorm(dim)
         self.mlp = SwiGLU(dim, config.mlp_width)
 
-    def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+    def mix(
+        self, x: Tensor, state: StackState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, StackState]:
         (before,) = _parts(state, 1)
-        mixed, after = self.mixer(self.mixer_norm(x), before, detach_state=False)
+        mixed, after = self.mixer(
+            self.mixer_norm(x), before, cu_seqlens=documents, detach_state=False
+        )
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))[0]
         return x, StackState((after,))
+
+    mix_packed = mix
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,15 @@ class MemoryAsLayer(Block):
             dim, heads, AtlasBlockConfig(config.attention, config.mlp_width)
         )
 
-    def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+    def mix(
+        self, x: Tensor, state: StackState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, StackState]:
         memory, attention = _parts(state, 2)
-        x, memory = self.memory(x, memory, detach_state=False)
-        x, attention = self.attention(x, attention, detach_state=False)
+        x, memory = self.memory(x, memory, cu_seqlens=documents, detach_state=False)
+        x, attention = self.attention(x, attention, cu_seqlens=documents, detach_state=False)
         return x, StackState((memory, attention))
+
+    mix_packed = mix
 
 
 @dataclass(frozen=True)
@@ -176,15 +186,19 @@ class MemoryAsGate(Block):
         self.mlp_norm = RMSNorm(dim)
         self.mlp = SwiGLU(dim, config.mlp_width)
 
-    def mix(self, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+    def mix(
+        self, x: Tensor, state: StackState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, StackState]:
         memory, attention = _parts(state, 2)
         h = self.mixer_norm(x)
-        m, memory = self.memory(h, memory, detach_state=False)
-        a, attention = self.attention(h, attention, detach_state=False)
+        m, memory = self.memory(h, memory, cu_seqlens=documents, detach_state=False)
+        a, attention = self.attention(h, attention, cu_seqlens=documents, detach_state=False)
         m, a = self.memory_norm(m), self.attention_norm(a)
         x = x + (m + a if self.config.combine == "sum" else m * a)
         x = x + self.mlp(self.mlp_norm(x))[0]
         return x, StackState((memory, attention))
+
+    mix_packed = mix
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.base import Block, Documents
 
 
 def default_width(dim: int) -> int:
@@ -30,5 +30,9 @@ class SwiGLU(Block):
         self.up = nn.Linear(dim, width, bias=False)
         self.down = nn.Linear(width, dim, bias=False)
 
-    def mix(self, x: Tensor, state: None) -> tuple[Tensor, None]:
+    def mix(
+        self, x: Tensor, state: None, documents: Documents | None = None
+    ) -> tuple[Tensor, None]:
         return self.down(F.silu(self.gate(x)) * self.up(x)), None
+
+    mix_packed = mix

@@ -50,6 +50,7 @@ def sliding_window_attention(
     *,
     window: int | None,
     valid: Tensor | None = None,
+    first: Tensor | None = None,
     sink_q: Tensor | None = None,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
@@ -62,6 +63,8 @@ def sliding_window_attention(
     window: None means every key up to the query's own.
     valid: int [B], how many of the cached keys are real (the last ones); None: all of them. Keep
     it on the CPU: its values are then checked, and equal ones served without a mask.
+    first: int [T], for queries without cached keys: the earliest key that each one sees, where its
+    packed document begins; None: key 0.
     sink_k: [H, P, D], sink_v: [H, P, Dv]: keys and values that every query sees besides its
     window. sink_q: [B, T, H, D], the queries they are scored with (None: q), so that sinks can be
     free of position while q is rotated.
@@ -69,9 +72,9 @@ def sliding_window_attention(
     Returns y [B, T, H, Dv] in the dtype of q; scores are scaled by D ** -0.5. Memory grows with
     T * window. Raises ValueError on wrong arguments and where `backend` cannot serve them.
     """
-    _check(q, k, v, window, valid, sink_q, sink_k, sink_v)
+    _check(q, k, v, window, valid, first, sink_q, sink_k, sink_v)
     k, v, window, valid = _drop_unseen(q, k, v, window, valid)
-    name, _ = _choose(backend, q, k, v, window, valid, (sink_q, sink_k, sink_v))
+    name, _ = _choose(backend, q, k, v, window, valid, first, (sink_q, sink_k, sink_v))
     T, D, Dv = q.shape[1], q.shape[3], v.shape[3]
     if T == 0:
         return v[:, :0]
@@ -86,7 +89,7 @@ def sliding_window_attention(
             v, sink_v = F.pad(v, (0, wide - Dv)), F.pad(sink_v, (0, wide - Dv))
         k, v = _prepend(sink_k, k), _prepend(sink_v, v)
     run = _sdpa if name == "sdpa" else providers.RUN[name]
-    return run(q, k, v, P, window, valid, D**-0.5)[..., :Dv]
+    return run(q, k, v, P, window, valid, first, D**-0.5)[..., :Dv]
 
 
 def choose_backend(
@@ -96,6 +99,7 @@ def choose_backend(
     *,
     window: int | None,
     valid: Tensor | None = None,
+    first: Tensor | None = None,
     sink_q: Tensor | None = None,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
@@ -106,9 +110,9 @@ def choose_backend(
     Returns (name, reason); for "auto" the reason says why no faster one was taken. Raises
     ValueError on wrong arguments and where an explicit `backend` cannot serve them.
     """
-    _check(q, k, v, window, valid, sink_q, sink_k, sink_v)
+    _check(q, k, v, window, valid, first, sink_q, sink_k, sink_v)
     k, v, window, valid = _drop_unseen(q, k, v, window, valid)
-    return _choose(backend, q, k, v, window, valid, (sink_q, sink_k, sink_v))
+    return _choose(backend, q, k, v, window, valid, first, (sink_q, sink_k, sink_v))
 
 
 def _choose(
@@ -118,13 +122,14 @@ def _choose(
     v: Tensor,
     window: int | None,
     valid: Tensor | None,
+    first: Tensor | None,
     sink_qkv: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> tuple[str, str]:
     check.choice("backend", backend, ("auto", *BACKENDS))
     tensors = [t for t in (q, k, v, *sink_qkv) if t is not None]
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     sinks = len(tensors) > 3
-    facts = (q, v, training, valid is not None, sinks)
+    facts = (q, v, training, valid is not None, sinks, first is not None)
     if backend != "auto":
         if (reason := providers.refusal(backend, *facts)) is not None:
             check.fail("backend", f"one that can serve this call, {backend} cannot", reason)
@@ -132,7 +137,7 @@ def _choose(
     if q.device.type != "cuda":
         return "sdpa", f"the others are fast on a GPU only, and q is on {q.device.type}"
     one_call = q.shape[1] == 1 or (window is None and k.shape[1] == q.shape[1])
-    if one_call and valid is None and not sinks:
+    if one_call and valid is None and first is None and not sinks:
         return "sdpa", "no mask is needed, and SDPA runs a fused kernel of its own"
     refused: list[str] = []
     for name in BACKENDS:
@@ -151,6 +156,7 @@ def _check(
     v: Tensor,
     window: int | None,
     valid: Tensor | None,
+    first: Tensor | None,
     sink_q: Tensor | None,
     sink_k: Tensor | None,
     sink_v: Tensor | None,
@@ -169,6 +175,10 @@ def _check(
         counts = valid.tolist() if _readable(valid) else []
         if not all(0 <= n <= S - T for n in counts):
             check.fail("valid", f"counts of cached keys, 0 to S - T = {S - T}", counts)
+    if first is not None:
+        check.tensor("first", first, "[T]", (T,), INTS, q.device)
+        if S > T:
+            check.fail("first", f"None with S - T = {S - T} cached keys", "a tensor")
     if (sink_k is None) != (sink_v is None):
         check.fail("sink_v", "sink_k and sink_v both or neither", "one of them")
     if sink_k is not None:
@@ -212,19 +222,27 @@ def _prepend(sink: Tensor, x: Tensor) -> Tensor:
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, P: int, window: int | None, valid: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    P: int,
+    window: int | None,
+    valid: Tensor | None,
+    first: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The definition: SDPA with a band mask over blocks of queries."""
     B, T = q.shape[:2]
     C = k.shape[1] - T - P
     if window is None:
-        return _causal(q, k, v, P, valid, scale)
+        return _causal(q, k, v, P, valid, first, scale)
     b = max(window, MIN_BLOCK)
     # The first block alone sees the cache.
-    first = min(b, T)
-    mask = _visible(first, C, P, window, valid, q.device)
-    y = _attend(q[:, :first], k[:, : P + C + first], v[:, : P + C + first], mask, scale)
-    if first == T:
+    head = min(b, T)
+    since = None if first is None else first[:head]
+    mask = _visible(head, C, P, window, valid, since, q.device)
+    y = _attend(q[:, :head], k[:, : P + C + head], v[:, : P + C + head], mask, scale)
+    if head == T:
         return y
     # Each later block sees its own b keys, the last `window` of the block before, and the sinks.
     n = -(-T // b)
@@ -234,22 +252,34 @@ def _sdpa(
         return torch.cat([sinks, x[:, :-1, b - window :], x[:, 1:]], dim=2).flatten(0, 1)
 
     queries = _blocks(q, n, b)[:, 1:].flatten(0, 1)
-    mask = _visible(b, window, P, window, None, q.device)
+    if first is not None:
+        # Counted from the block's first key.
+        blocks = F.pad(first, (0, n * b - T)).view(n, b)
+        since = (blocks - b * torch.arange(n, device=q.device)[:, None])[1:, None].repeat(B, 1, 1)
+    mask = _visible(b, window, P, window, None, since, q.device)
     rest = _attend(queries, block_keys(k), block_keys(v), mask, scale)
     rest = rest.unflatten(0, (B, n - 1)).flatten(1, 2)
     return torch.cat([y, rest[:, : T - b]], dim=1)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, P: int, valid: Tensor | None, scale: float) -> Tensor:
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    P: int,
+    valid: Tensor | None,
+    first: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Attention over every earlier key."""
     T, lead = q.shape[1], k.shape[1] - q.shape[1]
     if valid is None and T == 1:
         return _attend(q, k, v, None, scale)
-    if valid is None and lead <= T:
+    if valid is None and first is None and lead <= T:
         # Idle queries in front line the diagonal up, and no mask need exist.
         q = F.pad(q, (0, 0, 0, 0, lead, 0))
         return _attend(q, k, v, None, scale, is_causal=True)[:, lead:]
-    return _attend(q, k, v, _visible(T, lead - P, P, None, valid, q.device), scale)
+    return _attend(q, k, v, _visible(T, lead - P, P, None, valid, first, q.device), scale)
 
 
 def _blocks(x: Tensor, n: int, b: int) -> Tensor:
@@ -258,9 +288,18 @@ def _blocks(x: Tensor, n: int, b: int) -> Tensor:
 
 
 def _visible(
-    T: int, C: int, P: int, window: int | None, valid: Tensor | None, device: torch.device
+    T: int,
+    C: int,
+    P: int,
+    window: int | None,
+    valid: Tensor | None,
+    first: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
-    """True where query i sees key j of [P sinks, C earlier, T own]: [T, P+C+T] or [B, 1, T, ..]."""
+    """True where query i sees key j of [P sinks, C earlier, T own]: [T, P+C+T] or [B, 1, T, ..].
+
+    first: [T] or [B, 1, T], 0 is the first of the own keys.
+    """
     i = torch.arange(T, device=device)[:, None]
     j = torch.arange(-P - C, T, device=device)
     seen = j <= i
@@ -268,6 +307,8 @@ def _visible(
         seen = seen & (j > i - window)
     if valid is not None:
         seen = seen & (j >= -valid[:, None, None, None])
+    if first is not None:
+        seen = seen & (j >= first[..., None])
     return seen | (j < -C)
 
 

@@ -29,7 +29,7 @@ INSTALLED = {
 
 
 def refusal(
-    name: str, q: Tensor, v: Tensor, training: bool, mixed: bool, sinks: bool
+    name: str, q: Tensor, v: Tensor, training: bool, mixed: bool, sinks: bool, packed: bool
 ) -> str | None:
     """Why the backend `name` cannot serve a call, or None where it can."""
     device = q.device.type
@@ -55,6 +55,8 @@ def refusal(
         return f"{package} needs one width, a multiple of 8 up to 256, for keys and values"
     if sinks:
         return f"{package} has no sink tokens"
+    if packed:
+        return f"{package} takes packed documents as numbers, which would have to be waited for"
     if mixed:
         return f"{package} has no mask for rows with different (or, on a GPU, unknown) valid"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -63,7 +65,14 @@ def refusal(
 
 
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, P: int, window: int | None, valid: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    P: int,
+    window: int | None,
+    valid: Tensor | None,
+    first: Tensor | None,
+    scale: float,
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -81,7 +90,10 @@ def _flex(
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         j = j - lead
-        return ((j <= i) & (j > i - reach) & (j >= oldest[batch])) | (j < -cached)
+        seen = (j <= i) & (j > i - reach) & (j >= oldest[batch])
+        if first is not None:
+            seen = seen & (j >= first[i])
+        return seen | (j < -cached)
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
@@ -133,7 +145,14 @@ def _tiles(
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, P: int, window: int | None, valid: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    P: int,
+    window: int | None,
+    valid: Tensor | None,
+    first: Tensor | None,
+    scale: float,
 ) -> Tensor:
     flash_attn = importlib.import_module("flash_attn")
     left, right = (-1, -1) if window is None else (window - 1, 0)
@@ -143,7 +162,14 @@ def _flash(
 
 
 def _xformers(
-    q: Tensor, k: Tensor, v: Tensor, P: int, window: int | None, valid: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    P: int,
+    window: int | None,
+    valid: Tensor | None,
+    first: Tensor | None,
+    scale: float,
 ) -> Tensor:
     fmha = importlib.import_module("xformers.ops.fmha")
     bias = fmha.attn_bias.LowerTriangularFromBottomRightMask()

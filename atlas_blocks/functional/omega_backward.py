@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional.chunks import Read, Write, cut
+from atlas_blocks.functional.groups import Group, Groups
 from atlas_blocks.functional.newton_schulz import orthogonalise
-from atlas_blocks.functional.omega_rule import by_position, pieces, prepare
+from atlas_blocks.functional.omega_rule import pieces, prepare
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.functional.walk import (
     ChunkMemory,
@@ -45,28 +46,28 @@ def omega_rule_backward(
     """
     pairs: Pairs = []
     with torch.autocast(a.q.device.type, enabled=False), torch.enable_grad():
-        for position, rows, part in by_position(a):
-            whole = len(rows) == len(a.q)
-            starts_here, grads_here = (
-                [t if whole else t[rows] for t in group] for group in (starts, grads)
-            )
-            pairs += _one_position(part, position, starts_here, grads_here, orthogonalise)
+        groups, (grad_y, *of_state) = Groups.of(a), grads
+        grads_y = groups.streams(grad_y)
+        for i, (group, part) in enumerate(zip(groups.groups, groups.arguments(a), strict=True)):
+            whole = len(groups.groups) == 1
+            after = [t if whole else t[group.rows] for t in of_state]
+            pairs += _one_group(part, group, starts, [grads_y[i], *after], orthogonalise)
         return _gradients(pairs, inputs) if pairs else [torch.zeros_like(t) for t in inputs]
 
 
-def _one_position(
+def _one_group(
     a: Arguments,
-    position: int,
+    group: Group,
     starts: Sequence[Tensor],
     grads: Sequence[Tensor],
     orthogonalise: Orthogonalise,
 ) -> Pairs:
     """What the rule computes before any memory and what comes of it: each with its gradient."""
-    tokens, before, history = prepare(a, position)
+    tokens, before, history = prepare(a, group.position)
     grad_y, after, grads_of_history = _split(a, grads)
     pairs = list(zip(history, grads_of_history, strict=True))
-    cuts, chunk = [], 0
-    for piece in pieces(a.q.shape[1], position, a.rule.chunk_size):
+    cuts, chunk, slots = [], 0, group.places(a.q)
+    for piece in pieces(a.q.shape[1], group.position, a.rule.chunk_size):
         cuts.append((piece, chunk, *cut(a.rule, a.feature_map, tokens, piece)))
         chunk += piece.count
     together = TOGETHER[a.rule.update]
@@ -74,7 +75,7 @@ def _one_position(
         found = []
         for i in reversed(range(0, piece.count, together)):
             stop = min(i + together, piece.count)
-            memory = _at(starts, chunk + i, before)
+            memory = _at(starts, slots + chunk + i, before)
             tokens_there = slice(piece.first + i * piece.span, piece.first + stop * piece.span)
 
             def chunks(t: Tensor, i: int = i, stop: int = stop) -> Tensor:
@@ -109,9 +110,10 @@ def _split(a: Arguments, grads: Sequence[Tensor]) -> tuple[Tensor, ChunkMemory, 
     return grad_y.to(scale.dtype), after, history
 
 
-def _at(starts: Sequence[Tensor], chunk: int, before: ChunkMemory) -> ChunkMemory:
-    """The memory at a chunk's start; M^(0) of a chunk that an earlier call began is `before`'s."""
-    *tensors, scale = (t[:, chunk].flatten(0, 1) for t in starts)
+def _at(starts: Sequence[Tensor], slots: Tensor, before: ChunkMemory) -> ChunkMemory:
+    """The memory at the start of one chunk of every row; M^(0) of a chunk that an earlier call
+    began is `before`'s."""
+    *tensors, scale = (t.flatten(0, 1).index_select(0, slots).flatten(0, 1) for t in starts)
     count = len(before.weights)
     return ChunkMemory(tensors[:count], tensors[count:], before.chunk_start, scale)
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from atlas_blocks.functional.chunks import Piece, Tokens, cut
 from atlas_blocks.functional.features import FeatureMap
+from atlas_blocks.functional.groups import Groups
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import (
     Arguments,
     OmegaState,
     Rule,
-    initial_state,
+    first_state,
     state_dtype,
     validate,
     write_mass,
@@ -46,6 +47,7 @@ def omega_rule(
     chunk_size: int = 64,
     write_discount: bool = False,
     state: OmegaState | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, OmegaState]:
     """Optimise a memory over a sliding window at every token and read it (ATLAS Eq. 9-14, 32-33).
 
@@ -73,20 +75,17 @@ def omega_rule(
     against divergence on repetitive input (specification 9b). Measured, not proven: |M| stays
     below 2 with "gd" over 100,000 tokens at extreme gates.
     state: what an earlier call returned, to go on from there; None begins a sequence.
+    cu_seqlens: int [N + 1], bounds 0 = c_0 < ... < c_N = T of documents packed along T, with B = 1:
+    each runs as if alone, and the state, in and out, has a batch of N.
 
     Returns y [B, T, H, Dv] in the dtype of q, and the state after T tokens, still in the autograd
     graph. Differentiable in every tensor argument. Raises ValueError naming a bad argument.
     """
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
-    a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
+    a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens)
     validate(*a)
     return run(a)
-
-
-def chunk_count(length: int, chunk: int, begun: bool) -> int:
-    """N: the most chunks that `length` tokens touch; `begun` where they may start inside one."""
-    return (length + chunk - 1 + (chunk - 1 if begun else 0)) // chunk
 
 
 def run(
@@ -98,39 +97,23 @@ def run(
 
     starts: zeros to write the memory at every chunk's start to (for a chunk that an earlier call
     began: at this call's): each weight [B, N, H, dout, din], each momentum likewise, then the
-    discount's scale [B, N, H]; N from `chunk_count`.
+    discount's scale [B, N, H]; N from `chunk_count`. Those of packed documents follow each other
+    without a gap.
     """
-    if a.q.shape[0] == 0 or a.q.shape[1] == 0:
+    if a.cu_seqlens is None and 0 in a.q.shape[:2]:
         return a.q.new_zeros(a.v.shape), a.state or first_state(a)
-    parts, order = [], []
+    groups, outputs, states = Groups.of(a), [], []
     with torch.autocast(a.q.device.type, enabled=False):
-        for position, rows, part in by_position(a):
+        for group, part in zip(groups.groups, groups.arguments(a), strict=True):
             kept: list[ChunkMemory] | None = None if starts is None else []
-            parts.append(_run(part, position, kept, orthogonalise))
-            order += rows
+            y, state = _run(part, group.position, kept, orthogonalise)
+            outputs.append(y)
+            states.append(state)
             for n, memory in enumerate(kept or ()):
                 for out, t in zip(starts or (), memory.start(), strict=True):
-                    out[rows, n] = t.unflatten(0, (len(rows), -1))
-    if len(parts) == 1:
-        return parts[0]
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat([y for y, _ in parts])[back], OmegaState.cat([s for _, s in parts])[back]
-
-
-def first_state(a: Arguments) -> OmegaState:
-    """The state before the first token."""
-    return initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None)
-
-
-def by_position(a: Arguments) -> list[tuple[int, list[int], Arguments]]:
-    """(position, rows, their arguments with a state) for rows at one position of their sequence."""
-    if a.state is None:
-        return [(0, list(range(len(a.q))), a._replace(state=first_state(a)))]
-    groups: dict[int, list[int]] = {}
-    for row, position in enumerate(a.state.position.tolist()):
-        groups.setdefault(position, []).append(row)
-    whole = len(groups) == 1
-    return [(position, rows, a if whole else a.rows(rows)) for position, rows in groups.items()]
+                    found = t.unflatten(0, (len(group.rows), -1))
+                    out.flatten(0, 1).index_copy_(0, group.places(out) + n, found)
+    return groups.joined(outputs, a.v), groups.state(states)
 
 
 def _run(
@@ -161,7 +144,7 @@ def _run(
 
 def prepare(a: Arguments, position: int) -> tuple[Tokens, ChunkMemory, list[Tensor]]:
     """What the chunks are cut from, the memory before them, and the next state's last tokens."""
-    q, k, v, alpha, eta, theta, gamma, _, feature_map, rule, state = a
+    q, k, v, alpha, eta, theta, gamma, _, feature_map, rule, state, _ = a
     assert state is not None
     dtype = state_dtype(q, v, *state.weights)
     # The window does not reach back over the start of the sequence.

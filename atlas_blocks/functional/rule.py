@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks import check
+from atlas_blocks.functional.documents import check_packed
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.state import State
@@ -97,23 +98,12 @@ class Arguments(NamedTuple):
     feature_map: FeatureMap | None
     rule: Rule
     state: OmegaState | None
+    cu_seqlens: Tensor | None = None
 
-    def rows(self, index: list[int]) -> Arguments:
-        """The arguments of some rows of the batch."""
-
-        def chosen(t: Tensor) -> Tensor:
-            return t[index]
-
-        return self._replace(
-            q=chosen(self.q),
-            k=chosen(self.k),
-            v=chosen(self.v),
-            alpha=chosen(self.alpha),
-            eta=chosen(self.eta),
-            theta=None if self.theta is None else chosen(self.theta),
-            gamma=chosen(self.gamma),
-            state=None if self.state is None else self.state[index],
-        )
+    @property
+    def sequences(self) -> int:
+        """Rows of the batch, or packed documents."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
 def validate(
@@ -128,10 +118,14 @@ def validate(
     feature_map: FeatureMap | None,
     rule: Rule,
     state: OmegaState | None,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
-    """Raise ValueError for the first argument that does not fit."""
+    """Raise ValueError for the first argument that does not fit; bounds are read where they are
+    used (`documents.document_bounds`)."""
     check.tensor("q", q, "[B, T, H, Dk]", (None, None, None, None))
     batch, length, heads, dk = q.shape
+    if cu_seqlens is not None:
+        check_packed(cu_seqlens, "q", q)
     check.tensor("k", k, "[B, T, H, Dk]", q.shape, device=q.device)
     check.tensor("v", v, "[B, T, H, Dv]", (batch, length, heads, None), device=q.device)
     for name, gate in (("alpha", alpha), ("eta", eta), ("theta", theta)):
@@ -164,6 +158,7 @@ def validate(
         return
     if not isinstance(state, OmegaState):
         check.fail("state", "an OmegaState or None", type(state).__name__)
+    batch = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shapes = [(batch, *w.shape) for w in weights]
     for name, group in (
         ("weights", state.weights),
@@ -182,10 +177,17 @@ def validate(
 
 
 def initial_state(
-    q: Tensor, v: Tensor, weights: Sequence[Tensor], rule: Rule, momentum: bool
+    q: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    rule: Rule,
+    momentum: bool,
+    sequences: int | None = None,
 ) -> OmegaState:
-    """M = M_0, S = 0, nothing seen; float32, or float64 where an input is."""
+    """M = M_0, S = 0, nothing seen, of so many sequences (None: the batch of q); float32, or
+    float64 where an input is."""
     batch, _, heads, dk = q.shape
+    batch = batch if sequences is None else sequences
     dtype = state_dtype(q, v, *weights)
     start = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
     writes = rule.history if rule.write_discount else 0
@@ -199,6 +201,11 @@ def initial_state(
         scale=q.new_zeros(batch, heads, dtype=dtype),
         position=torch.zeros(batch, dtype=torch.int64, device=q.device),
     )
+
+
+def first_state(a: Arguments) -> OmegaState:
+    """The state before the first token."""
+    return initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None, a.sequences)
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:

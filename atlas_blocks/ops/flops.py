@@ -1,8 +1,9 @@
 """FLOPs of the ops for torch.utils.flop_counter: matrix products, 2 m n k each.
 
 The terms of the dual form (specification section 6), in the order the definition computes them.
-Position is data, so a call is taken to begin at the start of a chunk. Not counted, as in torch's
-own formulas: everything that is not a matrix product, such as gates, GELU and the sketch's FFT.
+Position and the bounds of packed documents are data: a call is taken to begin at the start of a
+chunk and to be of one document. Not counted, as in torch's own formulas: everything that is not a
+matrix product, such as gates, GELU and the sketch's FFT.
 
 L tokens of a chunk, E keys it sees; T, Dk, Dv, Dphi as in omega_rule.py.
 """

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.omega_rule import chunk_count
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 

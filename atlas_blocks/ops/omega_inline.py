@@ -20,8 +20,8 @@ from atlas_blocks.functional import walk
 from atlas_blocks.functional.chunks import Discount, Last, Piece, Tokens, Write, cut
 from atlas_blocks.functional.features import PolynomialMap
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.omega_rule import first_state, prepare
-from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
+from atlas_blocks.functional.omega_rule import prepare
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, first_state
 from atlas_blocks.functional.walk import ChunkMemory, Ends, Step
 from atlas_blocks.ops import recomputed
 from atlas_blocks.ops.polynomial_features import polynomial_features
@@ -37,6 +37,8 @@ def _supports(call: Any) -> str | None:
         return f"update={call.rule.update!r} reads the memory inside the loop over chunks"
     if call.has_state:
         return "only a sequence from its start begins with a whole chunk"
+    if call.packed:
+        return "packed documents do not begin with whole chunks"
     return None
 
 

@@ -23,10 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
+from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.omega_backward import omega_rule_backward
-from atlas_blocks.functional.omega_rule import chunk_count, run
+from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.functional.walk import Orthogonalise
 from atlas_blocks.ops import omega_inline, providers
@@ -54,13 +55,15 @@ class Settings(NamedTuple):
     ns_every: int
     chunk_size: int
     write_discount: bool
+    packed: bool = False  # whether there is cu_seqlens
 
 
 SETTINGS = (
     "bool momentum, str memory, str objective, str feature_map, int sketch_width, str update, "
-    "int ns_steps, int ns_every, int chunk_size, bool write_discount"
+    "int ns_steps, int ns_every, int chunk_size, bool write_discount, bool packed"
 )
-# tensors: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state (see `unflatten`).
+# tensors: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state, [cu_seqlens] (see
+# `unflatten`). The bounds are read and checked in the op's body.
 # -> y, the state's tensors and, with `save`, what the backward takes as `saved`: the memory at the
 # start of every chunk as `functional.omega_rule.run` describes it, the same for every provider that
 # `saves` (nothing for others).
@@ -91,6 +94,7 @@ class Call:
     momentum: bool
     has_state: bool
     needs_grad: bool
+    packed: bool
     traced: bool  # by torch.compile, and so where a graph can take the rule in
 
 
@@ -113,17 +117,19 @@ def omega_rule(
     chunk_size: int = 64,
     write_discount: bool = False,
     state: OmegaState | None = None,
+    cu_seqlens: Tensor | None = None,
     provider: str = "auto",
 ) -> tuple[Tensor, OmegaState]:
     """`functional.omega_rule` by a provider: same arguments, results and errors.
 
     provider: who computes it, "definition" or such as "triton"; "auto" leaves it to `use_provider`,
     or takes the first of the device that supports the call. Raises ValueError where the one asked
-    for cannot serve. One graph node when compiled.
+    for cannot serve. One graph node when compiled; bounds of packed documents are then read when
+    it runs, which on a GPU waits for them: they may be on the CPU instead.
     """
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
-    a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
+    a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens)
     rules.validate(*a)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
     compiling = torch.compiler.is_compiling()
@@ -170,6 +176,7 @@ def facts_of(a: Arguments, needs_grad: bool, traced: bool = False) -> tuple:
         a.theta is not None,
         a.state is not None,
         needs_grad,
+        a.cu_seqlens is not None,
         traced,
     )
 
@@ -187,6 +194,7 @@ def call_of(
     momentum: bool,
     has_state: bool,
     needs_grad: bool,
+    packed: bool,
     traced: bool,
 ) -> Call:
     return Call(
@@ -205,6 +213,7 @@ def call_of(
         momentum=momentum,
         has_state=has_state,
         needs_grad=needs_grad,
+        packed=packed,
         traced=traced,
     )
 
@@ -236,7 +245,9 @@ def _tensors(a: Arguments) -> list[Tensor]:
         features += [phi.buckets, phi.signs]
     momentum = [] if a.theta is None else [a.theta]
     state = [] if a.state is None else a.state.tensors()
-    return [a.q, a.k, a.v, a.alpha, a.eta, a.gamma, *momentum, *a.weights, *features, *state]
+    packed = [] if a.cu_seqlens is None else [a.cu_seqlens]
+    gates = [a.alpha, a.eta, a.gamma, *momentum]
+    return [a.q, a.k, a.v, *gates, *a.weights, *features, *state, *packed]
 
 
 def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
@@ -257,6 +268,7 @@ def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
         ns_every=rule.ns_every,
         chunk_size=rule.chunk_size,
         write_discount=rule.write_discount,
+        packed=a.cu_seqlens is not None,
     )
 
 
@@ -273,6 +285,7 @@ def unflatten(tensors: Sequence[Tensor], settings: Settings) -> Arguments:
     elif s.feature_map == "sketch":
         feature_map = SketchMap(next(parts), next(parts), next(parts), s.sketch_width)
     rest = list(parts)
+    cu_seqlens = rest.pop() if s.packed else None
     state = _state(rest, count, s.momentum) if rest else None
     rule = Rule(
         memory=s.memory,
@@ -284,7 +297,9 @@ def unflatten(tensors: Sequence[Tensor], settings: Settings) -> Arguments:
         write_discount=s.write_discount,
         window=operator.index(gamma.shape[-1]),
     )
-    return Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state)
+    return Arguments(
+        q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens
+    )
 
 
 def _state(tensors: Sequence[Tensor], count: int, momentum: bool) -> OmegaState:
@@ -333,7 +348,8 @@ class _OmegaRule(torch.autograd.Function):
 def starts_like(a: Arguments) -> list[Tensor]:
     """Zeros for the memory at the start of every chunk, as `functional.omega_rule.run` fills."""
     batch, length, heads, _ = a.q.shape
-    chunks = chunk_count(length, a.rule.chunk_size, a.state is not None)
+    documents = 1 if a.cu_seqlens is None else a.sequences
+    chunks = chunk_count(length, a.rule.chunk_size, a.state is not None, documents)
     groups = 1 if a.theta is None else 2
     shapes = [w.shape[1:] for _ in range(groups) for w in a.weights]
     dtype = _state_dtype(a)
@@ -393,9 +409,7 @@ def _backward(
 def _forward_fake(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, provider, save = rest
     a = unflatten(tensors, Settings(*settings))
-    state = a.state
-    if state is None:
-        state = rules.initial_state(a.q, a.v, a.weights, a.rule, a.theta is not None)
+    state = rules.first_state(a) if a.state is None else a.state
     saved = starts_like(a) if save and providers.find("omega_rule", provider).saves else []
     return [a.q.new_empty(a.v.shape), *(own_empty(t) for t in state.tensors()), *saved]
 

@@ -3,7 +3,7 @@ memory that stages hand over through, and how widths are cut."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def groups(at: Layout, spans: Spans) -> list[Group]:
             some = torch.cat(
                 [some, torch.zeros_like(slots[:, :1]).expand(-1, GROUP - some.shape[1], -1)], 1
             )
-        part = Layout(some.flatten(0, 1).contiguous(), at.rows, at.batch, GROUP, at.chunk)
+        part = replace(at, slots=some.flatten(0, 1).contiguous(), per_row=GROUP)
         found.append(Group(start, part, Cutter.of(part, spans)))
     return found
 
@@ -65,7 +65,7 @@ class Rooms:
 class Call:
     """The arguments of `forward`."""
 
-    q: Tensor  # [B, T, H, D]
+    q: Tensor  # [B, T, H, D], and B = 1 where the rows are packed documents
     k: Tensor  # [B, HIST + T, H, D]
     target: Tensor  # [B, HIST + T, H, V]
     alpha: Tensor  # [B T, H], and so the other gates

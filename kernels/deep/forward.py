@@ -19,6 +19,8 @@ keys: a chunk's own tokens and then those of the halo, KEYS in all. Tensors name
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -424,11 +426,21 @@ def walk(
     return call.coefficients(group, strengths) if discount else found
 
 
-def forward(
-    call: Call, scale: Tensor
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor], list[Tensor], Tensor]:
-    """y without the residual, W, S and scale [B, H] at the end, and all three at the chunks'
-    starts [slots, H, ...]."""
+class Result(NamedTuple):
+    """y without the residual; W, S and scale [R, H] at the end, and all three at the chunks' starts
+    [slots, H, ...]."""
+
+    y: Tensor
+    w: list[Tensor]
+    s: list[Tensor]
+    scale: Tensor
+    starts_w: list[Tensor]
+    starts_s: list[Tensor]
+    scales: Tensor
+
+
+def forward(call: Call, scale: Tensor) -> Result:
+    """All chunks of a call."""
     at, spans = call.at, call.spans
     heads, d, v, hidden = call.shape
     starts_w, starts_s = ([_starts(x, at) for x in part] for part in (call.w, call.s))
@@ -453,7 +465,7 @@ def forward(
             heads, d, v, hidden, **call.settings(),
         )  # fmt: skip
         put(y, part, group.cutter.tokens)
-    return y, end_w, end_s, end_scale, starts_w, starts_s, scales
+    return Result(y, end_w, end_s, end_scale, starts_w, starts_s, scales)
 
 
 def _starts(x: Tensor, at: Layout) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional.chunks import cut
-from atlas_blocks.functional.omega_rule import first_state, pieces, prepare
-from atlas_blocks.functional.rule import Arguments
+from atlas_blocks.functional.omega_rule import pieces, prepare
+from atlas_blocks.functional.rule import Arguments, first_state
 from atlas_blocks.functional.walk import walk_gradient
 
 

@@ -3,6 +3,7 @@
 B batch, T queries, S keys (C = S - T of them cached), H heads, D head width, P sink tokens.
 """
 
+import itertools
 import shutil
 
 import pytest
@@ -193,6 +194,28 @@ def test_flex_equals_the_definition() -> None:
     with torch.no_grad():
         y = sliding_window_attention(*tensors, **options, backend="flex")
         torch.testing.assert_close(y, sliding_window_attention(*tensors, **options))
+    tensors, sinks = make(300, P=3, D=16, dtype=torch.float32)
+    options = {"window": 140, "first": first_of([0, 1, 30, 290, 300]), **sinks}
+    with torch.no_grad():
+        y = sliding_window_attention(*tensors, **options, backend="flex")
+        torch.testing.assert_close(y, sliding_window_attention(*tensors, **options))
+
+
+def first_of(bounds: list[int]) -> Tensor:
+    """Where the document of every token begins."""
+    return torch.cat([torch.full((b - a,), a) for a, b in itertools.pairwise(bounds)])
+
+
+@pytest.mark.parametrize("P", [0, 2])
+@pytest.mark.parametrize("window", [1, 16, 100, None])
+@pytest.mark.parametrize("bounds", [[0, 1], [0, 1, 9, 64, 65, 200], [0, 150, 200]])
+def test_packed_documents_equal_each_alone(bounds, window, P) -> None:
+    tensors, sinks = make(bounds[-1], P=P)
+    y = sliding_window_attention(*tensors, window=window, first=first_of(bounds), **sinks)
+    for a, b in itertools.pairwise(bounds):
+        alone = {n: t[:, a:b] if n == "sink_q" else t for n, t in sinks.items()}
+        true = naive(*(t[:, a:b] for t in tensors), window=window, **alone)
+        torch.testing.assert_close(y[:, a:b], true)
 
 
 @pytest.mark.parametrize("backend", ["flash", "xformers"])
@@ -265,6 +288,11 @@ def test_backends_equal_the_definition_on_a_gpu(backend, P, valid, T, C) -> None
         ({"valid": torch.zeros(3, dtype=torch.int64)}, r"valid: expected shape \[B\]"),
         ({"valid": torch.tensor([0, 1])}, "valid: expected counts of cached keys, 0 to S - T = 0"),
         ({"valid": torch.zeros(2)}, "valid: expected dtype"),
+        ({"first": torch.zeros(4, dtype=torch.int64)}, r"first: expected shape \[T\]"),
+        (
+            {"k": torch.zeros(2, 6, 2, 4), "v": torch.zeros(2, 6, 2, 4), "first": torch.arange(5)},
+            "first: expected None with S - T = 1 cached keys",
+        ),
         ({"sink_k": torch.zeros(2, 1, 4)}, "sink_v: expected sink_k and sink_v both"),
         ({"sink_q": torch.zeros(2, 5, 2, 4)}, "sink_q: expected None without"),
         (

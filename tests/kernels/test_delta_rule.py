@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import warnings
 from typing import Any
 
@@ -39,10 +40,19 @@ ARGUMENTS = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "featur
 
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, scale: float,
-    initial_state: Tensor, output_final_state: bool,
+    initial_state: Tensor, output_final_state: bool, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Theirs, written out: the state [B, H, K, V] decays, then each key's value is replaced."""
     assert output_final_state
+    if cu_seqlens is not None:
+        alone = [
+            gated_delta_rule(
+                *(t[:, i:j] for t in (q, k, v)), g=g[:, i:j], beta=beta[:, i:j], scale=scale,
+                initial_state=initial_state[[n]], output_final_state=True,
+            )
+            for n, (i, j) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+        ]  # fmt: skip
+        return torch.cat([y for y, _ in alone], 1), torch.cat([s for _, s in alone])
     state, outputs = initial_state, []
     for t in range(q.shape[1]):
         state = state * g[:, t].exp()[..., None, None]
@@ -102,6 +112,25 @@ def test_it_is_the_rule_token_by_token(pieces: tuple[int, ...]) -> None:
     for name, gradient in true_gradients.items():
         gap = difference([our_gradients[name]], [gradient])
         assert gap < 1e-10, f"gradient of {name}: {gap:.3g}"
+
+
+@pytest.mark.usefixtures("served")
+def test_packed_documents_are_each_alone() -> None:
+    inputs = inputs_of(length=18, key_width=4, value_width=3)
+    found = []
+    for provider in ("served", "definition"):
+        x, state, outputs = leaves(inputs), None, []
+        for first, bounds in ((0, [0, 4, 5, 9]), (9, [0, 2, 6, 9])):
+            piece, cu_seqlens = tokens(x, first, first + 9), torch.tensor(bounds)
+            y, state = ops.omega_rule(
+                **piece, **TOKENWISE, state=state, cu_seqlens=cu_seqlens, provider=provider
+            )
+            outputs.append(y)
+        assert state is not None
+        assert state.position.tolist() == [6, 5, 7]
+        loss = torch.cat(outputs, 1).square().sum() + state.weights[0].square().sum()
+        found.append([*outputs, *torch.autograd.grad(loss, list(named_leaves(x).values()))])
+    assert difference(*found) < 1e-10
 
 
 @pytest.mark.usefixtures("served")

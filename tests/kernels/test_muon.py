@@ -45,11 +45,21 @@ def triton_rule(**arguments):
 @pytest.mark.parametrize("ns_every", [1, 3])
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_equals_the_definition(memory, ns_every, pieces):
-    """The measure is the definition's own error in float32, by the same path."""
     inputs = rule_inputs(
         memory, length=sum(pieces), heads=1, update="muon", exact_gates=ns_every == 3
     )
-    options = {"memory": memory, "update": "muon", "chunk_size": 4, "ns_every": ns_every}
+    assert_definition(inputs, pieces, memory=memory, ns_every=ns_every)
+
+
+def test_packed_documents_equal_the_definition():
+    inputs = rule_inputs("mlp", length=9, heads=1, update="muon", exact_gates=False)
+    bounds = torch.tensor([0, 1, 6, 9], device=DEVICE)
+    assert_definition(inputs, (9,), memory="mlp", cu_seqlens=bounds)
+
+
+def assert_definition(inputs, pieces, **options):
+    """The measure is the definition's own error in float32, by the same path."""
+    options |= {"update": "muon", "chunk_size": 4}
     exact = cast(inputs, torch.float64, torch.float64, device=DEVICE)
     true = run(omega_rule, exact, pieces, **options)
     single = [cast(inputs, torch.float32, torch.float32, device=DEVICE) for _ in range(2)]

@@ -2,6 +2,7 @@
 small shapes, on a GPU with real ones as well.
 """
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -59,12 +60,21 @@ def _tf32() -> Any:
 
 
 def run_in_pieces(
-    rule: Any, inputs: dict[str, Any], pieces: tuple[int, ...], **options: Any
+    rule: Any,
+    inputs: dict[str, Any],
+    pieces: tuple[int, ...],
+    packed: tuple[list[int], ...] = (),
+    **options: Any,
 ) -> tuple[Tensor, OmegaState, dict[str, Tensor]]:
-    """y, the state and the gradients of a loss that weighs all of them, the state's included."""
+    """y, the state and the gradients of a loss that weighs all of them, the state's included.
+
+    packed: the bounds of every piece's documents.
+    """
     outputs, state, first = [], None, 0
-    for length in pieces:
-        y, state = rule(**tokens(inputs, first, first + length), **options, state=state)
+    for length, bounds in itertools.zip_longest(pieces, packed):
+        documents = {"cu_seqlens": torch.tensor(bounds, device=DEVICE)} if bounds else {}
+        piece = tokens(inputs, first, first + length)
+        y, state = rule(**piece, **options, **documents, state=state)
         outputs.append(y)
         first += length
     assert state is not None
@@ -237,6 +247,43 @@ def test_deep_memories_are_tiled(
     assert_provider_is_definition(inputs, (14, 7), **options)
 
 
+# Documents of one token, shorter than the window, than a chunk, of several chunks and one group of
+# them; begun ones at different places of their chunks, and some that end where a chunk does.
+PACKED = ([0, 1, 4, 25, 32, 40], [0, 20, 26, 27, 38, 40])
+
+
+@pytest.mark.parametrize(
+    ("window", "widths", "discount"),
+    [(1, (5, 20), True), (5, (16, 16), True), (20, (3, 3), True), (5, (3, 3), False)],
+)
+def test_packed_documents(window: int, widths: tuple[int, int], discount: bool) -> None:
+    inputs = rule_inputs(
+        length=80, heads=1, window=window, key_width=widths[0], value_width=widths[1]
+    )
+    pieces = tuple(bounds[-1] for bounds in PACKED)
+    assert_provider_is_definition(
+        inputs, pieces, packed=PACKED, chunk_size=7, write_discount=discount
+    )
+
+
+def test_packed_documents_whose_states_are_tiled() -> None:
+    inputs = rule_inputs(length=20, heads=1, window=3, key_width=136, value_width=3)
+    packed = ([0, 1, 10], [0, 6, 10])
+    assert_provider_is_definition(
+        inputs, (10, 10), packed=packed, chunk_size=8, write_discount=True
+    )
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("memory", ["mlp", pytest.param("gated_mlp", marks=pytest.mark.slow)])
+def test_packed_documents_of_a_deep_memory(memory: str, momentum: bool) -> None:
+    inputs = rule_inputs(memory, length=40, heads=1, window=4, momentum=momentum)
+    packed = ([0, 1, 15, 18, 20], [0, 9, 10, 19, 20])
+    assert_provider_is_definition(
+        inputs, (20, 20), packed=packed, memory=memory, chunk_size=3, write_discount=momentum
+    )
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_rows_at_different_positions(memory: str) -> None:
     """One batch whose rows stand at different places of their chunks."""
@@ -364,19 +411,25 @@ def test_compiled_with_the_provider_in_one_graph() -> None:
     assert difference([y], [true]) < 10 * ROUNDING
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("memory", ["matrix", "mlp"])
-def test_what_is_saved_is_what_the_definition_saves(memory: str) -> None:
+def test_what_is_saved_is_what_the_definition_saves(memory: str, packed: bool) -> None:
     """So a compiler pass may change the provider of the backward alone."""
     window, chunk = 3, 8
     inputs = cast(
-        rule_inputs(memory, batch=2, length=21, window=window), torch.float32, torch.float32
+        rule_inputs(memory, batch=1 if packed else 2, length=21, window=window),
+        torch.float32,
+        torch.float32,
     )
     options = {"memory": memory, "chunk_size": chunk, "write_discount": True}
-    _, state = omega_rule(**tokens(inputs, 0, 5), **options)
+    first, cu_seqlens = None, None
+    if packed:
+        first, cu_seqlens = (torch.tensor(b, device=DEVICE) for b in ([0, 4, 5], [0, 3, 16]))
+    _, state = omega_rule(**tokens(inputs, 0, 5), **options, cu_seqlens=first)
     rule = Rule(memory, "l2", "gd", 5, 1, chunk, True, window)
     now = tokens(inputs, 5, 21)
     a = Arguments(*(now[n] for n in ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights")),
-                  None, rule, state.map(torch.clone).detach())  # fmt: skip
+                  None, rule, state.map(torch.clone).detach(), cu_seqlens)  # fmt: skip
     tensors, arguments = flatten(a)
     tensors = [t.detach() for t in tensors]
     ours, true = (

@@ -91,6 +91,7 @@ def test_a_call_says_what_a_provider_may_ask():
         "momentum": True,
         "has_state": False,
         "needs_grad": True,
+        "packed": False,
         "traced": False,
     }
 
