@@ -19,13 +19,13 @@ from atlas_blocks.functional.memories import weight_shapes
 from atlas_blocks.functional.newton_schulz import backward_flops, forward_flops
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops import flops as formulas
+from atlas_blocks.ops import omega_inline
 from atlas_blocks.ops.newton_schulz import Call
 from atlas_blocks.ops.omega_rule import describe, flatten
 from atlas_blocks.ops.providers import DEFINITION, explain_choice, refusal
-from atlas_blocks.recipes.bench.stepwise import CompiledSteps
 
 WINDOW, CHUNK, EXPANSION, NS_STEPS = 16, 64, 4, 5
-COMPILED = "definition, compiled steps"
+COMPILED = "inline, compiled"
 # What an implementation of the rule gives: y, then M and, with momentum, S, each [B, H, dout, din].
 Implementation = Callable[[Arguments], tuple[Tensor, list[Tensor]]]
 
@@ -179,14 +179,14 @@ def served_by(provider: str) -> Implementation:
 
 
 def provider_names(device: torch.device) -> list[str]:
-    """Every provider of the rule but the definition, and but fla, one of OTHERS: no variant has a
-    chunk of one token."""
+    """Every provider of the rule that serves it eagerly, but for the definition, and for fla, one
+    of OTHERS: no variant has a chunk of one token."""
     a = Variant().arguments(Shape(1, 1, 1, 1), device, torch.bfloat16, torch.float32)
     choice = explain_choice("omega_rule", describe(a, needs_grad=True))
     return [
         n
         for n in dict.fromkeys([choice.provider, *choice.refusals])
-        if n not in (DEFINITION, "fla")
+        if n not in (DEFINITION, "fla", omega_inline.NAME)
     ]
 
 
@@ -269,7 +269,9 @@ def candidates(device: torch.device, *, compiled: bool) -> list[Candidate]:
     for variant, extra in VARIANTS:
         found.append(Candidate(DEFINITION, variant, served_by(DEFINITION), extra))
         if compiled and variant == COMPILED_VARIANT:
-            found.append(Candidate(COMPILED, variant, CompiledSteps(), extra))
+            # fullgraph: one that fell back to eager would be timed under a false name.
+            inline = torch.compile(served_by(omega_inline.NAME), fullgraph=True, dynamic=False)
+            found.append(Candidate(COMPILED, variant, inline, extra))
         for name in provider_names(device):
             found.append(Candidate(name, variant, served_by(name), extra))
     return found

@@ -69,7 +69,7 @@ TINY = [name for name in names() if name.endswith("-tiny")]
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "omeganet-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY],
+    [n if n == "atlas-mag-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY],
 )
 def test_every_tiny_recipe_is_one_graph(name: str) -> None:
     model, backend = build(name).double(), Recorder()

@@ -274,7 +274,7 @@ def test_packed_documents_whose_states_are_tiled() -> None:
     )
 
 
-@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("momentum", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("memory", ["mlp", pytest.param("gated_mlp", marks=pytest.mark.slow)])
 def test_packed_documents_of_a_deep_memory(memory: str, momentum: bool) -> None:
     inputs = rule_inputs(memory, length=40, heads=1, window=4, momentum=momentum)

@@ -59,7 +59,8 @@ def with_gradients(call, inputs: dict) -> tuple[list, list]:
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_it_is_the_definition(memory, features):
-    for momentum, discount, window, length in VARIANTS:
+    # Features are lifted before the chunks are cut: a few lengths will do for them.
+    for momentum, discount, window, length in VARIANTS if features == "identity" else VARIANTS[::5]:
         inputs, settings = make(memory, momentum, discount, window, length, features=features)
         (ours, our_gradients), (true, true_gradients) = (
             with_gradients(call, inputs)

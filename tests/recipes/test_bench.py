@@ -20,7 +20,6 @@ from atlas_blocks.recipes.bench.contenders import (
     leaves_of,
     served_by,
 )
-from atlas_blocks.recipes.bench.stepwise import CompiledSteps
 
 CPU = torch.device("cpu")
 TINY = ("--device", "cpu", "--batch", 1, "--tokens", 96, "--heads", 1, "--dims", "8,4")
@@ -265,24 +264,15 @@ def results(run, a, leaves):
     return outputs + list(torch.autograd.grad(loss, list(leaves.values())))
 
 
-@pytest.mark.parametrize(
-    "variant", [v for v, _ in contenders.VARIANTS if v.update == "gd"], ids=str
-)
-def test_step_by_step_is_the_definition(variant):
-    a = variant.arguments(Shape(2, 150, 2, 4), CPU, torch.float64, torch.float64)
-    a, leaves = leaves_of(a)
-    true, found = (
-        results(f, a, leaves) for f in (served_by("definition"), CompiledSteps(lambda f: f))
-    )
-    torch.testing.assert_close(found, true)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
-def test_compiled_steps_are_the_definition():
+def test_the_compiled_contender_is_the_definition():
     a = contenders.COMPILED_VARIANT.arguments(
         Shape(1, 150, 2, 16), CPU, torch.float32, torch.float32
     )
     a, leaves = leaves_of(a)
-    true, found = (results(f, a, leaves) for f in (served_by("definition"), CompiledSteps()))
+    (compiled,) = [
+        c.run for c in contenders.candidates(CPU, compiled=True) if c.name == contenders.COMPILED
+    ]
+    true, found = (results(f, a, leaves) for f in (served_by("definition"), compiled))
     torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
