@@ -186,7 +186,8 @@ def _prepare(
     # Of one layout from the first chunk on, so that one compiled step serves all.
     start = start.map(Tensor.contiguous)
     sizes = tuple(t.shape[2:] for t in (*write.tensors(), *start.weights))
-    return rule, write, start, _compiled_step(rule, sizes, write.k.dtype, write.k.device)
+    where = (write.k.dtype, write.k.device, torch.is_grad_enabled())
+    return rule, write, start, _compiled_step(rule, sizes, *where)
 
 
 def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
@@ -232,7 +233,9 @@ def _differentiate(
 
 
 @functools.cache
-def _compiled_step(rule: Rule, sizes: tuple, dtype: torch.dtype, device: torch.device) -> Step:
+def _compiled_step(
+    rule: Rule, sizes: tuple, dtype: torch.dtype, device: torch.device, grad: bool
+) -> Step:
     """`chunk_end`, compiled once for these sizes, whatever the batch and the length."""
 
     def step(rule: Rule, x: Write, memory: ChunkMemory) -> Any:

@@ -129,7 +129,7 @@ def test_without_autograd(name: str, mode) -> None:
     ("name", "op"),
     [
         ("memory-mlp-gd-sketch", "omega_walk"),
-        pytest.param("as-gate-sum", "omega_walk", marks=pytest.mark.slow),
+        pytest.param("as-gate-sum", "omega_rule", marks=pytest.mark.slow),
         pytest.param("as-context", "memory_as_context", marks=pytest.mark.slow),
     ],
 )
