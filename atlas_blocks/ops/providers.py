@@ -87,9 +87,10 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
         "triton": _Entry(
             ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule")
         ),
-        # Only where a graph is traced, and not of every call.
+        # Only where a graph is traced, and where it is asked for: what Inductor makes of such a
+        # graph has been seen to corrupt memory (README, "Status").
         "inline": _Entry(
-            ("cpu",), functools.partial(_module, "atlas_blocks.ops.omega_inline"), special=True
+            (), functools.partial(_module, "atlas_blocks.ops.omega_inline"), special=True
         ),
     },
     "omega_rule_step": {
