@@ -140,15 +140,27 @@ def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> 
     # Keys before the chunk: the window's halo, and the begun chunk where writes are discounted.
     extra = max(rule.window - 1, place if rule.write_discount else 0)
 
+    def chunks(t: Tensor, begin: int) -> Tensor:
+        """[B, T, H, ...] -> [N, B, H, L, ...], the first chunk at token `begin`."""
+        parts = t[:, begin : begin + span * count].unflatten(1, (count, span))
+        return parts.transpose(0, 1).transpose(2, 3)
+
     def tokens(t: Tensor) -> Tensor:
         """[B, T, H, ...] -> [N, G, L, ...]."""
-        parts = t[:, first:stop].unflatten(1, (count, span))
-        return parts.transpose(0, 1).transpose(2, 3).flatten(1, 2)
+        return chunks(t, first).flatten(1, 2)
 
     def with_past(t: Tensor, past: int) -> Tensor:
         """[B, n + T, H, ...] -> [N, G, past + L, ...], each chunk with the tokens before it."""
-        reach = t[:, n + first - past : n + stop].unfold(1, past + span, span)
-        return reach.transpose(0, 1).movedim(-1, 3).flatten(1, 2)
+        begin = n + first - past
+        if count == 1:
+            return t[:, begin : begin + past + span].transpose(1, 2).flatten(0, 1).unsqueeze(0)
+        # Not `unfold`: its gradient is a scatter, and Inductor's, for several threads of a CPU, may
+        # write out of bounds (torch 2.13, pytorch/pytorch#191837). In eager both take as long.
+        part = past % span
+        parts = [chunks(t, n + first - back) for back in range(past - part, -1, -span)]
+        if part:
+            parts.insert(0, chunks(t, begin)[:, :, :, :part])
+        return torch.cat(parts, 3).flatten(1, 2)
 
     q = q_raw = tokens(x.q_raw)
     k = k_raw = with_past(x.k_raw, extra)
