@@ -87,10 +87,9 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
         "triton": _Entry(
             ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule")
         ),
-        # Only where a graph is traced, and where it is asked for: what Inductor makes of such a
-        # graph has been seen to corrupt memory (README, "Status").
+        # Only where a graph is traced, and not of every call.
         "inline": _Entry(
-            (), functools.partial(_module, "atlas_blocks.ops.omega_inline"), special=True
+            ("cpu",), functools.partial(_module, "atlas_blocks.ops.omega_inline"), special=True
         ),
     },
     "omega_rule_step": {

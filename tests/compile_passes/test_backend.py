@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(autouse=True)
 def one_node():
-    """The rule as one node: inlined it is C++ to compile."""
+    """The rule as one node, which is not what a CPU would take: that is C++ to compile."""
     with use_provider("definition"):
         yield
 

@@ -126,7 +126,7 @@ def test_ops_providers_passes_work_and_recompiles():
 
 @pytest.mark.slow
 def test_an_inlined_rule_is_told_of():
-    with use_provider("inline"):
+    with use_provider("auto"):
         report = explain(Whole(), *map(whole_inputs, (20, 28, 36)))
     assert [(g.call, g.dynamic) for g in report.graphs] == [(0, False), (1, True)]
     # What is compiled of the walk itself is no recompile of the model.

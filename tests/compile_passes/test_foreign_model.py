@@ -62,8 +62,8 @@ def test_a_llama_with_a_memory_layer_is_one_graph_of_the_same_loss(llama):
     recorder = Recorder(Passes(backend.make_passes({})))
     assert_same_step(llama, torch.compile(llama, backend=recorder, fullgraph=True))
     assert recorder.compiles == 1
-    assert recorder.count("atlas.omega_rule.default") == [1, 0]
-    assert recorder.count("atlas.omega_rule_backward.default") == [0, 1]
+    assert recorder.count("atlas.omega_walk.default") == [1, 0]
+    assert recorder.count("atlas.omega_walk_backward.default") == [0, 1]
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arg
 def test_explain_prints_the_report(run):
     code, out, _ = run("explain", "omeganet-tiny", "--lengths", "40", "--batch", 1)
     assert code == 0
-    for words in ("one graph a call, no breaks", "omega_rule", "definition", "lower_ops", "GFLOP"):
+    for words in ("one graph a call, no breaks", "omega_rule", "inline", "lower_ops", "GFLOP"):
         assert words in out
 
 
