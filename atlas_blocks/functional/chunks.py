@@ -136,7 +136,7 @@ class Read(_Record):
 def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> tuple[Write, Read]:
     """Cut a piece's chunks out of a call."""
     first, span, count, place = piece
-    n, stop = rule.history, first + span * count
+    n = rule.history
     # Keys before the chunk: the window's halo, and the begun chunk where writes are discounted.
     extra = max(rule.window - 1, place if rule.write_discount else 0)
 
@@ -218,10 +218,27 @@ def decay_matrix(gate: Tensor) -> tuple[Tensor, Tensor]:
     gate: [..., L] -> [..., L, L], [..., L, 1]. Products, not logarithms: exact at a gate of 0, and
     in its gradient there.
     """
-    span = gate.shape[-1]
-    after = torch.ones(span, span, dtype=torch.bool, device=gate.device).tril(-1)
-    factors = torch.where(after, gate.unsqueeze(-1), 1.0)
-    return factors.cumprod(-2).tril(), gate.cumprod(-1).unsqueeze(-1)
+    decay: Tensor = _Decay.apply(gate)  # pyright: ignore[reportAssignmentType]
+    return decay, gate[..., :1, None] * decay[..., :1]
+
+
+class _Decay(torch.autograd.Function):
+    """The gradient of a cumulative product has a case for zeros, and takes many small steps."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor) -> Tensor:
+        span = gate.shape[-1]
+        after = torch.ones(span, span, dtype=torch.bool, device=gate.device).tril(-1)
+        decay = torch.where(after, gate.unsqueeze(-1), 1.0).cumprod(-2).tril()
+        ctx.save_for_backward(decay)
+        return decay
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """A[t, s] = A[t, r] gate_r A[r-1, s] for s < r <= t."""
+        (decay,) = ctx.saved_tensors
+        through = F.pad((grad @ decay.mT)[..., :-1], (1, 0))  # sum_s dA[t, s] A[r-1, s]
+        return (decay * through).sum(-2)
 
 
 def window_matrix(gamma: Tensor, extra: int) -> Tensor:

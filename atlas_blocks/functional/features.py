@@ -5,9 +5,9 @@ D width before, W width after, p degree, a coefficients [p + 1].
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def polynomial_width(dim: int, degree: int) -> int:
     return math.comb(dim + degree, degree)
 
 
-@lru_cache
+@functools.lru_cache
 def multinomials(dim: int, degree: int) -> tuple[tuple[float, ...], ...]:
     """For n = 0..p the multinomial weight of every monomial, in the order `monomials` makes."""
     levels: list[list[tuple[int, ...]]] = [[(0,) * dim]]
@@ -42,7 +42,7 @@ def multinomials(dim: int, degree: int) -> tuple[tuple[float, ...], ...]:
     )
 
 
-@lru_cache
+@functools.lru_cache
 @torch.inference_mode(False)  # or what inference has left here could not be differentiated with
 def monomial_scales(dim: int, degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The square root of every monomial's multinomial weight, [W] in the order of `monomials`."""
@@ -148,7 +148,9 @@ def sketch_features(
         # The n sketches in one product: broadcast over them, it would be one a token.
         counts = wide @ table.transpose(0, 1).flatten(1)
         spectra = torch.fft.rfft(counts.unflatten(-1, (n, size)))
-        parts.append(root[n] * torch.fft.irfft(spectra.prod(-2), n=size))
+        # Not `prod`, whose gradient has a case for zeros.
+        product = functools.reduce(torch.mul, spectra.unbind(-2))
+        parts.append(root[n] * torch.fft.irfft(product, n=size))
         first += n
     return torch.cat(parts, dim=-1).to(x.dtype)
 

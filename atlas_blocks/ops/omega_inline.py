@@ -24,6 +24,7 @@ from atlas_blocks.functional.omega_rule import prepare
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, first_state
 from atlas_blocks.functional.walk import ChunkMemory, Ends, Step
 from atlas_blocks.ops import recomputed
+from atlas_blocks.ops.contract import recording
 from atlas_blocks.ops.polynomial_features import polynomial_features
 from atlas_blocks.ops.providers import Provider
 
@@ -183,8 +184,8 @@ def _prepare(
     write, start = _unflatten(tensors, memory, momentum, discount)
     span, keys = write.window.shape[-2:]
     rule = Rule(memory, objective, "gd", 0, 1, span, discount, keys - span + 1)
-    # Of one layout from the first chunk on, so that one compiled step serves all.
-    start = start.map(Tensor.contiguous)
+    # Of one layout and no parameters from the first chunk on, so that one compiled step serves all.
+    start = start.map(lambda t: t.contiguous().detach())
     sizes = tuple(t.shape[2:] for t in (*write.tensors(), *start.weights))
     where = (write.k.dtype, write.k.device, torch.is_grad_enabled())
     return rule, write, start, _compiled_step(rule, sizes, *where)
@@ -192,7 +193,8 @@ def _prepare(
 
 def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
     rule, write, start, step = _prepare(tensors, *settings)
-    return _outputs(*walk.walk_ends(rule, write, start, 0, None, step))
+    with recording():  # the first call comes under a dispatch mode; a guard would tell them apart
+        return _outputs(*walk.walk_ends(rule, write, start, 0, None, step))
 
 
 def _differentiate(
