@@ -87,19 +87,22 @@ def forward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
 
 def backward_flops(tensors: Sequence[Shape], settings: Settings) -> int:
     """Of the definition's backward: each product again, and one for each factor's gradient;
-    Newton-Schulz has a backward of its own, and tables of sketches have no gradient."""
+    decay matrices and Newton-Schulz have backwards of their own, and tables of sketches no
+    gradient."""
     total = 3 * forward_flops(tensors, settings) - _all_feature_flops(tensors, settings)
+    batch, length, heads, _ = tensors[0]
+    whole, tail = divmod(length, settings.chunk_size)
+    cubes = whole * settings.chunk_size**3 + tail**3
+    total += batch * heads * (2 if settings.momentum else 1) * 2 * cubes
     if settings.update == "muon":
         # phi(q) phi(k)^T has no use here, and so no gradient.
-        batch, length, heads, _ = tensors[0]
-        keys, (whole, tail) = tensors[5][-1] - 1, divmod(length, settings.chunk_size)
+        keys = tensors[5][-1] - 1
         pairs = sum(n * (n + keys) for n in (*whole * (settings.chunk_size,), tail))
         total -= 2 * batch * heads * 2 * pairs * _dots_width(tensors, settings)
         total += _newton_schulz_flops(tensors, settings, newton_schulz_backward_flops)
         total -= 2 * _newton_schulz_flops(tensors, settings, newton_schulz_flops)
     if settings.objective == "dot":
         # -<M(k), v> has no use for M(k) itself: its last product is computed, but not its gradient.
-        batch, length, heads, _ = tensors[0]
         dout, din = tensors[6 + settings.momentum][1:]
         keys = length + -(-length // settings.chunk_size) * (tensors[5][-1] - 1)
         total -= 2 * batch * heads * 2 * keys * dout * din
