@@ -147,12 +147,17 @@ def sketch_features(
         table.scatter_(2, buckets[rows, :, None], signs[rows, :, None].detach().to(wide.dtype))
         # The n sketches in one product: broadcast over them, it would be one a token.
         counts = wide @ table.transpose(0, 1).flatten(1)
-        spectra = torch.fft.rfft(counts.unflatten(-1, (n, size)))
-        # Not `prod`, whose gradient has a case for zeros.
-        product = functools.reduce(torch.mul, spectra.unbind(-2))
-        parts.append(root[n] * torch.fft.irfft(product, n=size))
+        spectra = torch.view_as_real(torch.fft.rfft(counts.unflatten(-1, (n, size))))
+        product = functools.reduce(_complex_product, spectra.unbind(-3))
+        parts.append(root[n] * torch.fft.irfft(torch.view_as_complex(product), n=size))
         first += n
     return torch.cat(parts, dim=-1).to(x.dtype)
+
+
+def _complex_product(a: Tensor, b: Tensor) -> Tensor:
+    """Of real and imaginary parts [..., 2]: compilers take products of real numbers only."""
+    (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
+    return torch.stack([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], -1)
 
 
 def _safe_sqrt(a: Tensor) -> Tensor:

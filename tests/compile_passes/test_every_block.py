@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import BLOCKS, DIM, Recorder, difference, draw, everything, make_block
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -62,6 +63,31 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
                 _, shaken = run(block, x * (1 + 2**-52), state)
                 assert gap < 100 * difference(shaken, true_gradients)
         assert backend.compiles - before <= 2, "more than one recompile"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+def test_a_backward_compiled_for_two_threads_is_eager_s() -> None:
+    """It corrupted memory where chunks were cut by `unfold`, at these sizes."""
+    model = build("omeganet-tiny")
+    tokens = torch.randint(0, 256, (1, 512))
+    parameters = list(model.parameters())
+
+    def run(function) -> tuple[Tensor, list[Tensor]]:
+        loss = F.cross_entropy(function(tokens).logits[0, :-1], tokens[0, 1:])
+        return loss, list(torch.autograd.grad(loss, parameters))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch._inductor.config.patch({"cpp.threads": 2}):
+            compiled = torch.compile(model, fullgraph=True)
+            _, true = run(model)
+            for _ in range(3):
+                _, ours = run(compiled)
+                assert difference(ours, true) < 1e-3
+    finally:
+        torch.set_num_threads(before)
 
 
 TINY = [name for name in names() if name.endswith("-tiny")]
