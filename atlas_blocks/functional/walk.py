@@ -67,13 +67,13 @@ def walk_gradient(
 
     Returns y [G, N L, Dv] and the memory after the chunks.
     """
-    ends, after = walk_ends(rule, write, memory, place, kept)
+    ends, after = walk_ends(rule, write.unbind(), memory, place, kept)
     return read_chunks(rule, write, read, ends), _leave(rule, after, place, write.eta.shape[-1])
 
 
 def walk_ends(
     rule: Rule,
-    write: Write,
+    chunks: Iterable[Write],
     memory: ChunkMemory,
     place: int,
     kept: list[ChunkMemory] | None,
@@ -82,7 +82,7 @@ def walk_ends(
     """From each chunk's start to its end, and the memory there. step: `chunk_end`, or that
     compiled."""
     starts, all_factors, strengths, scales = [], [], [], []
-    for x in write.unbind():
+    for x in chunks:
         memory = _enter(memory, place)
         starts.append(memory)
         factors, eta, scale, memory = (step or chunk_end)(rule, x, memory)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ LIBRARY = torch.library.Library("atlas", "FRAGMENT")
 
 def implement(name: str, body: Callable, fake: Callable) -> None:
     """Give the op that `LIBRARY.define` declared its body, and what it makes of fake tensors."""
-    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+
+    @functools.wraps(body)
+    def run(*arguments: Any) -> Any:
+        # A compiled graph runs with every view noting how to be made again, which in a loop over
+        # many chunks costs ten times what is computed.
+        with torch.autograd.grad_mode._force_original_view_tracking(False):
+            return body(*arguments)
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"atlas::{name}", fake, lib=LIBRARY)
 
 

@@ -10,6 +10,7 @@ Axes as in functional/chunks.py.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from atlas_blocks.ops.polynomial_features import polynomial_features
 from atlas_blocks.ops.providers import Provider
 
 NAME = "inline"
+TOKENS = 512  # that one piece of the backward computes again, or one chunk
 
 
 def _supports(call: Any) -> str | None:
@@ -194,51 +196,54 @@ def _prepare(
 def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
     rule, write, start, step = _prepare(tensors, *settings)
     with recording():  # the first call comes under a dispatch mode; a guard would tell them apart
-        return _outputs(*walk.walk_ends(rule, write, start, 0, None, step))
+        return _outputs(*walk.walk_ends(rule, write.unbind(), start, 0, None, step))
 
 
 def _differentiate(
     grads: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor], *settings: Any
 ) -> list[Tensor]:
-    """From the last chunk to the first, each computed again from what it starts with."""
+    """From the last chunks to the first, several at a time computed again from what they start
+    with: one by one they would take longer to set out than to compute."""
     memory, _, momentum, _ = settings
     rule, write, start, step = _prepare(tensors, *settings)
     ends, _ = _unflatten_ends(iter(results), memory, momentum)
     of_ends, of_memory = _unflatten_ends(iter(grads), memory, momentum)
     after, found = of_memory.start(), []
-    for n, x in reversed(list(enumerate(write.unbind()))):
-        leaves: list[Tensor] = []
+    several = max(1, TOKENS // rule.chunk_size)
 
-        def leaf(t: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
-            leaves.append(t.detach().requires_grad_(t.is_floating_point()))
-            return leaves[-1]
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_(t.is_floating_point())
 
-        x = x.map(leaf)
-        begin = [leaf(t[n]) for t in ends.starts]
-        count = len(start.weights)
-        weights, s, scale = begin[:count], begin[count:-1], begin[-1]
-        factors, eta, scales, end = step(rule, x, ChunkMemory(weights, s, weights, scale))
-        pairs = [(eta, of_ends.eta[n]), (scales, of_ends.scales[n])]
-        pairs += zip(end.start(), after, strict=True)
-        for two, of_two in zip(factors, of_ends.factors, strict=True):
-            pairs += [(t, g[n]) for t, g in zip(two, of_two, strict=True)]
-        pairs = [(t, g) for t, g in pairs if t.requires_grad]
-        outputs, gradients = zip(*pairs, strict=True)
-        wanted = [t for t in leaves if t.requires_grad]
+    for first in reversed(range(0, write.k.shape[0], several)):
+        part = slice(first, first + several)
+        xs = write.map(lambda t, part=part: leaf(t[part]))
+        begin = [leaf(t[first]) for t in ends.starts]
+        weights, s, scale = begin[: len(start.weights)], begin[len(start.weights) : -1], begin[-1]
+        memory_then = ChunkMemory(weights, s, weights, scale)
+        with warnings.catch_warnings():
+            # Dynamo looks whether there is one where it first sees the step.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+            walked = walk.walk_ends(rule, xs.unbind(), memory_then, 0, None, step)
+        of_part = [t[part] for t in _outputs(of_ends, of_memory)[: -len(after)]]
+        pairs = zip(_outputs(*walked), [*of_part, *after], strict=True)
+        outputs, gradients = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
+        leaves = [t for t in (*xs.tensors(), *begin) if t.requires_grad]
         one = torch.autograd.grad(
-            outputs, wanted, gradients, allow_unused=True, materialize_grads=True
+            outputs, leaves, gradients, allow_unused=True, materialize_grads=True
         )
-        one, before = one[: -len(begin)], one[-len(begin) :]
-        after = [g + of[n] for g, of in zip(before, of_ends.starts, strict=True)]
-        found.append(one)
-    return [*(torch.stack(gs) for gs in zip(*reversed(found), strict=True)), *after]
+        found.append(one[: -len(begin)])
+        after = list(one[-len(begin) :])
+    return [*(torch.cat(gs) for gs in zip(*reversed(found), strict=True)), *after]
 
 
 @functools.cache
 def _compiled_step(
     rule: Rule, sizes: tuple, dtype: torch.dtype, device: torch.device, grad: bool
 ) -> Step:
-    """`chunk_end`, compiled once for these sizes, whatever the batch and the length."""
+    """`chunk_end`, for a deep memory compiled once for these sizes, whatever the batch and the
+    length. A matrix memory's is too little work for what a call of compiled code costs."""
+    if rule.memory == "matrix":
+        return walk.chunk_end
 
     def step(rule: Rule, x: Write, memory: ChunkMemory) -> Any:
         factors, eta, scales, end = walk.chunk_end(rule, x, memory)

@@ -20,8 +20,10 @@ VARIANTS = list(itertools.product((True, False), (True, False), (1, 3, 7), (1, 4
 
 @pytest.fixture(autouse=True)
 def _plain_step(monkeypatch):
-    """The step as it is, not compiled: tests of compiled graphs are in compile_passes."""
+    """The step as it is, not compiled: tests of compiled graphs are in compile_passes. And a
+    backward of two chunks at a time, whole pieces and the beginning of one."""
     monkeypatch.setattr(omega_inline, "_compiled_step", lambda *key: walk.chunk_end)
+    monkeypatch.setattr(omega_inline, "TOKENS", 2 * CHUNK)
 
 
 def make(memory: str, momentum: bool, discount: bool, window: int, length: int, **options):
