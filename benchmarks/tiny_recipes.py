@@ -40,9 +40,9 @@ def measure(recipe: str, batch: int, length: int, threads: int, rounds: int) -> 
     model = build(recipe)
     compiled = torch.compile(model, backend="atlas", fullgraph=True)
     rows = torch.randint(0, 256, (batch, length))
-    parameters = list(model.parameters())
 
     def step(function: torch.nn.Module) -> tuple[float, list[torch.Tensor]]:
+        parameters = list(function.parameters())
         began = time.perf_counter()
         logits = function(rows).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
@@ -61,9 +61,7 @@ def measure(recipe: str, batch: int, length: int, threads: int, rounds: int) -> 
     with torch.no_grad():
         for p in shaken.parameters():
             p.mul_(1 + 2**-22 * torch.randint_like(p, -1, 2))
-    parameters = list(shaken.parameters())
     rounding = gap(step(shaken)[1], true)
-    parameters = list(model.parameters())
     if not error < max(1e-4, 10 * rounding):
         raise RuntimeError(f"{recipe}: gradients differ by {error:.1e}, rounding {rounding:.1e}")
     for function in (compiled, model):
@@ -107,7 +105,11 @@ def main() -> None:
         "figures": {},
     }
     if a.json and a.json.exists():
-        record["figures"] = json.loads(a.json.read_text())["figures"]
+        earlier = json.loads(a.json.read_text())
+        for name in ("what", "machine", "versions"):
+            if earlier[name] != record[name]:
+                parser.error(f"{a.json}: expected {name} {record[name]}, got {earlier[name]}")
+        record["figures"], record["date"] = earlier["figures"], earlier["date"]
     for recipe in a.recipes:
         if recipe in record["figures"]:
             continue

@@ -204,12 +204,11 @@ def _differentiate(
 ) -> list[Tensor]:
     """From the last chunks to the first, several at a time computed again from what they start
     with: one by one they would take longer to set out than to compute."""
-    memory, _, momentum, _ = settings
     rule, write, start, step = _prepare(tensors, *settings)
-    ends, _ = _unflatten_ends(iter(results), memory, momentum)
-    of_ends, of_memory = _unflatten_ends(iter(grads), memory, momentum)
-    after, found = of_memory.start(), []
-    several = max(1, TOKENS // rule.chunk_size)
+    weights, count = len(start.weights), len(start.start())
+    # As `_outputs` lists them: the chunks' starts first, the memory at the end last.
+    starts, of_ends, after = results[:count], grads[:-count], list(grads[-count:])
+    found, several = [], max(1, TOKENS // rule.chunk_size)
 
     def leaf(t: Tensor) -> Tensor:
         return t.detach().requires_grad_(t.is_floating_point())
@@ -217,22 +216,21 @@ def _differentiate(
     for first in reversed(range(0, write.k.shape[0], several)):
         part = slice(first, first + several)
         xs = write.map(lambda t, part=part: leaf(t[part]))
-        begin = [leaf(t[first]) for t in ends.starts]
-        weights, s, scale = begin[: len(start.weights)], begin[len(start.weights) : -1], begin[-1]
-        memory_then = ChunkMemory(weights, s, weights, scale)
+        begin = [leaf(t[first]) for t in starts]
+        w = begin[:weights]
+        memory = ChunkMemory(w, begin[weights:-1], w, begin[-1])
         with warnings.catch_warnings():
             # Dynamo looks whether there is one where it first sees the step.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-            walked = walk.walk_ends(rule, xs.unbind(), memory_then, 0, None, step)
-        of_part = [t[part] for t in _outputs(of_ends, of_memory)[: -len(after)]]
-        pairs = zip(_outputs(*walked), [*of_part, *after], strict=True)
+            walked = walk.walk_ends(rule, xs.unbind(), memory, 0, None, step)
+        pairs = zip(_outputs(*walked), [*(t[part] for t in of_ends), *after], strict=True)
         outputs, gradients = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
         leaves = [t for t in (*xs.tensors(), *begin) if t.requires_grad]
         one = torch.autograd.grad(
             outputs, leaves, gradients, allow_unused=True, materialize_grads=True
         )
-        found.append(one[: -len(begin)])
-        after = list(one[-len(begin) :])
+        found.append(one[:-count])
+        after = list(one[-count:])
     return [*(torch.cat(gs) for gs in zip(*reversed(found), strict=True)), *after]
 
 
