@@ -100,7 +100,7 @@ def _omega_rule(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 
 _ONE_TOKEN = {
     torch.ops.atlas.omega_rule.default: _omega_rule,
-    torch.ops.atlas.lstm.default: lstm_definition,
+    torch.ops.atlas.lstm.default: lambda tensors, wanted: lstm_definition(tensors),
 }
 
 

@@ -44,12 +44,12 @@ def register_flop_formulas() -> None:
         return backward_flops(tensors, Settings(*rest[:-1]))
 
     def walk(tensors: Any, *rest: Any, out_shape: Any = None) -> int:
-        return walk_flops(tensors, *rest)
+        return walk_flops(tensors, *rest[:-1])
 
     def walk_backward(
-        grads: Any, tensors: Any, results: Any, *rest: Any, out_shape: Any = None
+        grads: Any, tensors: Any, results: Any, key: Any, *rest: Any, out_shape: Any = None
     ) -> int:
-        return walk_backward_flops(tensors, *rest)
+        return walk_backward_flops(tensors, *rest[:-1])
 
     def none(*shapes: Any, out_shape: Any = None) -> int:
         """Monomials are elementwise products."""

@@ -186,8 +186,8 @@ def _prepare(
     write, start = _unflatten(tensors, memory, momentum, discount)
     span, keys = write.window.shape[-2:]
     rule = Rule(memory, objective, "gd", 0, 1, span, discount, keys - span + 1)
-    # Of one layout and no parameters from the first chunk on, so that one compiled step serves all.
-    start = start.map(lambda t: t.contiguous().detach())
+    # Of one layout from the first chunk on, so that one compiled step serves all.
+    start = start.map(Tensor.contiguous)
     sizes = tuple(t.shape[2:] for t in (*write.tensors(), *start.weights))
     where = (write.k.dtype, write.k.device, torch.is_grad_enabled())
     return rule, write, start, _compiled_step(rule, sizes, *where)

@@ -1,4 +1,4 @@
-"""A function of tensors as a pair of ops whose backward computes it again.
+"""A function of tensors as a pair of ops whose backward computes it again, or has it kept.
 
 For functions that need no provider, and whose loops tracing would unroll.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas_blocks.ops import kept
 from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 
 Run = Callable[..., Sequence[Tensor]]
@@ -23,51 +24,64 @@ def define(
     """`atlas::{name}` and `atlas::{name}_backward`, and a differentiable call of them.
 
     run, fake: (tensors, *settings) -> tensors. settings: their types and names, as in a schema.
-    differentiate: (grads, tensors, results, *settings) -> gradients, for a function that can start
-    from its results; None computes all of it again under autograd and saves none of them.
+    differentiate: (grads, tensors, results, *settings) -> the tensors' gradients, for a function
+    that can start from its results; None computes all of it again and saves none of them.
+    The backward of a short call on a CPU computes nothing again (kept.py).
     Tensors that are not floating, such as positions, have no gradient.
     """
     rest = f", {settings}" if settings else ""
-    LIBRARY.define(f"{name}(Tensor[] tensors{rest}) -> Tensor[]")
-    # grads: of the floating results. -> those of the floating tensors.
+    # wanted: of which tensors a backward will want the gradient; it takes the results and the key
+    # of what is kept, the last result. Empty: there is no backward, and no key.
+    LIBRARY.define(f"{name}(Tensor[] tensors{rest}, bool[] wanted) -> Tensor[]")
+    # grads: of the floating results. -> those of the tensors that are wanted.
     LIBRARY.define(
-        f"{name}_backward(Tensor[] grads, Tensor[] tensors, Tensor[] results{rest}) -> Tensor[]"
+        f"{name}_backward(Tensor[] grads, Tensor[] tensors, Tensor[] results, Tensor key{rest},"
+        " bool[] wanted) -> Tensor[]"
     )
 
     def forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
-        with torch.no_grad(), _no_autocast(tensors):
-            return [own(t) for t in run(tensors, *rest)]
+        *settings, wanted = rest
+        with _no_autocast(tensors):
+            if wanted and kept.serves(tensors[0]):
+                results, key = kept.keep(lambda leaves: run(leaves, *settings), tensors, wanted)
+                return [*results, key]
+            with torch.no_grad():
+                results = [own(t) for t in run([t.detach() for t in tensors], *settings)]
+        return [*results, kept.no_key(tensors[0])] if wanted else results
 
-    def run_again(
-        grads: list[Tensor], tensors: list[Tensor], results: list[Tensor], *rest: Any
-    ) -> Sequence[Tensor]:
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
-        outputs = [t for t in run(leaves, *rest) if t.is_floating_point()]
-        wanted = [t for t in leaves if t.requires_grad]
-        return torch.autograd.grad(
-            outputs, wanted, grads, allow_unused=True, materialize_grads=True
-        )
+    def forward_fake(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+        *settings, wanted = rest
+        results = list(fake(tensors, *settings))
+        return [*results, kept.no_key(tensors[0])] if wanted else results
 
     def backward(
-        grads: list[Tensor], tensors: list[Tensor], results: list[Tensor], *rest: Any
+        grads: list[Tensor], tensors: list[Tensor], results: list[Tensor], key: Tensor, *rest: Any
     ) -> list[Tensor]:
+        *settings, wanted = rest
         with _no_autocast(tensors), recording(), torch.enable_grad():
-            found = (differentiate or run_again)(grads, tensors, results, *rest)
+            found = kept.gradients(key, grads)
+            if found is None and differentiate is not None:
+                each = zip(differentiate(grads, tensors, results, *settings), wanted, strict=True)
+                found = [g for g, one in each if one]
+            elif found is None:
+                leaves = kept.leaves(tensors, wanted)
+                found = kept.differentiate(run(leaves, *settings), leaves, grads)
         return [own(g) for g in found]
 
     def backward_fake(
-        grads: list[Tensor], tensors: list[Tensor], results: list[Tensor], *rest: Any
+        grads: list[Tensor], tensors: list[Tensor], results: list[Tensor], key: Tensor, *rest: Any
     ) -> list[Tensor]:
-        return [own_empty(t) for t in tensors if t.is_floating_point()]
+        return [own_empty(t) for t, one in zip(tensors, rest[-1], strict=True) if one]
 
-    implement(name, forward, fake)
+    implement(name, forward, forward_fake)
     implement(f"{name}_backward", backward, backward_fake)
 
-    def call(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    def call(tensors: list[Tensor], *settings: Any) -> list[Tensor]:
+        wanted = [t.requires_grad for t in tensors]
+        if torch.is_grad_enabled() and any(wanted):
             saves = differentiate is not None
-            return list(_Recomputed.apply(name, rest, saves, *distinct(tensors)))
-        return getattr(torch.ops.atlas, name).default(tensors, *rest)
+            return list(_Recomputed.apply(name, settings, wanted, saves, *distinct(tensors)))
+        return getattr(torch.ops.atlas, name).default(tensors, *settings, [])
 
     return call
 
@@ -81,11 +95,12 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, name: str, rest: tuple, saves: bool, *tensors: Tensor
+        ctx: Any, name: str, settings: tuple, wanted: list[bool], saves: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs = getattr(torch.ops.atlas, name).default(list(tensors), *rest)
-        ctx.name, ctx.rest, ctx.inputs = name, rest, len(tensors)
-        ctx.save_for_backward(*tensors, *(outputs if saves else ()))
+        op = getattr(torch.ops.atlas, name).default
+        *outputs, key = op(list(tensors), *settings, wanted)
+        ctx.name, ctx.settings, ctx.wanted = name, settings, wanted
+        ctx.save_for_backward(*tensors, *(outputs if saves else ()), key)
         ctx.floating = [t.is_floating_point() for t in outputs]
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return tuple(outputs)
@@ -93,8 +108,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, results = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
-        wanted = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
+        *saved, key = ctx.saved_tensors
+        tensors, results = saved[: len(ctx.wanted)], saved[len(ctx.wanted) :]
+        of_results = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
         op = getattr(torch.ops.atlas, f"{ctx.name}_backward").default
-        found = iter(op(wanted, list(tensors), list(results), *ctx.rest))
-        return None, None, None, *(next(found) if t.is_floating_point() else None for t in tensors)
+        found = iter(op(of_results, tensors, results, key, *ctx.settings, ctx.wanted))
+        return None, None, None, None, *(next(found) if one else None for one in ctx.wanted)

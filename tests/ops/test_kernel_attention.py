@@ -43,7 +43,10 @@ def test_the_op_keeps_its_contract(objective: str) -> None:
     start = tuple(t.clone() for t in state.chunk_start)
     parts = [state.keys, state.coefficients, *start, state.values, state.writes, state.position]
     tensors = [t.clone() for t in (q, k, v, *gates, *parts)]
-    opcheck(torch.ops.atlas.kernel_attention.default, (tensors, *s))
-    outputs = torch.ops.atlas.kernel_attention.default(tensors, *s)[:-1]
+    wanted = [t.is_floating_point() for t in tensors]
+    for w in ([], wanted):
+        opcheck(torch.ops.atlas.kernel_attention.default, (tensors, *s, w))
+    *outputs, _, key = torch.ops.atlas.kernel_attention.default(tensors, *s, wanted)
     grads = [torch.randn_like(t) for t in outputs]
-    opcheck(torch.ops.atlas.kernel_attention_backward.default, (grads, tensors, [], *s))
+    backward = torch.ops.atlas.kernel_attention_backward.default
+    opcheck(backward, (grads, tensors, [], key, *s, wanted))

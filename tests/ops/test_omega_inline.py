@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from atlas_blocks import ops, use_provider
 from atlas_blocks.functional import omega_rule, walk
 from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops import omega_inline
+from atlas_blocks.ops import kept, omega_inline
 from atlas_blocks.ops.omega_rule import describe
 
 CHUNK = 4
@@ -90,11 +90,13 @@ def test_the_walk_is_an_op(memory, monkeypatch):
     for momentum, discount in itertools.product((True, False), repeat=2):
         tensors, settings = walk_calls(memory, momentum, discount, 6, monkeypatch)
         plain = [t.detach() for t in tensors]
-        opcheck(torch.ops.atlas.omega_walk.default, (plain, *settings))
-        results = torch.ops.atlas.omega_walk.default(plain, *settings)
+        every = [True] * len(plain)
+        for wanted in ([], every):
+            opcheck(torch.ops.atlas.omega_walk.default, (plain, *settings, wanted))
+        *results, key = torch.ops.atlas.omega_walk.default(plain, *settings, every)
         grads = [torch.ones_like(t) for t in results]
         backward = torch.ops.atlas.omega_walk_backward.default
-        opcheck(backward, (grads, plain, results, *settings))
+        opcheck(backward, (grads, plain, results, key, *settings, every))
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -111,12 +113,13 @@ def test_the_formulas_count_what_the_walk_computes(memory, monkeypatch):
         plain = [t.detach() for t in tensors]
         true, _ = counted(lambda p=plain, s=settings: omega_inline._run(p, *s))
         op = torch.ops.atlas.omega_walk
-        ours, results = counted(lambda p=plain, s=settings, op=op: op.default(p, *s))
+        ours, results = counted(lambda p=plain, s=settings, op=op: op.default(p, *s, []))
         assert ours == true > 0
         grads = [torch.ones_like(t) for t in results]
         rest = (grads, plain, results, *settings)
         true, _ = counted(lambda r=rest: omega_inline._differentiate(*r))
-        ours, _ = counted(lambda r=rest: torch.ops.atlas.omega_walk_backward.default(*r))
+        of_op = (*rest[:3], kept.no_key(plain[0]), *settings, [True] * len(plain))
+        ours, _ = counted(lambda r=of_op: torch.ops.atlas.omega_walk_backward.default(*r))
         assert ours == true > 0
 
 

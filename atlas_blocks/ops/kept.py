@@ -1,0 +1,70 @@
+"""What a node's forward leaves to its backward beside tensors: autograd's graph.
+
+A compiled graph hands a node's backward tensors alone, so that it would compute its forward again.
+On a CPU, where a node's body is Python in the same process, the graph that autograd built in the
+forward waits here instead, under a tensor, the key, that the compiled graph saves as it saves
+others; it is freed with the key, or by the backward. A key that is not known here, because a
+checkpoint copied it or the backward is run twice, costs the forward again and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from atlas_blocks.ops.contract import own, recording
+
+# Of the call's largest stream, such as [B, T, H, D]: what is kept is some twenty times that, as
+# under plain autograd. Longer calls compute again, a few chunks at a time.
+LARGEST = 2**22
+
+_graphs = WeakTensorKeyDictionary()
+
+
+def no_key(like: Tensor) -> Tensor:
+    """A key that nothing is kept under."""
+    return torch.empty(0, device=like.device)
+
+
+def serves(stream: Tensor) -> bool:
+    """Whether to keep the graph of a call with this stream."""
+    return stream.device.type == "cpu" and stream.numel() <= LARGEST
+
+
+def keep(
+    run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: Sequence[Tensor], wanted: list[bool]
+) -> tuple[list[Tensor], Tensor]:
+    """Copies of what `run` returns, and the key of its graph."""
+    # Of copies: a compiled graph may write over what its nodes have read.
+    begin = leaves([own(t) for t in tensors], wanted)
+    with recording(), torch.enable_grad():
+        outputs = run(begin)
+    key = no_key(tensors[0])
+    _graphs[key] = (outputs, begin)
+    return [own(t.detach()) for t in outputs], key
+
+
+def gradients(key: Tensor, grads: Sequence[Tensor]) -> list[Tensor] | None:
+    """Of the wanted tensors, given those of the floating results; None for an unknown key."""
+    graph = _graphs.pop(key, None)
+    return None if graph is None else differentiate(*graph, grads)
+
+
+def leaves(tensors: Sequence[Tensor], wanted: list[bool]) -> list[Tensor]:
+    """The tensors as leaves of a graph."""
+    return [t.detach().requires_grad_(one) for t, one in zip(tensors, wanted, strict=True)]
+
+
+def differentiate(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of the leaves that require one, given those of the floating outputs."""
+    pairs = zip((t for t in outputs if t.is_floating_point()), grads, strict=True)
+    results, grads = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
+    inputs = [t for t in leaves if t.requires_grad]
+    return list(
+        torch.autograd.grad(results, inputs, grads, allow_unused=True, materialize_grads=True)
+    )
