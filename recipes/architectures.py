@@ -169,7 +169,12 @@ def _atlas_mal(size: Size) -> BlockConfig:
 
 
 def _atlas_mac(size: Size) -> BlockConfig:
-    return MemoryAsContextConfig(memory=_atlas_memory(size), segment=size.reach)
+    return _as_context(_atlas_memory(size), size)
+
+
+def _as_context(memory: AtlasMemoryConfig, size: Size) -> BlockConfig:
+    """Segments of whole chunks."""
+    return MemoryAsContextConfig(memory=memory, segment=max(size.reach, memory.chunk_size))
 
 
 # --- what it compares with --------------------------------------------------------------------
@@ -189,7 +194,7 @@ def _titans_mal(size: Size) -> BlockConfig:
 
 
 def _titans_mac(size: Size) -> BlockConfig:
-    return MemoryAsContextConfig(memory=_titans_memory(size), segment=size.reach)
+    return _as_context(_titans_memory(size), size)
 
 
 def _ttt(size: Size) -> BlockConfig:

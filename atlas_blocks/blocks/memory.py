@@ -30,6 +30,7 @@ from atlas_blocks.functional.memories import MEMORIES, weight_shapes
 from atlas_blocks.functional.omega_rule import read_memory
 from atlas_blocks.functional.rule import OmegaState
 from atlas_blocks.ops.omega_rule import omega_rule
+from atlas_blocks.ops.polynomial_features import as_node
 from atlas_blocks.state import State
 
 # Momentum that never decays (theta = 1) at retention 1 is an undamped oscillator, which the chunk's
@@ -303,7 +304,11 @@ class AtlasMemory(Block):
                 self.coefficients.copy_(coefficients)
 
     def mix(
-        self, x: Tensor, state: MemoryState | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        state: MemoryState | None,
+        documents: Documents | None = None,
+        place: int | None = None,
     ) -> tuple[Tensor, MemoryState]:
         c = self.config
         qkv, conv = self.conv(
@@ -329,6 +334,7 @@ class AtlasMemory(Block):
             write_discount=c.update == "gd" if c.write_discount is None else c.write_discount,
             state=state and state.rule,
             cu_seqlens=documents and documents.cu_seqlens,
+            place=place,
         )
         y = self.norm(y).flatten(-2) * F.silu(self.gate(x))
         return self.out(y), MemoryState(conv, rule)
@@ -338,5 +344,6 @@ class AtlasMemory(Block):
     def recall(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read a fixed memory: queries [B, T, dim], weights of an OmegaState -> [B, T, dim]."""
         q = F.normalize(queries.unflatten(-1, (self.heads, -1)), dim=-1)
-        read = read_memory(q, weights, memory=self.config.memory, feature_map=self.feature_map())
+        phi = as_node(self.feature_map()) if torch.compiler.is_compiling() else self.feature_map()
+        read = read_memory(q, weights, memory=self.config.memory, feature_map=phi)
         return self.norm(read).flatten(-2)

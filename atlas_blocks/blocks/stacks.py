@@ -6,6 +6,7 @@ B batch, T tokens. Every sublayer is pre-norm and residual.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -307,20 +308,34 @@ class MemoryAsContext(Block):
         return torch.cat([y for y, _ in rows]), State.cat([s for _, s in rows])
 
     def segments(
-        self, h: Tensor, state: ContextState, kept: list[MemoryState] | None = None
+        self,
+        h: Tensor,
+        state: ContextState,
+        kept: list[MemoryState] | None = None,
+        whole: Callable[..., tuple[Tensor, ContextState]] | None = None,
     ) -> tuple[Tensor, ContextState]:
         """Normed h [B, T, dim] of rows at one position, segment by segment -> y [B, T, dim], state.
 
-        kept: gets the memory's state before every segment.
+        kept: gets the memory's state before every segment. whole: `piece` of a whole segment.
         """
         outputs = [h[:, :0]]
         position = int(state.position[0]) if len(state.position) else 0
         for first, span, offset in self.pieces(h.shape[1], position):
             if kept is not None:
                 kept.append(state.memory)
-            y, state = self.piece(h[:, first : first + span], state, offset)
+            x = h[:, first : first + span]
+            if whole is not None and span == self.config.segment:
+                y, state = whole(x, state, self.place(position + first))
+            else:
+                y, state = self.piece(x, state, offset)
             outputs.append(y)
         return torch.cat(outputs, 1), state
+
+    def place(self, position: int) -> int | None:
+        """Of a segment that begins at this position in its chunk, if there are only a few."""
+        segment, chunk = self.config.segment, self.config.memory.chunk_size
+        regular = segment % chunk == 0 or chunk % segment == 0
+        return position % chunk if regular and self.config.memory.update == "gd" else None
 
     def pieces(self, length: int, position: int) -> list[tuple[int, int, int]]:
         """(first token, tokens, place of the first in its segment) of what each segment gets."""
@@ -332,8 +347,11 @@ class MemoryAsContext(Block):
             done += span
         return found
 
-    def piece(self, x: Tensor, state: ContextState, offset: int) -> tuple[Tensor, ContextState]:
-        """A piece of one segment: x [B, L, dim], normed, `offset` tokens into it."""
+    def piece(
+        self, x: Tensor, state: ContextState, offset: int, place: int | None = None
+    ) -> tuple[Tensor, ContextState]:
+        """A piece of one segment: x [B, L, dim], normed, `offset` tokens into it and `place`, where
+        that is known, into a chunk."""
         span, past = x.shape[1], 0 if offset == 0 else offset
         read = state.memory.rule.weights if offset == 0 else state.read
         h = self.memory.recall(self.recall_query(x), read).to(x.dtype)
@@ -355,7 +373,10 @@ class MemoryAsContext(Block):
             attn_mask=torch.cat([always, seen, seen], 1),
         )
         a = self.attention_out(a.transpose(1, 2).flatten(-2))
-        m, memory = self.memory(a, state.memory, detach_state=False)
+        if place is None:
+            m, memory = self.memory(a, state.memory, detach_state=False)
+        else:
+            m, memory = self.memory.mix(a, state.memory, place=place)
         y = self.attention_norm(a) * self.memory_norm(m)
 
         rest = (0, 0, 0, self.config.segment - past - span)

@@ -67,7 +67,7 @@ def _one_group(
     grad_y, after, grads_of_history = _split(a, grads)
     pairs = list(zip(history, grads_of_history, strict=True))
     cuts, chunk, slots = [], 0, group.places(a.q)
-    for piece in pieces(a.q.shape[1], group.position, a.rule.chunk_size):
+    for piece in pieces(a.q.shape[1], group.position % a.rule.chunk_size, a.rule.chunk_size):
         cuts.append((piece, chunk, *cut(a.rule, a.feature_map, tokens, piece)))
         chunk += piece.count
     together = TOGETHER[a.rule.update]

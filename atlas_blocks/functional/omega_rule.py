@@ -106,7 +106,8 @@ def run(
     with torch.autocast(a.q.device.type, enabled=False):
         for group, part in zip(groups.groups, groups.arguments(a), strict=True):
             kept: list[ChunkMemory] | None = None if starts is None else []
-            y, state = _run(part, group.position, kept, orthogonalise)
+            at = group.position
+            y, state = run_at(part, at, at % a.rule.chunk_size, kept, orthogonalise)
             outputs.append(y)
             states.append(state)
             for n, memory in enumerate(kept or ()):
@@ -116,15 +117,22 @@ def run(
     return groups.joined(outputs, a.v), groups.state(states)
 
 
-def _run(
-    a: Arguments, position: int, kept: list[ChunkMemory] | None, orthogonalise: Orthogonalise
+def run_at(
+    a: Arguments,
+    position: int | Tensor,
+    place: int,
+    kept: list[ChunkMemory] | None = None,
+    orthogonalise: Orthogonalise = orthogonalise,
 ) -> tuple[Tensor, OmegaState]:
-    """`run` for rows that are all at this position of their sequence; chunk starts to `kept`."""
+    """`run` for rows that are all at this place of their chunk; chunk starts to `kept`.
+
+    position: of the first token, for all rows or [B, 1].
+    """
     tokens, memory, history = prepare(a, position)
     muon = partial(walk_muon, orthogonalise=orthogonalise)
     walk = walk_gradient if a.rule.update == "gd" else muon
     outputs = []
-    for piece in pieces(a.q.shape[1], position, a.rule.chunk_size):
+    for piece in pieces(a.q.shape[1], place, a.rule.chunk_size):
         write, read = cut(a.rule, a.feature_map, tokens, piece)
         y, memory = walk(a.rule, write, read, memory, piece.place, kept)
         outputs.append(y)
@@ -142,15 +150,18 @@ def _run(
     return y, OmegaState(weights, momentum, start, keys, values, writes, rows(scale).clone(), after)
 
 
-def prepare(a: Arguments, position: int) -> tuple[Tokens, ChunkMemory, list[Tensor]]:
-    """What the chunks are cut from, the memory before them, and the next state's last tokens."""
+def prepare(a: Arguments, position: int | Tensor) -> tuple[Tokens, ChunkMemory, list[Tensor]]:
+    """What the chunks are cut from, the memory before them, and the next state's last tokens.
+
+    position: of the first token, for all rows or [B, 1].
+    """
     q, k, v, alpha, eta, theta, gamma, _, feature_map, rule, state, _ = a
     assert state is not None
     dtype = state_dtype(q, v, *state.weights)
     # The window does not reach back over the start of the sequence.
     lags = torch.arange(rule.window, device=q.device)
     times = position + torch.arange(q.shape[1], device=q.device)
-    gamma = gamma.to(dtype) * (lags <= times[:, None])[:, None]
+    gamma = gamma.to(dtype) * (lags <= times[..., None])[..., None, :]
     eta, theta = eta.to(dtype), None if theta is None else theta.to(dtype)
     writes = state.writes
     if rule.write_discount:
@@ -180,12 +191,12 @@ def prepare(a: Arguments, position: int) -> tuple[Tokens, ChunkMemory, list[Tens
     return tokens, memory, history
 
 
-def pieces(length: int, position: int, chunk: int) -> list[Piece]:
-    """The rest of a begun chunk, whole chunks, a begun one."""
-    head = min(length, -position % chunk)
+def pieces(length: int, place: int, chunk: int) -> list[Piece]:
+    """The rest of a begun chunk, whole chunks, a begun one; place: of the first token in its."""
+    head = min(length, -place % chunk)
     whole, tail = divmod(length - head, chunk)
     found = [
-        Piece(0, head, 1, position % chunk),
+        Piece(0, head, 1, place),
         Piece(head, chunk, whole, 0),
         Piece(length - tail, tail, 1, 0),
     ]

@@ -50,7 +50,7 @@ def keep(
 def gradients(key: Tensor, grads: Sequence[Tensor]) -> list[Tensor] | None:
     """Of the wanted tensors, given those of the floating results; None for an unknown key."""
     graph = _graphs.pop(key, None)
-    return None if graph is None else differentiate(*graph, grads)
+    return None if graph is None else differentiate(graph[0], graph[1], grads)
 
 
 def leaves(tensors: Sequence[Tensor], wanted: list[bool]) -> list[Tensor]:
@@ -63,8 +63,19 @@ def differentiate(
 ) -> list[Tensor]:
     """Gradients of the leaves that require one, given those of the floating outputs."""
     pairs = zip((t for t in outputs if t.is_floating_point()), grads, strict=True)
-    results, grads = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
+    pairs = [(t, g) for t, g in pairs if t.requires_grad]
     inputs = [t for t in leaves if t.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(t) for t in inputs]
+    results, grads = zip(*pairs, strict=True)
     return list(
         torch.autograd.grad(results, inputs, grads, allow_unused=True, materialize_grads=True)
     )
+
+
+def those_wanted(
+    gradients: Sequence[Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Of the gradients of all floating tensors those that are wanted."""
+    floats = [one for t, one in zip(tensors, wanted, strict=True) if t.is_floating_point()]
+    return [g for g, one in zip(gradients, floats, strict=True) if one]

@@ -2,8 +2,9 @@
 
 A segment reads the memory that the one before it wrote, so the segments are a loop, which tracing
 would unroll; and where a segment begins depends on the state's position, which is data. The block
-itself says what a segment computes (`define`). The backward takes segments in reverse and computes
-each again from the memory at its start: only one segment's intermediates exist at a time.
+itself says what a segment computes (`define`). The backward of a short call on a CPU has all of it
+kept (kept.py). Any other takes segments in reverse and computes each again from the memory at its
+start: only one segment's intermediates exist at a time.
 
 B batch, T tokens, N segments that a call touches at most.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +25,23 @@ from torch.autograd.function import once_differentiable
 
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.ops import providers
+from atlas_blocks.ops import kept, providers
 from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 
 # block: what `define`'s function builds it from. autocast: its dtype where it is on. provider: of
 # `use_provider`, for the ops inside.
-# -> y, the state's tensors and, with `save`, what the backward takes as `saved`: the memory's state
-# before every segment, each of its tensors [B, N, ...].
+# wanted: of which of x, parameters, buffers and state a backward will want the gradient; empty: no
+# backward. -> y, the state's tensors and, for a backward, what it takes as `saved`: the memory's
+# state before every segment, each of its tensors [B, N, ...], and the key of what is kept.
 LIBRARY.define(
     "memory_as_context(Tensor x, Tensor[] parameters, Tensor[] buffers, Tensor[] state, str block,"
-    " ScalarType? autocast, str provider, bool save) -> Tensor[]"
+    " ScalarType? autocast, str provider, bool[] wanted) -> Tensor[]"
 )
-# grads: of y and of the state's floating tensors. -> those of x, parameters, floating state.
+# grads: of y and of the state's floating tensors. -> those of the tensors that are wanted.
 LIBRARY.define(
     "memory_as_context_backward(Tensor[] grads, Tensor x, Tensor[] parameters, Tensor[] buffers,"
-    " Tensor[] state, Tensor[] saved, str block, ScalarType? autocast, str provider) -> Tensor[]"
+    " Tensor[] state, Tensor[] saved, str block, ScalarType? autocast, str provider, bool[] wanted)"
+    " -> Tensor[]"
 )
 
 # What the segments use of the block; the rest of it stays in the graph.
@@ -64,13 +69,14 @@ def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     before = state.tensors()
     common = (block.description, autocast, providers.context())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *before)):
+    tensors = [x, *parameters, *buffers, *before]
+    wanted = [t.requires_grad for t in tensors]
+    if torch.is_grad_enabled() and any(wanted):
         sizes = (len(parameters), len(buffers))
-        tensors = distinct([x, *parameters, *buffers, *before])
-        y, *after = _MemoryAsContext.apply(sizes, common, *tensors)
+        y, *after = _MemoryAsContext.apply(sizes, common, wanted, *distinct(tensors))
     else:
         y, *after = torch.ops.atlas.memory_as_context.default(
-            x, parameters, buffers, before, *common, False
+            x, parameters, buffers, before, *common, []
         )
     return y, _like(state, after)
 
@@ -95,16 +101,12 @@ class _MemoryAsContext(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sizes: tuple[int, int], common: tuple, *tensors: Tensor
+        ctx: Any, sizes: tuple[int, int], common: tuple, wanted: list[bool], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        x, *rest = tensors
-        first, second = sizes[0], sizes[0] + sizes[1]
-        parameters, buffers, state = rest[:first], rest[first:second], rest[second:]
-        outputs = torch.ops.atlas.memory_as_context.default(
-            x, parameters, buffers, state, *common, True
-        )
-        results = 1 + len(state)
-        ctx.sizes, ctx.common, ctx.inputs = sizes, common, len(tensors)
+        inputs = _split(tensors, sizes)
+        outputs = torch.ops.atlas.memory_as_context.default(*inputs, *common, wanted)
+        results = 1 + len(inputs[-1])
+        ctx.sizes, ctx.common, ctx.wanted = sizes, common, wanted
         ctx.save_for_backward(*tensors, *outputs[results:])
         positions = [t for t in outputs[:results] if not t.is_floating_point()]
         ctx.mark_non_differentiable(*positions)
@@ -114,17 +116,21 @@ class _MemoryAsContext(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
-        x, *rest = tensors
-        first, second = ctx.sizes[0], ctx.sizes[0] + ctx.sizes[1]
-        parameters, buffers, state = rest[:first], rest[first:second], rest[second:]
-        wanted = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
-        found = torch.ops.atlas.memory_as_context_backward.default(
-            wanted, x, parameters, buffers, state, list(saved), *ctx.common
-        )
-        grad_x, of_parameters, of_state = found[0], found[1 : 1 + first], iter(found[1 + first :])
-        states = [next(of_state) if t.is_floating_point() else None for t in state]
-        return None, None, grad_x, *of_parameters, *(None for _ in buffers), *states
+        inputs = _split(ctx.saved_tensors[: len(ctx.wanted)], ctx.sizes)
+        saved = list(ctx.saved_tensors[len(ctx.wanted) :])
+        of_results = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
+        op = torch.ops.atlas.memory_as_context_backward.default
+        found = iter(op(of_results, *inputs, saved, *ctx.common, ctx.wanted))
+        return None, None, None, *(next(found) if one else None for one in ctx.wanted)
+
+
+def _split(
+    tensors: Sequence[Tensor], sizes: tuple[int, int]
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """x, parameters, buffers and state."""
+    x, *rest = tensors
+    first, second = sizes[0], sum(sizes)
+    return x, rest[:first], rest[first:second], rest[second:]
 
 
 # --- the ops ----------------------------------------------------------------------------------
@@ -182,6 +188,42 @@ def _with(
         return torch.func.functional_call(body, tensors, (work, *arguments))
 
 
+@functools.lru_cache(maxsize=64)
+def _compiled_piece(
+    description: str, autocast: torch.dtype | None, provider: str, thread: int, place: int | None
+) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """A whole segment at this place of a chunk, compiled once for all of them, to be called where
+    the block has its tensors (`_with`)."""
+    block = _body(description, thread)[0].block
+
+    def alike(t: Tensor) -> Tensor:
+        """Of one layout, so that one compiled segment serves the first and those that follow."""
+        return t.contiguous()
+
+    def piece(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = block.piece(x, state, 0, place)
+        return y, state.map(alike)
+
+    # Dynamo keeps what it compiled by code object, and not much for each.
+    piece.__code__ = piece.__code__.replace()
+    compiled = torch.compile(piece, fullgraph=True, dynamic=False)
+
+    def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        def ready(t: Tensor) -> Tensor:
+            """With a gradient from the first segment on, as all have that follow it."""
+            t = alike(t)
+            if t.requires_grad or not torch.is_grad_enabled() or not t.is_floating_point():
+                return t
+            return t.detach().requires_grad_()
+
+        with warnings.catch_warnings():
+            # Dynamo looks whether there is one where it first sees the state.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+            return compiled(alike(x), state.map(ready))
+
+    return call
+
+
 def _groups(state: Any) -> list[list[int]]:
     """Rows at one position of their sequence."""
     groups: dict[int, list[int]] = {}
@@ -198,36 +240,67 @@ def _forward(
     description: str,
     autocast: torch.dtype | None,
     provider: str,
-    save: bool,
+    wanted: list[bool],
 ) -> list[Tensor]:
+    tensors = [x, *parameters, *buffers, *state]
+    sizes, common = (len(parameters), len(buffers)), (description, autocast, provider)
+    saved = _starts_like(x, state, description) if wanted else []
+    if wanted and kept.serves(x):
+        results, key = kept.keep(partial(_segments, sizes, common, []), tensors, wanted)
+        return [*results, *saved, key]
+    with torch.no_grad():
+        results = [own(t) for t in _segments(sizes, common, saved, tensors)]
+    return [*results, *saved, kept.no_key(x)] if wanted else results
+
+
+def _starts_like(x: Tensor, state: list[Tensor], description: str) -> list[Tensor]:
+    """Zeros for the memory's state before every segment."""
+    # Read off the description: nothing can be built where every tensor is fake.
+    config = json.loads(description)["config"]
+    reads = MEMORIES[config["memory"]["memory"]].weights
+    memory = state[: len(state) - 3 - reads]
+    count = chunk_count(x.shape[1], config["segment"], True)
+    return [t.new_zeros(t.shape[0], count, *t.shape[1:]) for t in memory]
+
+
+def _segments(
+    sizes: tuple[int, int],
+    common: tuple[str, torch.dtype | None, str],
+    saved: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+) -> list[Tensor]:
+    """y and the state's tensors; to `saved`, if any, the memory's before every segment."""
+    x, parameters, buffers, state = _split(tensors, sizes)
+    description, autocast, provider = common
     before = _like(_template(description), state)
     groups = _groups(before)
     if x.shape[0] == 0 or x.shape[1] == 0:
         groups = []
-    saved: list[Tensor] = []
+
+    def whole(x: Tensor, state: Any, place: int | None) -> tuple[Tensor, Any]:
+        return _compiled_piece(*common, threading.get_ident(), place)(x, state)
 
     def work(block: Any) -> tuple[Tensor, Any]:
-        if save:
-            count = chunk_count(x.shape[1], block.config.segment, True)
-            memory = before.memory.tensors()
-            saved.extend(t.new_zeros(t.shape[0], count, *t.shape[1:]) for t in memory)
         if not groups:
             return torch.zeros_like(x), before
         parts = []
         for rows in groups:
-            kept: list[Any] = []
-            parts.append(block.segments(x[rows], before[rows], kept))
-            for n, memory in enumerate(kept if save else ()):
+            starts: list[Any] | None = [] if saved else None
+            parts.append(
+                block.segments(
+                    x[rows], before[rows], starts, whole if x.device.type == "cpu" else None
+                )
+            )
+            for n, memory in enumerate(starts or ()):
                 for out, t in zip(saved, memory.tensors(), strict=True):
                     out[rows, n] = t.to(out.dtype)
         order = [row for rows in groups for row in rows]
         back = sorted(range(len(order)), key=order.__getitem__)
-        whole = type(before).cat([s for _, s in parts])[back]
-        return torch.cat([y for y, _ in parts])[back], whole
+        after = type(before).cat([s for _, s in parts])[back]
+        return torch.cat([y for y, _ in parts])[back], after
 
-    with torch.no_grad():
-        y, after = _with(description, autocast, provider, parameters, buffers, work)
-        return [*(own(t) for t in (y, *after.tensors())), *saved]
+    y, after = _with(description, autocast, provider, parameters, buffers, work)
+    return [y, *after.tensors()]
 
 
 def _backward(
@@ -240,17 +313,33 @@ def _backward(
     description: str,
     autocast: torch.dtype | None,
     provider: str,
+    wanted: list[bool],
 ) -> list[Tensor]:
+    *saved, key = saved
+    with torch.autocast(x.device.type, enabled=False):  # as a backward is run
+        found = kept.gradients(key, grads)
+    if found is None and kept.serves(x):
+        # Nothing was saved where all of it was to be kept.
+        inputs = kept.leaves([x, *parameters, *buffers, *state], wanted)
+        sizes, common = (len(parameters), len(buffers)), (description, autocast, provider)
+        with recording(), torch.enable_grad():
+            outputs = _segments(sizes, common, [], inputs)
+        found = kept.differentiate(outputs, inputs, grads)
+    if found is not None:
+        return [own(g) for g in found]
     before = _like(_template(description), state)
-    leaves = [p.detach().requires_grad_() for p in parameters]
+    fixed = 1 + len(parameters) + len(buffers)
+    leaves = kept.leaves([*parameters, *buffers], wanted[1:fixed])
+    learned = [t for t in leaves if t.requires_grad]
     grad_y, *grad_after = grads
-    grad_x, of_parameters = torch.zeros_like(x), [torch.zeros_like(p) for p in parameters]
+    grad_x, of_learned = torch.zeros_like(x), [torch.zeros_like(t) for t in learned]
     of_state = [torch.zeros_like(t) for t in state if t.is_floating_point()]
+    groups = _groups(before)
     if x.shape[0] == 0 or x.shape[1] == 0:
-        return [grad_x, *of_parameters, *(own(g) for g in grad_after)]
+        groups, of_state = [], [own(g) for g in grad_after]
 
     def work(block: Any) -> None:
-        for rows in _groups(before):
+        for rows in groups:
             start, after = before[rows], [g[rows] for g in grad_after]
             pieces = block.pieces(x.shape[1], int(start.position[0]))
             for n, (first, span, offset) in reversed(list(enumerate(pieces))):
@@ -265,20 +354,22 @@ def _backward(
                 with torch.autocast(x.device.type, enabled=False):  # as a backward is run
                     found = torch.autograd.grad(
                         [t for t, _ in pairs],
-                        [part, *leaves, *floats],
+                        [part, *learned, *floats],
                         [g for _, g in pairs],
                         materialize_grads=True,
                     )
                 grad_x[rows, first : first + span] = found[0]
-                for total, g in zip(of_parameters, found[1 : 1 + len(leaves)], strict=True):
+                for total, g in zip(of_learned, found[1 : 1 + len(learned)], strict=True):
                     total += g
-                after = list(found[1 + len(leaves) :])
+                after = list(found[1 + len(learned) :])
             for out, g in zip(of_state, after, strict=True):
                 out[rows] = g.to(out.dtype)
 
     with recording(), torch.enable_grad():
-        _with(description, autocast, provider, leaves, buffers, work)
-    return [grad_x, *of_parameters, *of_state]
+        count = len(parameters)
+        _with(description, autocast, provider, leaves[:count], leaves[count:], work)
+    of_state = kept.those_wanted(of_state, state, wanted[fixed:])
+    return [*([grad_x] if wanted[0] else []), *of_learned, *of_state]
 
 
 def _at_segment(start: Any, first: int, saved: list[Tensor]) -> Any:
@@ -299,22 +390,15 @@ def _forward_fake(
     description: str,
     autocast: torch.dtype | None,
     provider: str,
-    save: bool,
+    wanted: list[bool],
 ) -> list[Tensor]:
-    # Read off the description: nothing can be built here, where every tensor would be fake.
-    config = json.loads(description)["config"]
-    reads = MEMORIES[config["memory"]["memory"]].weights
     after = [own_empty(t) for t in state]
     if x.shape[1] != 0 and x.shape[0] != 0:
         # What comes of a Linear has autocast's dtype: the convolution's tail, keys and values.
         linear = parameters[0].dtype if autocast is None else autocast
         for i in (0, -3, -2):
             after[i] = after[i].to(linear)
-    saved = []
-    if save:
-        count = chunk_count(x.shape[1], config["segment"], True)
-        memory = state[: len(state) - 3 - reads]
-        saved = [t.new_empty(t.shape[0], count, *t.shape[1:]) for t in memory]
+    saved = [*_starts_like(x, state, description), kept.no_key(x)] if wanted else []
     return [own_empty(x), *after, *saved]
 
 
@@ -327,8 +411,8 @@ def _backward_fake(
     saved: list[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    floats = [t for t in state if t.is_floating_point()]
-    return [own_empty(t) for t in (x, *parameters, *floats)]
+    tensors = [x, *parameters, *buffers, *state]
+    return [own_empty(t) for t, one in zip(tensors, rest[-1], strict=True) if one]
 
 
 implement("memory_as_context", _forward, _forward_fake)

@@ -1,8 +1,8 @@
 """The Omega rule traced into a compiled graph: only the walk over the chunks' ends is a node.
 
 What needs no memory and what reads it is computed for all chunks at once (functional/chunks.py and
-walk.py), without a loop, so the compiler may fuse it with what is around it. Serves a sequence from
-its start, with gradient descent.
+walk.py), without a loop, so the compiler may fuse it with what is around it. Serves a sequence that
+begins with a whole chunk, with gradient descent.
 
 Axes as in functional/chunks.py.
 """
@@ -10,8 +10,9 @@ Axes as in functional/chunks.py.
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,13 @@ from torch import Tensor
 
 from atlas_blocks.functional import walk
 from atlas_blocks.functional.chunks import Discount, Last, Piece, Tokens, Write, cut
-from atlas_blocks.functional.features import PolynomialMap
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.omega_rule import prepare
+from atlas_blocks.functional.omega_rule import prepare, run_at
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, first_state
 from atlas_blocks.functional.walk import ChunkMemory, Ends, Step
 from atlas_blocks.ops import recomputed
 from atlas_blocks.ops.contract import recording
-from atlas_blocks.ops.polynomial_features import polynomial_features
+from atlas_blocks.ops.polynomial_features import as_node
 from atlas_blocks.ops.providers import Provider
 
 NAME = "inline"
@@ -38,8 +38,8 @@ def _supports(call: Any) -> str | None:
         return "it is chosen where torch.compile traces the rule, and so before there is a node"
     if call.rule.update != "gd":
         return f"update={call.rule.update!r} reads the memory inside the loop over chunks"
-    if call.has_state:
-        return "only a sequence from its start begins with a whole chunk"
+    if call.mid_chunk:
+        return "a state may be in the middle of a chunk, and chunks are taken whole"
     if call.packed:
         return "packed documents do not begin with whole chunks"
     return None
@@ -52,21 +52,26 @@ def _no_node(*arguments: Any) -> Any:
 PROVIDER = Provider(NAME, _supports, _no_node, _no_node)
 
 
-class _PolynomialOp(PolynomialMap):
-    """As one node: tracing would go through the tables of monomials."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return polynomial_features(x, self.coefficients)
+def in_whole_chunks(a: Arguments, place: int | None) -> bool:
+    """Whether a call with a state that is at this place of a chunk can be traced."""
+    return place == 0 or (place is not None and _in_one_chunk(a, place))
 
 
-def run(a: Arguments) -> tuple[Tensor, OmegaState]:
-    """`functional.omega_rule.run` of a call without a state."""
+def _in_one_chunk(a: Arguments, place: int) -> bool:
+    return place + operator.index(a.q.shape[1]) <= a.rule.chunk_size
+
+
+def run(a: Arguments, place: int = 0) -> tuple[Tensor, OmegaState]:
+    """`functional.omega_rule.run` of a call without a state, or `in_whole_chunks`."""
     rule, (batch, length, heads, _) = a.rule, a.q.shape
-    if isinstance(a.feature_map, PolynomialMap):
-        a = a._replace(feature_map=_PolynomialOp(a.feature_map.coefficients))
-    chunk, state = rule.chunk_size, first_state(a)
+    a = a._replace(feature_map=as_node(a.feature_map))
+    if a.state is not None and _in_one_chunk(a, place):
+        with torch.autocast(a.q.device.type, enabled=False):
+            return run_at(a, a.state.position[:, None], place)
+    chunk, state = rule.chunk_size, a.state or first_state(a)
+    position = 0 if a.state is None else state.position[:, None]
     with torch.autocast(a.q.device.type, enabled=False):
-        tokens, memory, history = prepare(a._replace(state=state), 0)
+        tokens, memory, history = prepare(a._replace(state=state), position)
         count = (length + chunk - 1) // chunk
         piece = Piece(0, chunk, count, 0)
         write, read = cut(rule, a.feature_map, _whole_chunks(tokens, rule, count), piece)
@@ -193,10 +198,19 @@ def _prepare(
     return rule, write, start, _compiled_step(rule, sizes, *where)
 
 
+def _ends(
+    rule: Rule, chunks: Iterable[Write], memory: ChunkMemory, step: Step
+) -> tuple[Ends, ChunkMemory]:
+    with warnings.catch_warnings():
+        # Dynamo looks whether there is one where it first sees the step.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+        return walk.walk_ends(rule, chunks, memory, 0, None, step)
+
+
 def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
     rule, write, start, step = _prepare(tensors, *settings)
     with recording():  # the first call comes under a dispatch mode; a guard would tell them apart
-        return _outputs(*walk.walk_ends(rule, write.unbind(), start, 0, None, step))
+        return _outputs(*_ends(rule, write.unbind(), start, step))
 
 
 def _differentiate(
@@ -219,11 +233,8 @@ def _differentiate(
         begin = [leaf(t[first]) for t in starts]
         w = begin[:weights]
         memory = ChunkMemory(w, begin[weights:-1], w, begin[-1])
-        with warnings.catch_warnings():
-            # Dynamo looks whether there is one where it first sees the step.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-            walked = walk.walk_ends(rule, xs.unbind(), memory, 0, None, step)
-        pairs = zip(_outputs(*walked), [*(t[part] for t in of_ends), *after], strict=True)
+        walked = _outputs(*_ends(rule, xs.unbind(), memory, step))
+        pairs = zip(walked, [*(t[part] for t in of_ends), *after], strict=True)
         outputs, gradients = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
         leaves = [t for t in (*xs.tensors(), *begin) if t.requires_grad]
         one = torch.autograd.grad(

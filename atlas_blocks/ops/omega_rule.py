@@ -92,7 +92,7 @@ class Call:
     feature_map: str  # as in Settings
     degree: int  # p of the feature map, 0 for the identity
     momentum: bool
-    has_state: bool
+    mid_chunk: bool  # whether there is a state that may be in the middle of a chunk
     needs_grad: bool
     packed: bool
     traced: bool  # by torch.compile, and so where a graph can take the rule in
@@ -118,10 +118,14 @@ def omega_rule(
     write_discount: bool = False,
     state: OmegaState | None = None,
     cu_seqlens: Tensor | None = None,
+    place: int | None = None,
     provider: str = "auto",
 ) -> tuple[Tensor, OmegaState]:
     """`functional.omega_rule` by a provider: same arguments, results and errors.
 
+    place: of the first token in its chunk, state.position modulo chunk_size, where it is known. A
+    compiled graph can then take the rule in with a state too, if the tokens are of one chunk, or
+    begin one; nothing else looks at it.
     provider: who computes it, "definition" or such as "triton"; "auto" leaves it to `use_provider`,
     or takes the first of the device that supports the call. Raises ValueError where the one asked
     for cannot serve. One graph node when compiled; bounds of packed documents are then read when
@@ -134,12 +138,12 @@ def omega_rule(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
     compiling = torch.compiler.is_compiling()
     traced = compiling and not torch.compiler.is_exporting()
-    chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad, traced))
+    chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad, traced, place))
     if chosen == providers.DEFINITION and not compiling:
         return run(a)
     if chosen == omega_inline.NAME:
         if 0 not in q.shape[:2]:
-            return omega_inline.run(a)
+            return omega_inline.run(a, place or 0)
         chosen = providers.DEFINITION  # of no token there is nothing to inline
     tensors, settings = flatten(a)
     if needs_grad:
@@ -154,7 +158,9 @@ def describe(a: Arguments, needs_grad: bool) -> Call:
     return call_of(*facts_of(a, needs_grad))
 
 
-def facts_of(a: Arguments, needs_grad: bool, traced: bool = False) -> tuple:
+def facts_of(
+    a: Arguments, needs_grad: bool, traced: bool = False, place: int | None = None
+) -> tuple:
     """`Call` as plain values: Dynamo hands no dataclass to a function that it does not trace."""
     rule, phi = a.rule, a.feature_map
     signs = phi.signs if isinstance(phi, SketchMap) else None
@@ -174,7 +180,7 @@ def facts_of(a: Arguments, needs_grad: bool, traced: bool = False) -> tuple:
         _kind(phi),
         0 if phi is None else operator.index(phi.coefficients.shape[0]) - 1,
         a.theta is not None,
-        a.state is not None,
+        a.state is not None and not omega_inline.in_whole_chunks(a, place),
         needs_grad,
         a.cu_seqlens is not None,
         traced,
@@ -192,7 +198,7 @@ def call_of(
     feature_map: str,
     degree: int,
     momentum: bool,
-    has_state: bool,
+    mid_chunk: bool,
     needs_grad: bool,
     packed: bool,
     traced: bool,
@@ -211,7 +217,7 @@ def call_of(
         feature_map=feature_map,
         degree=degree,
         momentum=momentum,
-        has_state=has_state,
+        mid_chunk=mid_chunk,
         needs_grad=needs_grad,
         packed=packed,
         traced=traced,

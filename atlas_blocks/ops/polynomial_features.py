@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_blocks import check
+from atlas_blocks.functional.features import FeatureMap, PolynomialMap, polynomial_width
 from atlas_blocks.functional.features import polynomial_features as definition
-from atlas_blocks.functional.features import polynomial_width
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.contract import LIBRARY, implement, own, own_empty, recording, untraced
 
@@ -58,6 +58,19 @@ def polynomial_features(x: Tensor, coefficients: Tensor, *, provider: str = "aut
     if needs_grad:
         return _PolynomialFeatures.apply(chosen, x, coefficients)
     return torch.ops.atlas.polynomial_features.default(x, coefficients, chosen)
+
+
+class _PolynomialNode(PolynomialMap):
+    def __call__(self, x: Tensor) -> Tensor:
+        return polynomial_features(x, self.coefficients)
+
+
+def as_node(feature_map: FeatureMap | None) -> FeatureMap | None:
+    """The feature map with polynomials as one node: tracing would go through the tables of
+    monomials."""
+    if isinstance(feature_map, PolynomialMap):
+        return _PolynomialNode(feature_map.coefficients)
+    return feature_map
 
 
 @untraced

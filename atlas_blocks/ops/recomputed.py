@@ -24,8 +24,8 @@ def define(
     """`atlas::{name}` and `atlas::{name}_backward`, and a differentiable call of them.
 
     run, fake: (tensors, *settings) -> tensors. settings: their types and names, as in a schema.
-    differentiate: (grads, tensors, results, *settings) -> the tensors' gradients, for a function
-    that can start from its results; None computes all of it again and saves none of them.
+    differentiate: (grads, tensors, results, *settings) -> gradients of the floating tensors, for a
+    function that can start from its results; None computes all of it again and saves none of them.
     The backward of a short call on a CPU computes nothing again (kept.py).
     Tensors that are not floating, such as positions, have no gradient.
     """
@@ -61,8 +61,8 @@ def define(
         with _no_autocast(tensors), recording(), torch.enable_grad():
             found = kept.gradients(key, grads)
             if found is None and differentiate is not None:
-                each = zip(differentiate(grads, tensors, results, *settings), wanted, strict=True)
-                found = [g for g, one in each if one]
+                found = differentiate(grads, tensors, results, *settings)
+                found = kept.those_wanted(found, tensors, wanted)
             elif found is None:
                 leaves = kept.leaves(tensors, wanted)
                 found = kept.differentiate(run(leaves, *settings), leaves, grads)

@@ -1,13 +1,7 @@
-"""Inductor, whose own import warns, is imported before warnings are errors; compiles start anew."""
-
-import warnings
+"""Compiles start anew."""
 
 import pytest
 import torch
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import torch._inductor.compile_fx
 
 
 @pytest.fixture(autouse=True)

@@ -349,14 +349,10 @@ def errors_against_float64(
             rule, cast(inputs, torch.float32, dtype), pieces, **options
         )
         found = {"y": y, "M": state.weights[0], "S": state.momentum[0], **gradients}
-        errors.append(
-            {
-                n: ((x.double() - wanted[n]).norm() / wanted[n].norm()).item()
-                for n, x in found.items()
-            }
-        )
+        errors.append({n: (x.double() - wanted[n]).norm().item() for n, x in found.items()})
     definition, provider = errors
-    return {n: provider[n] / definition[n] for n in definition}
+    # A gated memory that a small alpha has emptied stays so, exactly: 0 of 0.
+    return {n: provider[n] / definition[n] if definition[n] else provider[n] for n in definition}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ import torch
 from helpers import DIM, assert_close, difference, draw, everything, make_block
 
 from atlas_blocks import MemoryAsContext, State
+from atlas_blocks.ops import kept
 from atlas_blocks.ops.memory_as_context import memory_as_context, tensors_of
 
 OPS = torch.ops.atlas
@@ -26,23 +27,32 @@ def test_opcheck_passes_forward_and_backward(name: str) -> None:
     common = (draw(2, 17, DIM), parameters, buffers, tensors)
     settings = (block.description, None, "auto")
     checks = {"test_utils": ("test_schema", "test_faketensor")}
+    inputs = [common[0], *parameters, *buffers, *tensors]
+    every = [t.is_floating_point() for t in inputs]
     with torch.no_grad():
-        for save in (False, True):
+        for wanted in ([], every):
             torch.library.opcheck(
-                OPS.memory_as_context.default, (*common, *settings, save), {}, **checks
+                OPS.memory_as_context.default, (*common, *settings, wanted), {}, **checks
             )
-        y, *rest = OPS.memory_as_context.default(*common, *settings, True)
+        y, *rest = OPS.memory_as_context.default(*common, *settings, every)
     after, saved = rest[: len(tensors)], rest[len(tensors) :]
     grads = [torch.ones_like(t) for t in (y, *after) if t.is_floating_point()]
     torch.library.opcheck(
-        OPS.memory_as_context_backward.default, (grads, *common, saved, *settings), {}, **checks
+        OPS.memory_as_context_backward.default,
+        (grads, *common, saved, *settings, every),
+        {},
+        **checks,
     )
 
 
+@pytest.mark.parametrize("largest", [kept.LARGEST, 0], ids=["kept", "again"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("places", [(0, 0), (3, 3), (0, 14), (12, 5)], ids=str)
-def test_it_is_the_eager_block_in_values_and_gradients(name: str, places: tuple[int, ...]) -> None:
+def test_it_is_the_eager_block_in_values_and_gradients(
+    name: str, places: tuple[int, ...], largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows at one place of their segments and at different ones, through the state too."""
+    monkeypatch.setattr(kept, "LARGEST", largest)
     block, x = make_block(name), draw(2, 29, DIM)
     start = begun(block, *places)
     results = []

@@ -58,9 +58,11 @@ def with_gradients(call, inputs: dict) -> tuple[list, list]:
     return [t.double() for t in outputs], list(gradients)
 
 
+@pytest.mark.parametrize("largest", [kept.LARGEST, 0], ids=["kept", "again"])
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_it_is_the_definition(memory, features):
+def test_it_is_the_definition(memory, features, largest, monkeypatch):
+    monkeypatch.setattr(kept, "LARGEST", largest)
     # Features are lifted before the chunks are cut: a few lengths will do for them.
     for momentum, discount, window, length in VARIANTS if features == "identity" else VARIANTS[::5]:
         inputs, settings = make(memory, momentum, discount, window, length, features=features)
@@ -90,7 +92,7 @@ def test_the_walk_is_an_op(memory, monkeypatch):
     for momentum, discount in itertools.product((True, False), repeat=2):
         tensors, settings = walk_calls(memory, momentum, discount, 6, monkeypatch)
         plain = [t.detach() for t in tensors]
-        every = [True] * len(plain)
+        every = [t.is_floating_point() for t in plain]
         for wanted in ([], every):
             opcheck(torch.ops.atlas.omega_walk.default, (plain, *settings, wanted))
         *results, key = torch.ops.atlas.omega_walk.default(plain, *settings, every)
@@ -118,7 +120,7 @@ def test_the_formulas_count_what_the_walk_computes(memory, monkeypatch):
         grads = [torch.ones_like(t) for t in results]
         rest = (grads, plain, results, *settings)
         true, _ = counted(lambda r=rest: omega_inline._differentiate(*r))
-        of_op = (*rest[:3], kept.no_key(plain[0]), *settings, [True] * len(plain))
+        of_op = (*rest[:3], kept.no_key(plain[0]), *settings, [t.requires_grad for t in tensors])
         ours, _ = counted(lambda r=of_op: torch.ops.atlas.omega_walk_backward.default(*r))
         assert ours == true > 0
 

@@ -1,0 +1,84 @@
+"""A node keeps what its backward needs: no work twice, nothing left over, nothing lost."""
+
+import gc
+
+import pytest
+import torch
+from helpers import DIM, difference, draw, make_block
+
+from atlas_blocks.ops import kept
+from atlas_blocks.ops.lstm import definition, lstm
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+NAMES = ["memory-mlp-gd-sketch", "as-context", "as-context-muon", "lstm"]
+
+
+def training_step(function, x):
+    y, _ = function(x)
+    return torch.autograd.grad(y.square().sum(), list(function.parameters()))
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """How often a backward computed its forward again, or found it kept."""
+    found, true = [], kept.gradients
+
+    def gradients(*arguments):
+        result = true(*arguments)
+        found.append("again" if result is None else "kept")
+        return result
+
+    monkeypatch.setattr(kept, "gradients", gradients)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_backward_finds_it_and_leaves_nothing(name, work):
+    block, x = make_block(name), draw(1, 9, DIM)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        assert difference(training_step(compiled, x), training_step(block, x)) < 1e-8
+    assert work == ["kept", "kept"]
+    gc.collect()
+    assert len(kept._graphs) == 0
+
+
+def leaves():
+    tensors = [draw(2, 5, 3), draw(2, 3), draw(2, 3), draw(12, 3), draw(12, 3), draw(12), draw(12)]
+    return [t.requires_grad_(i != 1) for i, t in enumerate(tensors)]
+
+
+def node(tensors):
+    """The node, which a call of `lstm` is where it is compiled."""
+    run = torch.compile(lambda *t: lstm(*t[:3], t[3:]), backend="aot_eager", fullgraph=True)
+    return run(*tensors)
+
+
+def gradients(outputs, inputs, **options):
+    weights = [draw(*t.shape, seed=9) for t in outputs]
+    return torch.autograd.grad(outputs, [t for t in inputs if t.requires_grad], weights, **options)
+
+
+def test_a_second_backward_and_a_long_call_compute_it_again(work, monkeypatch):
+    inputs = leaves()
+    true = gradients(definition(inputs), inputs)
+    outputs = node(inputs)
+    for _ in range(2):
+        found = gradients(outputs, inputs, retain_graph=True)
+        assert difference(found, true) < 1e-12
+    monkeypatch.setattr(kept, "LARGEST", inputs[0].numel() - 1)
+    assert difference(gradients(node(inputs), inputs), true) < 1e-12
+    assert work == ["kept", "again", "again"]
+
+
+def test_what_no_backward_comes_for_is_freed(work):
+    inputs = leaves()
+    outputs = node(inputs)
+    assert len(kept._graphs) == 1
+    del outputs
+    gc.collect()
+    assert len(kept._graphs) == 0
+    with torch.no_grad():
+        node(inputs)
+    assert len(kept._graphs) == 0
+    assert not work
