@@ -7,6 +7,7 @@ the rest.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from atlas_blocks.functional.documents import (
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
+from atlas_blocks.functional.walk import muon_chunk
 from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.deep import batches as deep
@@ -131,6 +133,9 @@ def _orthogonalise(s: Tensor, steps: int) -> Tensor:
     return NewtonSchulz.apply("triton", steps, steps, "jordan", s)
 
 
+_muon_chunk = partial(muon_chunk, orthogonalise=_orthogonalise)
+
+
 def _rows(a: Arguments) -> _Rows:
     state, chunk, matrix_memory = a.state, a.rule.chunk_size, a.rule.memory == "matrix"
     history = 0 if state is None else a.rule.history
@@ -221,7 +226,7 @@ def _gates(x: _Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 
 def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
     if settings.update == "muon":
-        return definition_forward(tensors, settings, save, _orthogonalise)
+        return definition_forward(tensors, settings, save, _muon_chunk)
     a = unflatten(tensors, settings)
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
         return find("omega_rule", DEFINITION).forward(tensors, settings, save)
@@ -288,7 +293,7 @@ def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
     if settings.update == "muon":
-        return definition_backward(grads, tensors, saved, settings, _orthogonalise)
+        return definition_backward(grads, tensors, saved, settings, _muon_chunk)
     if 0 in tensors[0].shape[:2]:
         # Of no token there is nothing to do: the state passes through.
         return find("omega_rule", DEFINITION).backward(grads, tensors, saved, settings)

@@ -21,6 +21,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch._inductor.compile_fx
 
+    from atlas_blocks.ops import compiled
+
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("repeatable")
 
@@ -33,3 +35,17 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes compile nothing for themselves but in slow tests and those that ask for it."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(compiled, "BACKEND", None)
+
+
+@pytest.fixture
+def nodes_compile(_quick_compiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do, without Inductor."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()

@@ -274,8 +274,8 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
     "as-layer": MemoryAsLayerConfig(_MEMORY, _ATTENTION).build,
     "as-gate-sum": MemoryAsGateConfig(_MEMORY, _ATTENTION).build,
     "as-gate-product": MemoryAsGateConfig(_DESCENT, _ATTENTION, "product").build,
-    "as-context": MemoryAsContextConfig(_DESCENT, segment=12).build,
-    "as-context-muon": MemoryAsContextConfig(_MEMORY, segment=5, persistent_tokens=0).build,
+    "as-context": MemoryAsContextConfig(_DESCENT, segment=16).build,
+    "as-context-muon": MemoryAsContextConfig(_MEMORY, segment=4, persistent_tokens=0).build,
     "lstm": LSTMConfig().build,
     "conv": lambda dim, heads: ShortConv(dim),
     "swiglu": lambda dim, heads: SwiGLU(dim),
@@ -285,10 +285,15 @@ GROWING = ("deep-transformer", "swdt", "dot", "dot-each-token", "attention", "bl
 DIM, HEADS = 12, 2
 
 
-def make_block(name: str, dtype: torch.dtype = torch.float64) -> Block:
-    """The small block called `name`, its gates dependent on the token as after training."""
+def make_block(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Block:
+    """The small block called `name`, its gates dependent on the token as after training.
+
+    changes: of its config.
+    """
     torch.manual_seed(0)
     block = BLOCKS[name](DIM, HEADS)
+    if changes:
+        block = block.config.replace(**changes).build(DIM, HEADS)
     for module in block.modules():
         if isinstance(module, Gate):
             torch.nn.init.normal_(module[1].weight, std=0.5)

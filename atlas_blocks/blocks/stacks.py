@@ -335,7 +335,7 @@ class MemoryAsContext(Block):
         """Of a segment that begins at this position in its chunk, if there are only a few."""
         segment, chunk = self.config.segment, self.config.memory.chunk_size
         regular = segment % chunk == 0 or chunk % segment == 0
-        return position % chunk if regular and self.config.memory.update == "gd" else None
+        return position % chunk if regular else None
 
     def pieces(self, length: int, position: int) -> list[tuple[int, int, int]]:
         """(first token, tokens, place of the first in its segment) of what each segment gets."""

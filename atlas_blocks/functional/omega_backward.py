@@ -12,12 +12,11 @@ from torch import Tensor
 
 from atlas_blocks.functional.chunks import Read, Write, cut
 from atlas_blocks.functional.groups import Group, Groups
-from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.omega_rule import pieces, prepare
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.functional.walk import (
     ChunkMemory,
-    Orthogonalise,
+    MuonChunk,
     muon_chunk,
     walk_gradient,
 )
@@ -33,7 +32,7 @@ def omega_rule_backward(
     inputs: Sequence[Tensor],
     starts: Sequence[Tensor],
     grads: Sequence[Tensor],
-    orthogonalise: Orthogonalise = orthogonalise,
+    muon: MuonChunk | None = None,
 ) -> list[Tensor]:
     """Gradients of `inputs`, leaves that require one and that the arguments `a` are made of.
 
@@ -51,7 +50,7 @@ def omega_rule_backward(
         for i, (group, part) in enumerate(zip(groups.groups, groups.arguments(a), strict=True)):
             whole = len(groups.groups) == 1
             after = [t if whole else t[group.rows] for t in of_state]
-            pairs += _one_group(part, group, starts, [grads_y[i], *after], orthogonalise)
+            pairs += _one_group(part, group, starts, [grads_y[i], *after], muon)
         return _gradients(pairs, inputs) if pairs else [torch.zeros_like(t) for t in inputs]
 
 
@@ -60,7 +59,7 @@ def _one_group(
     group: Group,
     starts: Sequence[Tensor],
     grads: Sequence[Tensor],
-    orthogonalise: Orthogonalise,
+    muon: MuonChunk | None,
 ) -> Pairs:
     """What the rule computes before any memory and what comes of it: each with its gradient."""
     tokens, before, history = prepare(a, group.position)
@@ -90,7 +89,7 @@ def _one_group(
                 piece.place,
                 grad,
                 after,
-                orthogonalise,
+                muon,
             )
             found.append(gradients)
         whole = [torch.cat(parts) for parts in zip(*reversed(found), strict=True)]
@@ -126,7 +125,7 @@ def _chunks(
     place: int,
     grad_y: Tensor,
     after: ChunkMemory,
-    orthogonalise: Orthogonalise,
+    muon: MuonChunk | None,
 ) -> tuple[list[Tensor], ChunkMemory]:
     """Gradients of a few chunks' write and read and of the memory before them.
 
@@ -145,7 +144,7 @@ def _chunks(
     else:
         # Not `walk_muon`, which would compute it once more to keep less for its backward.
         (chunk,) = zip(write.unbind(), read.unbind(), strict=True)
-        y, result = muon_chunk(rule, *chunk, start, place, orthogonalise)
+        y, result = (muon or muon_chunk)(rule, *chunk, start, place)
     outputs = [(y, grad_y), *zip(result.tensors(), after.tensors(), strict=True)]
     floats = iter(_gradients(outputs, [t for t in leaves if t.requires_grad]))
     found = iter([next(floats) if t.requires_grad else torch.zeros_like(t) for t in leaves])

@@ -15,7 +15,6 @@ from atlas_blocks.functional.chunks import Piece, Tokens, cut
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.groups import Groups
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import (
     Arguments,
     OmegaState,
@@ -25,7 +24,7 @@ from atlas_blocks.functional.rule import (
     validate,
     write_mass,
 )
-from atlas_blocks.functional.walk import ChunkMemory, Orthogonalise, walk_gradient, walk_muon
+from atlas_blocks.functional.walk import ChunkMemory, MuonChunk, walk_gradient, walk_muon
 
 
 def omega_rule(
@@ -91,9 +90,9 @@ def omega_rule(
 def run(
     a: Arguments,
     starts: Sequence[Tensor] | None = None,
-    orthogonalise: Orthogonalise = orthogonalise,
+    muon: MuonChunk | None = None,
 ) -> tuple[Tensor, OmegaState]:
-    """`omega_rule` on validated arguments, with this Newton-Schulz.
+    """`omega_rule` on validated arguments; muon: who does a chunk where the update is that.
 
     starts: zeros to write the memory at every chunk's start to (for a chunk that an earlier call
     began: at this call's): each weight [B, N, H, dout, din], each momentum likewise, then the
@@ -107,7 +106,7 @@ def run(
         for group, part in zip(groups.groups, groups.arguments(a), strict=True):
             kept: list[ChunkMemory] | None = None if starts is None else []
             at = group.position
-            y, state = run_at(part, at, at % a.rule.chunk_size, kept, orthogonalise)
+            y, state = run_at(part, at, at % a.rule.chunk_size, kept, muon)
             outputs.append(y)
             states.append(state)
             for n, memory in enumerate(kept or ()):
@@ -122,15 +121,14 @@ def run_at(
     position: int | Tensor,
     place: int,
     kept: list[ChunkMemory] | None = None,
-    orthogonalise: Orthogonalise = orthogonalise,
+    muon: MuonChunk | None = None,
 ) -> tuple[Tensor, OmegaState]:
     """`run` for rows that are all at this place of their chunk; chunk starts to `kept`.
 
     position: of the first token, for all rows or [B, 1].
     """
     tokens, memory, history = prepare(a, position)
-    muon = partial(walk_muon, orthogonalise=orthogonalise)
-    walk = walk_gradient if a.rule.update == "gd" else muon
+    walk = walk_gradient if a.rule.update == "gd" else partial(walk_muon, step=muon)
     outputs = []
     for piece in pieces(a.q.shape[1], place, a.rule.chunk_size):
         write, read = cut(a.rule, a.feature_map, tokens, piece)

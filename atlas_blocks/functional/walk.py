@@ -43,6 +43,8 @@ class ChunkMemory(NamedTuple):
         return [*self.weights, *self.momentum, self.scale]
 
 
+# `muon_chunk` with one Newton-Schulz or another, or compiled.
+MuonChunk = Callable[[Rule, Write, Read, ChunkMemory, int], tuple[Tensor, ChunkMemory]]
 Step = Callable[[Rule, Write, ChunkMemory], tuple[list[Factor], Tensor, Tensor, ChunkMemory]]
 
 
@@ -150,21 +152,20 @@ def walk_muon(
     memory: ChunkMemory,
     place: int,
     kept: list[ChunkMemory] | None,
-    orthogonalise: Orthogonalise = orthogonalise,
+    step: MuonChunk | None = None,
 ) -> tuple[Tensor, ChunkMemory]:
-    """U = Newton-Schulz, chunk by chunk. For the backward nothing is kept per token: only M and S
-    at the chunks' starts. Returns y [G, N L, Dv] and the memory after the chunks."""
+    """U = Newton-Schulz, chunk by chunk, each by `muon_chunk` or another `step`. For the backward
+    nothing is kept per token: only M and S at the chunks' starts. Returns y [G, N L, Dv] and the
+    memory after the chunks."""
     outputs = []
     for chunk in zip(write.unbind(), read.unbind(), strict=True):
         if kept is not None:
             kept.append(memory)
-        arguments = (rule, *chunk, memory, place, orthogonalise)
+        arguments, one = (rule, *chunk, memory, place), step or muon_chunk
         if torch.is_grad_enabled():
-            y, memory = checkpoint(
-                muon_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
+            y, memory = checkpoint(one, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            y, memory = muon_chunk(*arguments)
+            y, memory = one(*arguments)
         outputs.append(y)
     return torch.cat(outputs, 1), memory
 

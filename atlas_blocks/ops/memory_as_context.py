@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.ops import kept, providers
+from atlas_blocks.ops import compiled, kept, providers
 from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 
 # block: what `define`'s function builds it from. autocast: its dtype where it is on. provider: of
@@ -190,11 +189,17 @@ def _with(
 
 @functools.lru_cache(maxsize=64)
 def _compiled_piece(
-    description: str, autocast: torch.dtype | None, provider: str, thread: int, place: int | None
+    description: str,
+    autocast: torch.dtype | None,
+    provider: str,
+    thread: int,
+    place: int | None,
+    grad: bool,
+    backend: str | None,
 ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     """A whole segment at this place of a chunk, compiled once for all of them, to be called where
     the block has its tensors (`_with`)."""
-    block = _body(description, thread)[0].block
+    block: Any = _body(description, thread)[0].block
 
     def alike(t: Tensor) -> Tensor:
         """Of one layout, so that one compiled segment serves the first and those that follow."""
@@ -204,9 +209,7 @@ def _compiled_piece(
         y, state = block.piece(x, state, 0, place)
         return y, state.map(alike)
 
-    # Dynamo keeps what it compiled by code object, and not much for each.
-    piece.__code__ = piece.__code__.replace()
-    compiled = torch.compile(piece, fullgraph=True, dynamic=False)
+    run = compiled.once(piece, dynamic=False)
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         def ready(t: Tensor) -> Tensor:
@@ -216,10 +219,7 @@ def _compiled_piece(
                 return t
             return t.detach().requires_grad_()
 
-        with warnings.catch_warnings():
-            # Dynamo looks whether there is one where it first sees the state.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-            return compiled(alike(x), state.map(ready))
+        return run(alike(x), state.map(ready))
 
     return call
 
@@ -278,7 +278,7 @@ def _segments(
         groups = []
 
     def whole(x: Tensor, state: Any, place: int | None) -> tuple[Tensor, Any]:
-        return _compiled_piece(*common, threading.get_ident(), place)(x, state)
+        return _compiled_piece(*common, threading.get_ident(), place, *compiled.here())(x, state)
 
     def work(block: Any) -> tuple[Tensor, Any]:
         if not groups:
@@ -316,7 +316,7 @@ def _backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     *saved, key = saved
-    with torch.autocast(x.device.type, enabled=False):  # as a backward is run
+    with torch.autocast(x.device.type, enabled=False), recording():  # as a backward is run
         found = kept.gradients(key, grads)
     if found is None and kept.serves(x):
         # Nothing was saved where all of it was to be kept.
@@ -324,7 +324,8 @@ def _backward(
         sizes, common = (len(parameters), len(buffers)), (description, autocast, provider)
         with recording(), torch.enable_grad():
             outputs = _segments(sizes, common, [], inputs)
-        found = kept.differentiate(outputs, inputs, grads)
+            with torch.autocast(x.device.type, enabled=False):
+                found = kept.differentiate(outputs, inputs, grads)
     if found is not None:
         return [own(g) for g in found]
     before = _like(_template(description), state)

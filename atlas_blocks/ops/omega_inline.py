@@ -2,7 +2,7 @@
 
 What needs no memory and what reads it is computed for all chunks at once (functional/chunks.py and
 walk.py), without a loop, so the compiler may fuse it with what is around it. Serves a sequence that
-begins with a whole chunk, with gradient descent.
+begins with a whole chunk, with gradient descent, and one that lies within a chunk.
 
 Axes as in functional/chunks.py.
 """
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import prepare, run_at
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, first_state
 from atlas_blocks.functional.walk import ChunkMemory, Ends, Step
-from atlas_blocks.ops import recomputed
+from atlas_blocks.ops import compiled, recomputed
 from atlas_blocks.ops.contract import recording
 from atlas_blocks.ops.polynomial_features import as_node
 from atlas_blocks.ops.providers import Provider
@@ -36,9 +35,9 @@ TOKENS = 512  # that one piece of the backward computes again, or one chunk
 def _supports(call: Any) -> str | None:
     if not call.traced:
         return "it is chosen where torch.compile traces the rule, and so before there is a node"
-    if call.rule.update != "gd":
+    if call.rule.update != "gd" and call.chunks != "one":
         return f"update={call.rule.update!r} reads the memory inside the loop over chunks"
-    if call.mid_chunk:
+    if call.chunks == "any":
         return "a state may be in the middle of a chunk, and chunks are taken whole"
     if call.packed:
         return "packed documents do not begin with whole chunks"
@@ -52,20 +51,26 @@ def _no_node(*arguments: Any) -> Any:
 PROVIDER = Provider(NAME, _supports, _no_node, _no_node)
 
 
-def in_whole_chunks(a: Arguments, place: int | None) -> bool:
-    """Whether a call with a state that is at this place of a chunk can be traced."""
-    return place == 0 or (place is not None and _in_one_chunk(a, place))
+def chunks_of(a: Arguments, place: int | None) -> str:
+    """`Call.chunks` of a call whose first token has this place in its chunk, where that is known.
+
+    One without a state may be of any length, and is not looked at: a graph serves them all.
+    """
+    if a.state is None:
+        return "whole"
+    if place is None:
+        return "any"
+    if place + operator.index(a.q.shape[1]) <= a.rule.chunk_size:
+        return "one"
+    return "whole" if place == 0 else "any"
 
 
-def _in_one_chunk(a: Arguments, place: int) -> bool:
-    return place + operator.index(a.q.shape[1]) <= a.rule.chunk_size
-
-
-def run(a: Arguments, place: int = 0) -> tuple[Tensor, OmegaState]:
-    """`functional.omega_rule.run` of a call without a state, or `in_whole_chunks`."""
+def run(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
+    """`functional.omega_rule.run` of "whole" or "one" of chunks."""
     rule, (batch, length, heads, _) = a.rule, a.q.shape
     a = a._replace(feature_map=as_node(a.feature_map))
-    if a.state is not None and _in_one_chunk(a, place):
+    if place is not None and chunks_of(a, place) == "one":
+        assert a.state is not None
         with torch.autocast(a.q.device.type, enabled=False):
             return run_at(a, a.state.position[:, None], place)
     chunk, state = rule.chunk_size, a.state or first_state(a)
@@ -194,23 +199,14 @@ def _prepare(
     # Of one layout from the first chunk on, so that one compiled step serves all.
     start = start.map(Tensor.contiguous)
     sizes = tuple(t.shape[2:] for t in (*write.tensors(), *start.weights))
-    where = (write.k.dtype, write.k.device, torch.is_grad_enabled())
-    return rule, write, start, _compiled_step(rule, sizes, *where)
-
-
-def _ends(
-    rule: Rule, chunks: Iterable[Write], memory: ChunkMemory, step: Step
-) -> tuple[Ends, ChunkMemory]:
-    with warnings.catch_warnings():
-        # Dynamo looks whether there is one where it first sees the step.
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-        return walk.walk_ends(rule, chunks, memory, 0, None, step)
+    where = (write.k.dtype, write.k.device)
+    return rule, write, start, _compiled_step(rule, sizes, *where, *compiled.here())
 
 
 def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
     rule, write, start, step = _prepare(tensors, *settings)
     with recording():  # the first call comes under a dispatch mode; a guard would tell them apart
-        return _outputs(*_ends(rule, write.unbind(), start, step))
+        return _outputs(*walk.walk_ends(rule, write.unbind(), start, 0, None, step))
 
 
 def _differentiate(
@@ -233,7 +229,7 @@ def _differentiate(
         begin = [leaf(t[first]) for t in starts]
         w = begin[:weights]
         memory = ChunkMemory(w, begin[weights:-1], w, begin[-1])
-        walked = _outputs(*_ends(rule, xs.unbind(), memory, step))
+        walked = _outputs(*walk.walk_ends(rule, xs.unbind(), memory, 0, None, step))
         pairs = zip(walked, [*(t[part] for t in of_ends), *after], strict=True)
         outputs, gradients = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
         leaves = [t for t in (*xs.tensors(), *begin) if t.requires_grad]
@@ -247,7 +243,12 @@ def _differentiate(
 
 @functools.cache
 def _compiled_step(
-    rule: Rule, sizes: tuple, dtype: torch.dtype, device: torch.device, grad: bool
+    rule: Rule,
+    sizes: tuple,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad: bool,
+    backend: str | None,
 ) -> Step:
     """`chunk_end`, for a deep memory compiled once for these sizes, whatever the batch and the
     length. A matrix memory's is too little work for what a call of compiled code costs."""
@@ -259,9 +260,7 @@ def _compiled_step(
         # Laid out as the memory it began with, so that the next chunk is served by what serves it.
         return factors, eta, scales, end.map(Tensor.contiguous)
 
-    # Dynamo keeps what it compiled by code object, and not much for each.
-    step.__code__ = step.__code__.replace()
-    return torch.compile(step, fullgraph=True)
+    return compiled.once(step)
 
 
 def _fake(

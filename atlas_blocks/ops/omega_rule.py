@@ -25,12 +25,11 @@ from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.omega_backward import omega_rule_backward
 from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
-from atlas_blocks.functional.walk import Orthogonalise
-from atlas_blocks.ops import omega_inline, providers
+from atlas_blocks.functional.walk import MuonChunk
+from atlas_blocks.ops import compiled, omega_inline, providers
 from atlas_blocks.ops.contract import (
     LIBRARY,
     distinct,
@@ -92,7 +91,7 @@ class Call:
     feature_map: str  # as in Settings
     degree: int  # p of the feature map, 0 for the identity
     momentum: bool
-    mid_chunk: bool  # whether there is a state that may be in the middle of a chunk
+    chunks: str  # tokens of "one" chunk, from a chunk's start as in "whole" ones, or of "any"
     needs_grad: bool
     packed: bool
     traced: bool  # by torch.compile, and so where a graph can take the rule in
@@ -143,7 +142,7 @@ def omega_rule(
         return run(a)
     if chosen == omega_inline.NAME:
         if 0 not in q.shape[:2]:
-            return omega_inline.run(a, place or 0)
+            return omega_inline.run(a, place)
         chosen = providers.DEFINITION  # of no token there is nothing to inline
     tensors, settings = flatten(a)
     if needs_grad:
@@ -180,7 +179,7 @@ def facts_of(
         _kind(phi),
         0 if phi is None else operator.index(phi.coefficients.shape[0]) - 1,
         a.theta is not None,
-        a.state is not None and not omega_inline.in_whole_chunks(a, place),
+        omega_inline.chunks_of(a, place),
         needs_grad,
         a.cu_seqlens is not None,
         traced,
@@ -194,11 +193,11 @@ def call_of(
     widths: tuple[int, int, int],
     shapes: tuple[tuple[int, int], ...],
     how: tuple[str, str, str, int, int],
-    chunks: tuple[int, bool, int],
+    size: tuple[int, bool, int],
     feature_map: str,
     degree: int,
     momentum: bool,
-    mid_chunk: bool,
+    chunks: str,
     needs_grad: bool,
     packed: bool,
     traced: bool,
@@ -213,11 +212,11 @@ def call_of(
         value_width=widths[2],
         feature_width=shapes[-1][1],
         weight_shapes=shapes,
-        rule=Rule(*how, *chunks),
+        rule=Rule(*how, *size),
         feature_map=feature_map,
         degree=degree,
         momentum=momentum,
-        mid_chunk=mid_chunk,
+        chunks=chunks,
         needs_grad=needs_grad,
         packed=packed,
         traced=traced,
@@ -371,13 +370,14 @@ def definition_forward(
     tensors: list[Tensor],
     settings: Settings,
     save: bool,
-    orthogonalise: Orthogonalise = orthogonalise,
+    muon: MuonChunk | None = None,
 ) -> list[Tensor]:
-    """The op's body: the definition, with this Newton-Schulz."""
+    """The op's body: the definition, whose chunks `muon` does where that is the update."""
     a = unflatten(tensors, settings)
+    muon = muon or _muon_on(a.q.device)
     with torch.no_grad():
         starts = starts_like(a) if save else []
-        y, state = run(a, starts if save else None, orthogonalise)
+        y, state = run(a, starts if save else None, muon)
         return [*(own(t) for t in (y, *state.tensors())), *starts]
 
 
@@ -386,14 +386,20 @@ def definition_backward(
     tensors: list[Tensor],
     saved: list[Tensor],
     settings: Settings,
-    orthogonalise: Orthogonalise = orthogonalise,
+    muon: MuonChunk | None = None,
 ) -> list[Tensor]:
     """The body of the op's backward."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
     a = unflatten(leaves, settings)
-    found = omega_rule_backward(a, wanted, saved, grads, orthogonalise)
+    muon = muon or _muon_on(a.q.device)
+    found = omega_rule_backward(a, wanted, saved, grads, muon)
     return [own(g) for g in found]
+
+
+def _muon_on(device: torch.device) -> MuonChunk | None:
+    """Compiled on a CPU, where a chunk is many small operations."""
+    return compiled.muon_chunk if device.type == "cpu" else None
 
 
 def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:

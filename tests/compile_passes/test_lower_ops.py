@@ -151,7 +151,7 @@ def test_the_decode_step_is_seen_where_it_writes_to_its_state():
     ((found, call),) = seen
     assert (found.op, found.provider) == ("omega_rule_step", "definition")
     assert (call.memory if hasattr(call, "memory") else call.rule.memory) == "matrix"
-    assert call.has_state
+    assert call.chunks == "any"
 
 
 def test_the_uuid_knows_the_settings():

@@ -33,6 +33,7 @@ def work(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("nodes_compile")
 def test_a_compiled_backward_finds_it_and_leaves_nothing(name, work):
     block, x = make_block(name), draw(1, 9, DIM)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)

@@ -1,11 +1,13 @@
 """The segments of MemoryAsContext as an op: torch's own checks of it, and equal to eager."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import DIM, assert_close, difference, draw, everything, make_block
 
 from atlas_blocks import MemoryAsContext, State
-from atlas_blocks.ops import kept
+from atlas_blocks.ops import compiled, kept
 from atlas_blocks.ops.memory_as_context import memory_as_context, tensors_of
 
 OPS = torch.ops.atlas
@@ -46,14 +48,22 @@ def test_opcheck_passes_forward_and_backward(name: str) -> None:
 
 
 @pytest.mark.parametrize("largest", [kept.LARGEST, 0], ids=["kept", "again"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "segment"),
+    [("as-context", n) for n in (4, 12, 16)] + [("as-context-muon", n) for n in (4, 5)],
+)
 @pytest.mark.parametrize("places", [(0, 0), (3, 3), (0, 14), (12, 5)], ids=str)
 def test_it_is_the_eager_block_in_values_and_gradients(
-    name: str, places: tuple[int, ...], largest: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    segment: int,
+    places: tuple[int, ...],
+    largest: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows at one place of their segments and at different ones, through the state too."""
+    """Rows at one place of their segments and at different ones, through the state too; segments
+    within a chunk of 8, across its end, and of whole ones."""
     monkeypatch.setattr(kept, "LARGEST", largest)
-    block, x = make_block(name), draw(2, 29, DIM)
+    block, x = make_block(name, segment=segment), draw(2, 29, DIM)
     start = begun(block, *places)
     results = []
     for run in (lambda h, state: memory_as_context(block, h, state), block._rows):
@@ -69,6 +79,32 @@ def test_it_is_the_eager_block_in_values_and_gradients(
     (ours, our_gradients), (true, true_gradients) = results
     assert_close(ours, true, 1e-10)
     assert difference(our_gradients, true_gradients) < 1e-8
+
+
+@pytest.mark.parametrize(("name", "segment"), [("as-context", 4), ("as-context-muon", 5)])
+@pytest.mark.usefixtures("nodes_compile")
+def test_segments_are_compiled_once(
+    name: str, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each place in a chunk of 8 that one begins at, if these are few; gradients or none."""
+    made, once = [], compiled.once
+
+    def spy(fn: Any, **options: Any) -> Any:
+        made.append(fn.__name__)
+        return once(fn, **options)
+
+    monkeypatch.setattr(compiled, "once", spy)
+    block, x = make_block(name, segment=segment), draw(1, 6 * segment, DIM)
+    state = begun(block, 0)
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close(memory_as_context(block, x, state), block._rows(x, state), 1e-10)
+    gradients = [
+        torch.autograd.grad(run(x, state)[0].square().sum(), tensors_of(block)[0][:3])
+        for run in (lambda *a: memory_as_context(block, *a), block._rows)
+    ]
+    assert difference(*gradients) < 1e-8
+    assert made.count("piece") == 2 * (2 if 8 % segment == 0 else 1)
 
 
 @pytest.mark.parametrize("size", [(2, 0), (0, 9)], ids=str)

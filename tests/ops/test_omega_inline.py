@@ -130,7 +130,10 @@ def test_where_it_cannot_serve_it_says_why():
     with pytest.raises(ValueError, match=r"provider: 'inline' cannot serve .* traces the rule"):
         ops.omega_rule(**inputs, **settings, provider="inline")
     with use_provider("inline"):
-        for changes, reason in (({"update": "muon"}, "update='muon'"), ({}, "from its start")):
+        for changes, reason in (
+            ({"update": "muon"}, "update='muon'"),
+            ({}, "chunks are taken whole"),
+        ):
             state = None if changes else omega_rule(**inputs, **settings)[1]
             options = settings | changes | {"state": state}
             call = torch.compile(

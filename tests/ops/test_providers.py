@@ -89,7 +89,7 @@ def test_a_call_says_what_a_provider_may_ask():
         "feature_map": "sketch",
         "degree": 2,
         "momentum": True,
-        "has_state": False,
+        "chunks": "whole",
         "needs_grad": True,
         "packed": False,
         "traced": False,
