@@ -274,7 +274,7 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
     "as-layer": MemoryAsLayerConfig(_MEMORY, _ATTENTION).build,
     "as-gate-sum": MemoryAsGateConfig(_MEMORY, _ATTENTION).build,
     "as-gate-product": MemoryAsGateConfig(_DESCENT, _ATTENTION, "product").build,
-    "as-context": MemoryAsContextConfig(_DESCENT, segment=16).build,
+    "as-context": MemoryAsContextConfig(_DESCENT, segment=12).build,
     "as-context-muon": MemoryAsContextConfig(_MEMORY, segment=4, persistent_tokens=0).build,
     "lstm": LSTMConfig().build,
     "conv": lambda dim, heads: ShortConv(dim),
