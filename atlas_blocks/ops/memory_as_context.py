@@ -194,11 +194,12 @@ def _compiled_piece(
     provider: str,
     thread: int,
     place: int | None,
+    rows: int,
     grad: bool,
     backend: str | None,
 ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
-    """A whole segment at this place of a chunk, compiled once for all of them, to be called where
-    the block has its tensors (`_with`)."""
+    """A whole segment at this place of a chunk, compiled once for all of them with this many rows,
+    to be called where the block has its tensors (`_with`)."""
     block: Any = _body(description, thread)[0].block
 
     def alike(t: Tensor) -> Tensor:
@@ -278,7 +279,8 @@ def _segments(
         groups = []
 
     def whole(x: Tensor, state: Any, place: int | None) -> tuple[Tensor, Any]:
-        return _compiled_piece(*common, threading.get_ident(), place, *compiled.here())(x, state)
+        key = (*common, threading.get_ident(), place, len(x), *compiled.here())
+        return _compiled_piece(*key)(x, state)
 
     def work(block: Any) -> tuple[Tensor, Any]:
         if not groups:
@@ -286,11 +288,9 @@ def _segments(
         parts = []
         for rows in groups:
             starts: list[Any] | None = [] if saved else None
-            parts.append(
-                block.segments(
-                    x[rows], before[rows], starts, whole if x.device.type == "cpu" else None
-                )
-            )
+            # Rows at different places are groups of any size, each of which would be compiled.
+            piece = whole if x.device.type == "cpu" and len(groups) == 1 else None
+            parts.append(block.segments(x[rows], before[rows], starts, piece))
             for n, memory in enumerate(starts or ()):
                 for out, t in zip(saved, memory.tensors(), strict=True):
                     out[rows, n] = t.to(out.dtype)

@@ -107,6 +107,17 @@ def test_segments_are_compiled_once(
     assert made.count("piece") == 2 * (2 if 8 % segment == 0 else 1)
 
 
+@pytest.mark.usefixtures("nodes_compile")
+def test_any_number_of_batch_sizes() -> None:
+    """Dynamo gives up on a function after a few: each size has its own."""
+    block = make_block("as-context-muon", segment=5)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (2, 3, 4):
+            x = draw(rows, 10, DIM)
+            start = block.initial_state(x)
+            assert_close(memory_as_context(block, x, start), block._rows(x, start), 1e-10)
+
+
 @pytest.mark.parametrize("size", [(2, 0), (0, 9)], ids=str)
 def test_no_tokens_and_no_rows(size: tuple[int, int]) -> None:
     block = make_block("as-context")
