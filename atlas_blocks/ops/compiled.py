@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,24 @@ from atlas_blocks.functional.walk import ChunkMemory
 BACKEND: str | None = "inductor"
 
 
+class Key(NamedTuple):
+    """What a compiled function of the rule is for; caches of them go by it."""
+
+    rule: Rule
+    sizes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+    grad: bool
+    backend: str | None
+
+
+def key(rule: Rule, write: Write, sizes: Iterable[torch.Size]) -> Key:
+    """For these sizes, `write`'s dtype and device, and gradients if they are wanted now."""
+    return Key(rule, tuple(sizes), write.k.dtype, write.k.device, *here())
+
+
 def here() -> tuple[bool, str | None]:
-    """What a cache of these needs among its keys: gradients or not, and the backend."""
+    """What is compiled depends on besides: gradients or not, and the backend."""
     return torch.is_grad_enabled(), BACKEND
 
 
@@ -37,6 +53,8 @@ def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., A
             # Of Dynamo's own doing, where it first sees a tensor and an autograd.Function.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
             warnings.filterwarnings("ignore", ".*should not be instantiated")
+            # Of Inductor's: torch itself does the FFT of sketched features, as it should.
+            warnings.filterwarnings("ignore", "Torchinductor does not support .* complex")
             return run(*arguments)
 
     return call
@@ -52,24 +70,15 @@ def muon_chunk(
     write, read = write.map(Tensor.contiguous), read.map(Tensor.contiguous)
     memory = memory.map(Tensor.contiguous)
     tensors = (*write.tensors(), *read.tensors(), *memory.tensors())
-    sizes = tuple(t.shape[1:] for t in tensors)
-    where = (write.k.dtype, write.k.device)
-    return _whole_chunk(rule, sizes, *where, *here())(write, read, memory)
+    return _whole_chunk(key(rule, write, (t.shape[1:] for t in tensors)))(write, read, memory)
 
 
 @functools.cache
-def _whole_chunk(
-    rule: Rule,
-    sizes: tuple,
-    dtype: torch.dtype,
-    device: torch.device,
-    grad: bool,
-    backend: str | None,
-) -> Callable[[Write, Read, ChunkMemory], tuple[Tensor, ChunkMemory]]:
+def _whole_chunk(key: Key) -> Callable[[Write, Read, ChunkMemory], tuple[Tensor, ChunkMemory]]:
     """For these sizes, whatever the batch and the length."""
 
     def chunk(write: Write, read: Read, memory: ChunkMemory) -> tuple[Tensor, ChunkMemory]:
-        y, end = walk.muon_chunk(rule, write, read, memory, 0)
+        y, end = walk.muon_chunk(key.rule, write, read, memory, 0)
         # Entering the next chunk sets M^(0).
         end = end._replace(chunk_start=[])
         return y, end.map(Tensor.contiguous)

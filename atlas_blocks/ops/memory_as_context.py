@@ -189,10 +189,9 @@ def _with(
 
 @functools.lru_cache(maxsize=64)
 def _compiled_piece(
-    description: str,
+    block: Any,
     autocast: torch.dtype | None,
     provider: str,
-    thread: int,
     place: int | None,
     rows: int,
     grad: bool,
@@ -200,7 +199,6 @@ def _compiled_piece(
 ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     """A whole segment at this place of a chunk, compiled once for all of them with this many rows,
     to be called where the block has its tensors (`_with`)."""
-    block: Any = _body(description, thread)[0].block
 
     def alike(t: Tensor) -> Tensor:
         """Of one layout, so that one compiled segment serves the first and those that follow."""
@@ -278,11 +276,11 @@ def _segments(
     if x.shape[0] == 0 or x.shape[1] == 0:
         groups = []
 
-    def whole(x: Tensor, state: Any, place: int | None) -> tuple[Tensor, Any]:
-        key = (*common, threading.get_ident(), place, len(x), *compiled.here())
-        return _compiled_piece(*key)(x, state)
-
     def work(block: Any) -> tuple[Tensor, Any]:
+        def whole(x: Tensor, state: Any, place: int | None) -> tuple[Tensor, Any]:
+            key = (autocast, provider, place, len(x), *compiled.here())
+            return _compiled_piece(block, *key)(x, state)
+
         if not groups:
             return torch.zeros_like(x), before
         parts = []

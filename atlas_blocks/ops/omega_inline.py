@@ -198,9 +198,8 @@ def _prepare(
     rule = Rule(memory, objective, "gd", 0, 1, span, discount, keys - span + 1)
     # Of one layout from the first chunk on, so that one compiled step serves all.
     start = start.map(Tensor.contiguous)
-    sizes = tuple(t.shape[2:] for t in (*write.tensors(), *start.weights))
-    where = (write.k.dtype, write.k.device)
-    return rule, write, start, _compiled_step(rule, sizes, *where, *compiled.here())
+    sizes = (t.shape[2:] for t in (*write.tensors(), *start.weights))
+    return rule, write, start, _compiled_step(compiled.key(rule, write, sizes))
 
 
 def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
@@ -242,17 +241,10 @@ def _differentiate(
 
 
 @functools.cache
-def _compiled_step(
-    rule: Rule,
-    sizes: tuple,
-    dtype: torch.dtype,
-    device: torch.device,
-    grad: bool,
-    backend: str | None,
-) -> Step:
+def _compiled_step(key: compiled.Key) -> Step:
     """`chunk_end`, for a deep memory compiled once for these sizes, whatever the batch and the
     length. A matrix memory's is too little work for what a call of compiled code costs."""
-    if rule.memory == "matrix":
+    if key.rule.memory == "matrix":
         return walk.chunk_end
 
     def step(rule: Rule, x: Write, memory: ChunkMemory) -> Any:
