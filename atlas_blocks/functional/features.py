@@ -127,37 +127,61 @@ def sketch_features(
 
         E[phi(x) . phi(y)] = sum_{n=0}^{p} a_n (x . y)^n   over the random tables
 
-    Degree n >= 2 is the circular convolution of n count sketches of x, taken by FFT.
+    Degree n >= 2 is the circular convolution of n count sketches of x, which is the product of
+    their discrete Fourier transforms. Sketch and transform are linear in x, so both are one matrix,
+    and the way back is another: at these sizes faster than an FFT, and all of it real numbers.
     x: [..., D]; coefficients: a [p + 1], p >= 2; buckets, signs: from `sketch_tables`.
-    Returns [..., width] in the dtype of x (the FFT runs in float32 or float64).
+    Returns [..., width] in the dtype of x (computed in float32 or float64).
     """
     dim, degree = x.shape[-1], coefficients.shape[0] - 1
     check.tensor(
         "buckets", buckets, "[F, D]", ((degree + 2) * (degree - 1) // 2, dim), [torch.int64]
     )
-    if x.numel() == 0:
-        return x.new_zeros(*x.shape[:-1], width)  # an FFT takes no empty batch
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     root = _safe_sqrt(coefficients.to(wide.dtype))
-    parts = [root[0].expand(*x.shape[:-1], 1), root[1] * wide]
-    first = 0
-    for n, size in zip(range(2, degree + 1), sketch_sizes(dim, width, degree), strict=True):
-        rows = slice(first, first + n)
-        table = torch.zeros(n, dim, size, dtype=wide.dtype, device=x.device)
-        table.scatter_(2, buckets[rows, :, None], signs[rows, :, None].detach().to(wide.dtype))
-        # The n sketches in one product: broadcast over them, it would be one a token.
-        counts = wide @ table.transpose(0, 1).flatten(1)
-        spectra = torch.view_as_real(torch.fft.rfft(counts.unflatten(-1, (n, size))))
-        product = functools.reduce(_complex_product, spectra.unbind(-3))
-        parts.append(root[n] * torch.fft.irfft(torch.view_as_complex(product), n=size))
-        first += n
-    return torch.cat(parts, dim=-1).to(x.dtype)
+    degrees, sizes = list(range(2, degree + 1)), sketch_sizes(dim, width, degree)
+    hashes = zip(buckets.split(degrees), signs.split(degrees), sizes, strict=True)
+    tables = [_spectrum(*one).to(wide.dtype) for one in hashes]
+    back = {size: _back(size, x.device).to(wide.dtype) for size in set(sizes)}
+    # The spectra of all sketches in one product, then all of theirs: compiled, few kernels.
+    spectra = (wide @ torch.cat(tables, 1)).split([t.shape[1] for t in tables], -1)
+    factors = [
+        t.unflatten(-1, (n, 2, -1)).unbind(-3) for n, t in zip(degrees, spectra, strict=True)
+    ]
+    products = [functools.reduce(_complex_product, pair).flatten(-2) for pair in factors]
+    found = zip(degrees, sizes, products, strict=True)
+    parts = [root[n] * (product @ back[size]) for n, size, product in found]
+    constant = root[0].expand(*x.shape[:-1], 1)
+    return torch.cat([constant, root[1] * wide, *parts], dim=-1).to(x.dtype)
+
+
+def _spectrum(buckets: Tensor, signs: Tensor, size: int) -> Tensor:
+    """Of n count sketches, as a matrix on x: [D, n (real and imaginary part) (size // 2 + 1)]."""
+    frequency = torch.arange(size // 2 + 1, device=buckets.device)
+    waves = _waves(buckets.mT[..., None] * frequency, size)
+    return (waves * signs.mT[..., None, None].detach()).flatten(1)
+
+
+def _back(size: int, device: torch.device) -> Tensor:
+    """From the first size // 2 + 1 frequencies of a real sequence to it: [2 (size // 2 + 1), size].
+
+    The others are the same again, conjugate.
+    """
+    frequency = torch.arange(size // 2 + 1, device=device)
+    waves = _waves(torch.arange(size, device=device)[:, None] * frequency, size)
+    return (waves * torch.where(2 * frequency % size == 0, 1, 2) / size).flatten(1).mT
+
+
+def _waves(place: Tensor, size: int) -> Tensor:
+    """exp(-2 pi i place / size) of integers [..., n]: its two parts in float64 [..., 2, n]."""
+    turn = place.remainder(size).double() * (2 * math.pi / size)
+    return torch.stack([turn.cos(), -turn.sin()], -2)
 
 
 def _complex_product(a: Tensor, b: Tensor) -> Tensor:
-    """Of real and imaginary parts [..., 2]: compilers take products of real numbers only."""
-    (a_re, a_im), (b_re, b_im) = a.unbind(-1), b.unbind(-1)
-    return torch.stack([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], -1)
+    """Of real and imaginary parts [..., 2, n]."""
+    (a_re, a_im), (b_re, b_im) = a.unbind(-2), b.unbind(-2)
+    return torch.stack([a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re], -2)
 
 
 def _safe_sqrt(a: Tensor) -> Tensor:
@@ -212,3 +236,11 @@ class SketchMap:
 
 
 FeatureMap = PolynomialMap | SketchMap
+
+
+def features_of(phi: FeatureMap | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """phi(q), phi(k) of [B, n, ...], where there are tables of their own made once for both."""
+    if phi is None:
+        return q, k
+    both = phi(torch.cat([q, k], 1))
+    return both[:, : q.shape[1]], both[:, q.shape[1] :]

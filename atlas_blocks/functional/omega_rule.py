@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional.chunks import Piece, Tokens, cut
-from atlas_blocks.functional.features import FeatureMap
+from atlas_blocks.functional.features import FeatureMap, features_of
 from atlas_blocks.functional.groups import Groups
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import (
@@ -165,11 +165,12 @@ def prepare(a: Arguments, position: int | Tensor) -> tuple[Tokens, ChunkMemory, 
     if rule.write_discount:
         writes = torch.cat([writes, write_mass(eta, theta, gamma)], 1)
     q, k = q.to(dtype), torch.cat([state.keys, k.to(dtype)], 1)
+    phi_q, phi_k = features_of(feature_map, q, k)
     tokens = Tokens(
         q_raw=q,
         k_raw=k,
-        q=q if feature_map is None else feature_map(q),
-        k=k if feature_map is None else feature_map(k),
+        q=phi_q,
+        k=phi_k,
         v=torch.cat([state.values, v.to(dtype)], 1),
         alpha=alpha.to(dtype),
         eta=eta,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional.chunks import running_scale, window_matrix
+from atlas_blocks.functional.features import features_of
 from atlas_blocks.functional.memories import MEMORIES, Factor
 from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, write_mass
@@ -47,11 +48,9 @@ def one_token(a: Arguments) -> tuple[Tensor, OmegaState]:
     if rule.write_discount:
         past_writes = torch.cat([past_writes, write_mass(a.eta.to(dtype), theta, gamma)], 1)
 
-    q = q_raw = groups(a.q.to(dtype))
-    k = k_raw = groups(past_keys)
+    q_raw, k_raw = groups(a.q.to(dtype)), groups(past_keys)
+    q, k = features_of(phi, q_raw, k_raw)
     target = groups(past_values)
-    if phi is not None:
-        q, k = phi(q), phi(k)
     residual = structure.residual and q_raw.shape[-1] == target.shape[-1]
     if residual and rule.objective == "l2":
         target = target - k_raw

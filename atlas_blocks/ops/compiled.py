@@ -53,8 +53,6 @@ def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., A
             # Of Dynamo's own doing, where it first sees a tensor and an autograd.Function.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
             warnings.filterwarnings("ignore", ".*should not be instantiated")
-            # Of Inductor's: torch itself does the FFT of sketched features, as it should.
-            warnings.filterwarnings("ignore", "Torchinductor does not support .* complex")
             return run(*arguments)
 
     return call

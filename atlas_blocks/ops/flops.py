@@ -3,7 +3,7 @@
 The terms of the dual form (specification section 6), in the order the definition computes them.
 Position and the bounds of packed documents are data: a call is taken to begin at the start of a
 chunk and to be of one document. Not counted, as in torch's own formulas: everything that is not a
-matrix product, such as gates, GELU and the sketch's FFT.
+matrix product, such as gates and GELU.
 
 L tokens of a chunk, E keys it sees; T, Dk, Dv, Dphi as in omega_rule.py.
 """
@@ -135,13 +135,14 @@ def _all_feature_flops(tensors: Sequence[Shape], settings: Settings) -> int:
 
 
 def _feature_flops(tensors: Sequence[Shape], settings: Settings, dk: int) -> int:
-    """One token's: the count sketches, n of them for degree n."""
+    """One token's: for degree n the spectra of n count sketches, and their product's way back."""
     if settings.feature_map != "sketch":
         return 0
     # Its coefficients stand after the weights.
     degree = tensors[6 + settings.momentum + MEMORIES[settings.memory].weights][0] - 1
     sizes = sketch_sizes(dk, settings.sketch_width, degree)
-    return sum(2 * n * dk * size for n, size in zip(range(2, degree + 1), sizes, strict=True))
+    pairs = zip(range(2, degree + 1), sizes, strict=True)
+    return sum(2 * (n * dk + size) * 2 * (size // 2 + 1) for n, size in pairs)
 
 
 def _chunk_flops(

@@ -66,7 +66,6 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_a_backward_compiled_for_two_threads_is_eager_s() -> None:
     """It corrupted memory where chunks were cut by `unfold`, at these sizes."""
     model = build("omeganet-tiny")
