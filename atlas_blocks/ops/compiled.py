@@ -14,6 +14,7 @@ from atlas_blocks.functional import walk
 from atlas_blocks.functional.chunks import Read, Write
 from atlas_blocks.functional.rule import Rule
 from atlas_blocks.functional.walk import ChunkMemory
+from atlas_blocks.ops.contract import recording
 
 # Of torch.compile, whatever the graph around it is compiled by; None leaves everything as it is.
 BACKEND: str | None = "inductor"
@@ -49,7 +50,8 @@ def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., A
     run = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=BACKEND)
 
     def call(*arguments: Any) -> Any:
-        with warnings.catch_warnings():
+        # Under one set of dispatch keys, whether a forward or a backward calls: they are guarded.
+        with recording(), warnings.catch_warnings():
             # Of Dynamo's own doing, where it first sees a tensor and an autograd.Function.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
             warnings.filterwarnings("ignore", ".*should not be instantiated")
@@ -58,15 +60,27 @@ def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., A
     return call
 
 
+def in_order(t: Tensor) -> Tensor:
+    """In the layout that the shape alone decides: `contiguous` leaves axes of size 1 any stride."""
+    return t.contiguous().view(-1).view(t.shape)
+
+
+def alike(t: Tensor) -> Tensor:
+    """What a loop begins with, made like what its turns leave to the next, so that one compiled
+    turn serves all: in order, and with a gradient where gradients are recorded."""
+    t = in_order(t if torch.is_grad_enabled() else t.detach())
+    if t.requires_grad or not torch.is_grad_enabled() or not t.is_floating_point():
+        return t
+    return t.detach().requires_grad_()
+
+
 def muon_chunk(
     rule: Rule, write: Write, read: Read, memory: ChunkMemory, place: int
 ) -> tuple[Tensor, ChunkMemory]:
     """`walk.muon_chunk`, compiled for whole chunks."""
     if write.eta.shape[-1] < rule.chunk_size:
         return walk.muon_chunk(rule, write, read, memory, place)
-    # Of one layout, so that the first chunk's serves those that follow.
-    write, read = write.map(Tensor.contiguous), read.map(Tensor.contiguous)
-    memory = memory.map(Tensor.contiguous)
+    write, read, memory = write.map(alike), read.map(alike), memory.map(alike)
     tensors = (*write.tensors(), *read.tensors(), *memory.tensors())
     return _whole_chunk(key(rule, write, (t.shape[1:] for t in tensors)))(write, read, memory)
 
@@ -79,7 +93,7 @@ def _whole_chunk(key: Key) -> Callable[[Write, Read, ChunkMemory], tuple[Tensor,
         y, end = walk.muon_chunk(key.rule, write, read, memory, 0)
         # Entering the next chunk sets M^(0).
         end = end._replace(chunk_start=[])
-        return y, end.map(Tensor.contiguous)
+        return y, end.map(in_order)
 
     run = once(chunk)
 

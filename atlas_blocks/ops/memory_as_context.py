@@ -200,25 +200,14 @@ def _compiled_piece(
     """A whole segment at this place of a chunk, compiled once for all of them with this many rows,
     to be called where the block has its tensors (`_with`)."""
 
-    def alike(t: Tensor) -> Tensor:
-        """Of one layout, so that one compiled segment serves the first and those that follow."""
-        return t.contiguous()
-
     def piece(x: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, state = block.piece(x, state, 0, place)
-        return y, state.map(alike)
+        return y, state.map(compiled.in_order)
 
     run = compiled.once(piece, dynamic=False)
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        def ready(t: Tensor) -> Tensor:
-            """With a gradient from the first segment on, as all have that follow it."""
-            t = alike(t)
-            if t.requires_grad or not torch.is_grad_enabled() or not t.is_floating_point():
-                return t
-            return t.detach().requires_grad_()
-
-        return run(alike(x), state.map(ready))
+        return run(compiled.alike(x), state.map(compiled.alike))
 
     return call
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks.functional import walk
@@ -95,8 +96,7 @@ def run(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
         return t.unflatten(0, (batch, heads))
 
     # A chunk longer than it can be: whether the cut leaves it contiguous would be a guard.
-    y = torch.cat([y, y.new_zeros(batch * heads, chunk, y.shape[-1])], 1)
-    y = rows(y)[:, :, :length].transpose(1, 2)
+    y = rows(F.pad(y, [0, 0, 0, chunk]))[:, :, :length].transpose(1, 2)
 
     # M^(0) of the token that comes next: of the last chunk, or M after a whole one.
     newest = length // chunk
@@ -126,8 +126,8 @@ def _whole_chunks(x: Tokens, rule: Rule, count: int) -> Tokens:
 
     def more(t: Tensor, value: float = 0.0, past: int = 0) -> Tensor:
         # A whole chunk, then cut: nothing here may depend on how far the last one is filled.
-        rest = t.new_full((t.shape[0], rule.chunk_size, *t.shape[2:]), value)
-        return torch.cat([t, rest], 1)[:, : past + length]
+        whole = F.pad(t, [*(t.ndim - 2) * (0, 0), 0, rule.chunk_size], value=value)
+        return whole[:, : past + length]
 
     return Tokens(
         q_raw=more(x.q_raw),
@@ -196,8 +196,7 @@ def _prepare(
     write, start = _unflatten(tensors, memory, momentum, discount)
     span, keys = write.window.shape[-2:]
     rule = Rule(memory, objective, "gd", 0, 1, span, discount, keys - span + 1)
-    # Of one layout from the first chunk on, so that one compiled step serves all.
-    start = start.map(Tensor.contiguous)
+    start = start.map(compiled.alike)
     sizes = (t.shape[2:] for t in (*write.tensors(), *start.weights))
     return rule, write, start, _compiled_step(compiled.key(rule, write, sizes))
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import MEMORIES, difference, draw, rule_inputs
+from helpers import DIM, HEADS, MEMORIES, Recorder, difference, draw, rule_inputs
 
+from atlas_blocks import AtlasMemoryConfig, MemoryAsContextConfig
 from atlas_blocks.functional import omega_rule
 from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops import compiled
+from atlas_blocks.ops import compiled, omega_inline
+from atlas_blocks.ops.memory_as_context import _compiled_piece
 from atlas_blocks.ops.omega_rule import definition_backward, definition_forward, flatten
 
 SETTINGS = {"update": "muon", "chunk_size": 8, "write_discount": True}
@@ -36,3 +38,30 @@ def test_muon_chunks(memory, monkeypatch):
         true = torch.autograd.grad(ends, tensors, of_ends, materialize_grads=True)
         assert difference(found, true) < 1e-6
     assert len(made) == 2
+
+
+MUON = AtlasMemoryConfig(
+    memory="matrix", feature_map="identity", chunk_size=4, window=2, ns_steps=1
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (MUON, 2),  # with gradients and without
+        (MUON.replace(memory="mlp", update="gd"), 1),  # the walk's step, kept for the backward
+        (MemoryAsContextConfig(MUON, segment=4, persistent_tokens=0), 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_one_sequence_compiles_nothing_again(config, count, monkeypatch):
+    """Not for axes of size 1, the parameters at the start, or a backward's dispatch keys."""
+    inner = Recorder()
+    monkeypatch.setattr(compiled, "BACKEND", inner)
+    torch._dynamo.reset()
+    for cached in (compiled._whole_chunk, omega_inline._compiled_step, _compiled_piece):
+        cached.cache_clear()
+    block, x = config.build(DIM, HEADS), draw(1, 12, DIM, dtype=torch.float32)
+    y, _ = torch.compile(block, backend="aot_eager", fullgraph=True)(x.requires_grad_())
+    torch.autograd.grad(y.sum(), [x, *block.parameters()], allow_unused=True)
+    assert inner.compiles == count
