@@ -7,7 +7,9 @@ knows them by their uuids.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from atlas_blocks import check
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
 from atlas_blocks.compile_passes.select_attention import SelectAttention
+from atlas_blocks.ops.providers import use_provider
 
 M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
 
@@ -41,8 +44,10 @@ def compile(
 ) -> M:
     """`torch.compile(model, backend="atlas")` with its choices spelt out.
 
-    provider: of the ops, as `LowerOps` takes it. disable: names of passes to leave out, of
-    `PASSES`. fullgraph, dynamic, mode, options: as of torch.compile; options are Inductor's.
+    provider: of the ops, and while the model is traced too: "definition" keeps the memory rule one
+    node, "inline" takes it into the graph, "triton" and others raise ValueError at the first call
+    where they cannot serve, "auto" chooses. disable: names of passes to leave out, of `PASSES`.
+    fullgraph, dynamic, mode, options: as of torch.compile; options are Inductor's.
     Returns what torch.compile does. Raises ValueError for an unknown provider or pass.
     """
     ours = {PROVIDER: provider, DISABLE: tuple(disable)}
@@ -52,7 +57,26 @@ def compile(
     compiled = torch.compile(
         model, backend="atlas", fullgraph=fullgraph, dynamic=dynamic, options=settings
     )
+    if provider == "auto":
+        return compiled  # type: ignore[return-value]
+    if not isinstance(compiled, nn.Module):
+        return _asking_for(provider, compiled)  # type: ignore[return-value]
+    compiled.forward = _asking_for(provider, compiled.forward)
     return compiled  # type: ignore[return-value]
+
+
+def asking_for(provider: str) -> AbstractContextManager[None]:
+    """Of `use_provider`, in which a model must be traced; "auto" leaves what is in force."""
+    return nullcontext() if provider == "auto" else use_provider(provider)
+
+
+def _asking_for(provider: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        with asking_for(provider):
+            return function(*arguments, **named)
+
+    return call
 
 
 def atlas(

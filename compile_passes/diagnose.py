@@ -14,12 +14,15 @@ from torch._dynamo import utils as dynamo
 from torch._functorch import config as functorch
 
 from atlas_blocks import check
-from atlas_blocks.compile_passes.backend import compile_graph
+from atlas_blocks.compile_passes.backend import PROVIDER, asking_for, compile_graph
 from atlas_blocks.compile_passes.graph_pass import PassRun
 from atlas_blocks.compile_passes.report import Break, Graph, Recompile, Report
 from atlas_blocks.compile_passes.survey import Survey
-from atlas_blocks.ops import omega_inline
+from atlas_blocks.ops import compiled as nodes
+from atlas_blocks.ops import memory_as_context, omega_inline
 
+# Where ops compile what is inside their bodies: none of the model's graphs.
+INSIDE = {module.__file__ for module in (nodes, memory_as_context, omega_inline)}
 # What the reasons of Dynamo mean for the one who wrote the line: words in them, and what helps.
 HINTS = (
     (
@@ -88,16 +91,16 @@ def explain(
     # Told apart by identity, and held on to for that: torch keeps the last few alone.
     seen_compiles = dynamo.get_compilation_metrics()
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    provider = (options or {}).get(PROVIDER, "auto")
     seconds, recompiles, tracing = [], [], 0.0
-    with functorch.patch(enable_autograd_cache=False):
+    with asking_for(provider), functorch.patch(enable_autograd_cache=False):
         for call, arguments in enumerate((inputs, *more)):
             first, again = (_seconds(model, compiled, arguments) for _ in range(2))
             seconds.append(max(0.0, first - again))
             recent = dynamo.get_compilation_metrics()
             metrics = [m for m in recent if all(m is not seen for seen in seen_compiles)]
             seen_compiles += metrics
-            # What an op compiles inside its body is none of the model's graphs.
-            metrics = [m for m in metrics if m.co_filename != omega_inline.__file__]
+            metrics = [m for m in metrics if m.co_filename not in INSIDE]
             recompiles += [_recompile(call, m) for m in metrics if m.recompile_reason]
             tracing += sum(_tracing(m) for m in metrics)
     breaks = [_break(r) for r in dynamo.graph_break_reasons[seen_breaks:]]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from helpers import Recorder
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
@@ -177,6 +178,23 @@ def test_compile_takes_our_choices_by_name(seen):
         atlas_blocks.compile(model, provider="fast")
     with pytest.raises(AttributeError, match="no attribute 'compiles'"):
         _ = atlas_blocks.compiles
+
+
+def test_compile_asks_for_its_provider_while_the_model_is_traced(monkeypatch):
+    """Where the pass would come too late: the rule is then taken into the graph, or it is not."""
+    model, arguments = Model(), inputs()
+    true = model(*arguments)
+    for function in (model, lambda *x: model(*x)):
+        for provider, op in (("inline", "omega_walk"), ("definition", "omega_rule")):
+            recorder = Recorder()
+            monkeypatch.setattr(backend, "compile_fx", lambda g, x, r=recorder, **_: r(g, x))
+            torch._dynamo.reset()
+            compiled = atlas_blocks.compile(function, provider=provider, fullgraph=True)
+            with use_provider("auto"):
+                torch.testing.assert_close(compiled(*arguments), true)
+            assert recorder.count(f"atlas.{op}.default")[0] == 1
+    with use_provider("auto"), pytest.raises(Exception, match="provider: 'triton' cannot serve"):
+        atlas_blocks.compile(model.double(), provider="triton")(*(t.double() for t in arguments))
 
 
 def test_every_pass_has_a_name_and_a_uuid():

@@ -171,3 +171,9 @@ def test_an_op_without_a_flop_formula_is_not_given_a_side():
     assert by_name["atlas.memory_as_context"].flops is None
     assert by_name["atlas.memory_as_context"].bound == "unknown"
     assert by_name["aten.mm"].flops
+
+
+@pytest.mark.usefixtures("nodes_compile")
+def test_what_nodes_compile_for_themselves_is_not_the_model_s():
+    report = explain(make_block("memory-mlp-muon-sketch"), draw(1, 20, DIM), draw(2, 20, DIM))
+    assert [r.function for r in report.recompiles] == ["forward"]
