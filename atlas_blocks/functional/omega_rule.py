@@ -111,7 +111,7 @@ def run(
             states.append(state)
             for n, memory in enumerate(kept or ()):
                 for out, t in zip(starts or (), memory.start(), strict=True):
-                    found = t.unflatten(0, (len(group.rows), -1))
+                    found = t.detach().unflatten(0, (len(group.rows), -1))
                     out.flatten(0, 1).index_copy_(0, group.places(out) + n, found)
     return groups.joined(outputs, a.v), groups.state(states)
 

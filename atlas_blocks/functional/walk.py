@@ -155,17 +155,21 @@ def walk_muon(
     step: MuonChunk | None = None,
 ) -> tuple[Tensor, ChunkMemory]:
     """U = Newton-Schulz, chunk by chunk, each by `muon_chunk` or another `step`. For the backward
-    nothing is kept per token: only M and S at the chunks' starts. Returns y [G, N L, Dv] and the
-    memory after the chunks."""
+    `muon_chunk` keeps nothing per token: only M and S at the chunks' starts. Returns y [G, N L, Dv]
+    and the memory after the chunks."""
     outputs = []
     for chunk in zip(write.unbind(), read.unbind(), strict=True):
         if kept is not None:
             kept.append(memory)
-        arguments, one = (rule, *chunk, memory, place), step or muon_chunk
-        if torch.is_grad_enabled():
-            y, memory = checkpoint(one, *arguments, use_reentrant=False, preserve_rng_state=False)
+        arguments = (rule, *chunk, memory, place)
+        if step is not None:
+            y, memory = step(*arguments)
+        elif torch.is_grad_enabled():
+            y, memory = checkpoint(
+                muon_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            y, memory = one(*arguments)
+            y, memory = muon_chunk(*arguments)
         outputs.append(y)
     return torch.cat(outputs, 1), memory
 

@@ -29,20 +29,23 @@ def no_key(like: Tensor) -> Tensor:
     return torch.empty(0, device=like.device)
 
 
-def serves(stream: Tensor) -> bool:
-    """Whether to keep the graph of a call with this stream."""
-    return stream.device.type == "cpu" and stream.numel() <= LARGEST
+def serves(stream: Tensor, size: int | None = None) -> bool:
+    """Whether to keep the graph of a call with this stream, or of one of `size` numbers."""
+    return stream.device.type == "cpu" and (stream.numel() if size is None else size) <= LARGEST
 
 
 def keep(
-    run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: Sequence[Tensor], wanted: list[bool]
+    run: Callable[[list[Tensor]], Sequence[Tensor]],
+    tensors: Sequence[Tensor],
+    wanted: list[bool],
+    key: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Copies of what `run` returns, and the key of its graph."""
+    """Copies of what `run` returns, and the key of its graph, which may be given."""
     # Of copies: a compiled graph may write over what its nodes have read.
     begin = leaves([own(t) for t in tensors], wanted)
     with recording(), torch.enable_grad():
         outputs = run(begin)
-    key = no_key(tensors[0])
+    key = no_key(tensors[0]) if key is None else key
     _graphs[key] = (outputs, begin)
     return [own(t.detach()) for t in outputs], key
 

@@ -12,6 +12,7 @@ b chunk, N chunks that a call touches at most.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from atlas_blocks.functional.omega_backward import omega_rule_backward
 from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.functional.walk import MuonChunk
-from atlas_blocks.ops import compiled, omega_inline, providers
+from atlas_blocks.ops import compiled, kept, omega_inline, providers
 from atlas_blocks.ops.contract import (
     LIBRARY,
     distinct,
@@ -372,13 +373,32 @@ def definition_forward(
     save: bool,
     muon: MuonChunk | None = None,
 ) -> list[Tensor]:
-    """The op's body: the definition, whose chunks `muon` does where that is the update."""
+    """The op's body: the definition, whose chunks `muon` does where that is the update.
+
+    What a short call keeps for its backward (kept.py) is under the last of the chunk starts.
+    """
     a = unflatten(tensors, settings)
     muon = muon or _muon_on(a.q.device)
+    starts = starts_like(a) if save else []
+
+    def results(tensors: Sequence[Tensor]) -> list[Tensor]:
+        y, state = run(unflatten(tensors, settings), starts if save else None, muon)
+        return [y, *state.tensors()]
+
+    if save and kept.serves(a.q, _largest(a)):
+        wanted = [t.is_floating_point() for t in tensors]
+        return [*kept.keep(results, tensors, wanted, starts[-1])[0], *starts]
     with torch.no_grad():
-        starts = starts_like(a) if save else []
-        y, state = run(a, starts if save else None, muon)
-        return [*(own(t) for t in (y, *state.tensors())), *starts]
+        return [*(own(t) for t in results(tensors)), *starts]
+
+
+def _largest(a: Arguments) -> int:
+    """Numbers in what the rule computes for all tokens: features, or with Muon the sums of
+    gradients that every token's step is taken of."""
+    batch, length, heads, _ = a.q.shape
+    shapes = [w.shape[1:] for w in a.weights]
+    each = sum(map(math.prod, shapes)) if a.rule.update == "muon" else shapes[-1][1]
+    return batch * length * heads * each
 
 
 def definition_backward(
@@ -389,6 +409,9 @@ def definition_backward(
     muon: MuonChunk | None = None,
 ) -> list[Tensor]:
     """The body of the op's backward."""
+    found = kept.gradients(saved[-1], grads)
+    if found is not None:
+        return [own(g) for g in found]
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
     a = unflatten(leaves, settings)

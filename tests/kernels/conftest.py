@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from atlas_blocks.ops import kept
+
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +25,9 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     _device_constructors()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, also where Triton is interpreted on a CPU."""
+    monkeypatch.setattr(kept, "LARGEST", -1)

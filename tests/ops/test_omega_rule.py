@@ -11,6 +11,7 @@ from atlas_blocks.functional import OmegaState, PolynomialMap, omega_backward, o
 from atlas_blocks.functional.memories import MEMORIES as MEMORY_STRUCTURES
 from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.ops import kept
 from atlas_blocks.ops.omega_rule import flatten, unflatten
 from tests.helpers import (
     MEMORIES,
@@ -26,6 +27,12 @@ from tests.helpers import (
 )
 
 OPS = torch.ops.atlas
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch):
+    """The backward from the memory at every chunk's start; test_kept.py has the other."""
+    monkeypatch.setattr(kept, "LARGEST", -1)
 
 
 def flat(inputs, rule, state=None):
