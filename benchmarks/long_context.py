@@ -8,7 +8,7 @@
 A plot is written beside FILE where matplotlib is installed.
 
 stream: random tokens through a recipe, its state carried; tokens/s and most memory for every
-million. After --seconds it stops, and the same command goes on from the state it left.
+million. After --seconds it stops with status 1; the same command goes on from the state it left.
 decode: milliseconds for one token after so many, in turn with a Transformer of the same width and
 depth: its step without a past, and in every layer scaled_dot_product_attention over a cache of the
 past, into which nothing is written: less than any real one does.
@@ -53,7 +53,7 @@ LENGTHS = [2**n for n in range(10, 18)]
 
 
 def stream(a: argparse.Namespace, device: torch.device, keep: Callable[[dict], None]) -> None:
-    rows, began = a.record["rows"], time.monotonic()
+    rows = a.record["rows"]
     left = a.json.with_suffix(".state.pt")
     torch.manual_seed(0)
     model = build(a.recipe).to(device).eval()
@@ -65,6 +65,7 @@ def stream(a: argparse.Namespace, device: torch.device, keep: Callable[[dict], N
     done = sum(row["tokens"] for row in rows)
     with torch.no_grad():
         model(torch.zeros(1, a.piece, dtype=torch.int64, device=device))  # warms up
+        began = time.monotonic()
         while done < a.tokens and time.monotonic() - began < a.seconds:
             generator = torch.Generator().manual_seed(done)
             part = min(MILLION, a.tokens - done)
@@ -178,7 +179,8 @@ def train(a: argparse.Namespace, device: torch.device, keep: Callable[[dict], No
         keep(row)
         show(row)
     a.record["cheaper_from"] = crossing(a.record["rows"])
-    print("ours is cheaper from", a.record["cheaper_from"], "tokens on")
+    found = a.record["cheaper_from"]
+    print("ours is cheaper", "nowhere" if found is None else f"from {found:.0f} tokens on")
     a.record["complete"] = True
 
 
@@ -294,6 +296,8 @@ def main() -> None:
     runs[a.kind](a, device, keep)
     write()
     plot(a.record, a.json.with_suffix(".png"))
+    if not a.record["complete"]:
+        raise SystemExit("time is up: the same command goes on from here")
 
 
 if __name__ == "__main__":
