@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +41,7 @@ from atlas_blocks import (
     SlidingWindowAttentionConfig,
 )
 from atlas_blocks.recipes import build
-from atlas_blocks.recipes.bench.measure import Meter, interleave
+from atlas_blocks.recipes.bench.measure import Meter, interleave, quartiles
 from atlas_blocks.recipes.bench.report import stamp
 
 MILLION = 1_000_000
@@ -215,10 +214,8 @@ def timed(runs: dict[str, Callable[[], object]], meter: Meter, rounds: int) -> d
     found: dict[str, Any] = {}
     for name in runs:
         problem = problems[name] or failed.get(name, "")
-        samples = times.get(name, [])
-        spread = statistics.quantiles(samples, n=4)[::2] if len(samples) > 1 else None
-        ms = None if problem else statistics.median(samples)
-        found[name] = {"ms": ms, "quartiles": spread, "problem": problem}
+        low, ms, high = (None, None, None) if problem else quartiles(times[name])
+        found[name] = {"ms": ms, "quartiles": [low, high], "problem": problem}
     return found
 
 

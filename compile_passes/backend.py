@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -54,26 +53,23 @@ def compile(
     make_passes(ours)
     # torch takes a mode or options, and these are options.
     settings = {**_mode_options(mode, dynamic), **(options or {}), **ours}
-    compiled = torch.compile(
+    compiled: Any = torch.compile(
         model, backend="atlas", fullgraph=fullgraph, dynamic=dynamic, options=settings
     )
     if provider == "auto":
-        return compiled  # type: ignore[return-value]
-    if not isinstance(compiled, nn.Module):
-        return _asking_for(provider, compiled)  # type: ignore[return-value]
-    compiled.forward = _asking_for(provider, compiled.forward)
-    return compiled  # type: ignore[return-value]
+        return compiled
+    if not isinstance(model, nn.Module):
+        return _traced_for(provider, compiled)
+    compiled.forward = _traced_for(provider, compiled.forward)
+    return compiled
 
 
-def asking_for(provider: str) -> AbstractContextManager[None]:
-    """Of `use_provider`, in which a model must be traced; "auto" leaves what is in force."""
-    return nullcontext() if provider == "auto" else use_provider(provider)
+def _traced_for(provider: str, function: Any) -> Any:
+    """The function, whose ops ask for the provider, and so do those of what it is traced to."""
 
-
-def _asking_for(provider: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
-        with asking_for(provider):
+        with use_provider(provider):
             return function(*arguments, **named)
 
     return call

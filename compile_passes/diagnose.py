@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch._dynamo import utils as dynamo
 from torch._functorch import config as functorch
 
 from atlas_blocks import check
-from atlas_blocks.compile_passes.backend import PROVIDER, asking_for, compile_graph
+from atlas_blocks.compile_passes.backend import PROVIDER, compile_graph
 from atlas_blocks.compile_passes.graph_pass import PassRun
 from atlas_blocks.compile_passes.report import Break, Graph, Recompile, Report
 from atlas_blocks.compile_passes.survey import Survey
 from atlas_blocks.ops import compiled as nodes
-from atlas_blocks.ops import memory_as_context, omega_inline
+from atlas_blocks.ops import memory_as_context, omega_inline, use_provider
 
 # Where ops compile what is inside their bodies: none of the model's graphs.
 INSIDE = {module.__file__ for module in (nodes, memory_as_context, omega_inline)}
@@ -93,7 +94,8 @@ def explain(
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     provider = (options or {}).get(PROVIDER, "auto")
     seconds, recompiles, tracing = [], [], 0.0
-    with asking_for(provider), functorch.patch(enable_autograd_cache=False):
+    traced_for = nullcontext() if provider == "auto" else use_provider(provider)
+    with traced_for, functorch.patch(enable_autograd_cache=False):
         for call, arguments in enumerate((inputs, *more)):
             first, again = (_seconds(model, compiled, arguments) for _ in range(2))
             seconds.append(max(0.0, first - again))

@@ -239,7 +239,7 @@ FeatureMap = PolynomialMap | SketchMap
 
 
 def features_of(phi: FeatureMap | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """phi(q), phi(k) of [B, n, ...], where there are tables of their own made once for both."""
+    """phi(q) and phi(k) of [B, n, ...], in one call: a map makes its tables once for both."""
     if phi is None:
         return q, k
     both = phi(torch.cat([q, k], 1))
