@@ -37,6 +37,11 @@ def untraced(fn: F) -> F:
     return fn
 
 
+def traced() -> bool:
+    """Whether a compiler traces this, other than torch.export, which keeps every op a node."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def own(t: Tensor) -> Tensor:
     """A contiguous copy: an op may not return its inputs, or two views of one tensor."""
     return t.clone(memory_format=torch.contiguous_format)

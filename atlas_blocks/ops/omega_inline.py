@@ -2,7 +2,8 @@
 
 What needs no memory and what reads it is computed for all chunks at once (functional/chunks.py and
 walk.py), without a loop, so the compiler may fuse it with what is around it. Serves a sequence that
-begins with a whole chunk, with gradient descent, and one that lies within a chunk.
+begins with a whole chunk, with gradient descent, one that lies within a chunk, and one token at any
+place, of which the walk is no node either.
 
 Axes as in functional/chunks.py.
 """
@@ -22,6 +23,7 @@ from atlas_blocks.functional import walk
 from atlas_blocks.functional.chunks import Discount, Last, Piece, Tokens, Write, cut
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import prepare, run_at
+from atlas_blocks.functional.one_token import one_token
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, first_state
 from atlas_blocks.functional.walk import ChunkMemory, Ends, Step
 from atlas_blocks.ops import compiled, recomputed
@@ -36,7 +38,7 @@ TOKENS = 512  # that one piece of the backward computes again, or one chunk
 def _supports(call: Any) -> str | None:
     if not call.traced:
         return "it is chosen where torch.compile traces the rule, and so before there is a node"
-    if call.rule.update != "gd" and call.chunks != "one":
+    if call.rule.update != "gd" and call.chunks not in ("one", "token"):
         return f"update={call.rule.update!r} reads the memory inside the loop over chunks"
     if call.chunks == "any":
         return "a state may be in the middle of a chunk, and chunks are taken whole"
@@ -60,16 +62,19 @@ def chunks_of(a: Arguments, place: int | None) -> str:
     if a.state is None:
         return "whole"
     if place is None:
-        return "any"
+        return "token" if a.q.shape[1] == 1 else "any"
     if place + operator.index(a.q.shape[1]) <= a.rule.chunk_size:
         return "one"
     return "whole" if place == 0 else "any"
 
 
 def run(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
-    """`functional.omega_rule.run` of "whole" or "one" of chunks."""
+    """`functional.omega_rule.run` of "whole" or "one" of chunks, or of a "token"."""
     rule, (batch, length, heads, _) = a.rule, a.q.shape
     a = a._replace(feature_map=as_node(a.feature_map))
+    if chunks_of(a, place) == "token":
+        with torch.autocast(a.q.device.type, enabled=False):
+            return one_token(a)
     if place is not None and chunks_of(a, place) == "one":
         assert a.state is not None
         with torch.autocast(a.q.device.type, enabled=False):

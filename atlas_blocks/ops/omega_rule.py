@@ -38,6 +38,7 @@ from atlas_blocks.ops.contract import (
     own,
     own_empty,
     recording,
+    traced,
     untraced,
 )
 
@@ -92,7 +93,7 @@ class Call:
     feature_map: str  # as in Settings
     degree: int  # p of the feature map, 0 for the identity
     momentum: bool
-    chunks: str  # tokens of "one" chunk, from a chunk's start as in "whole" ones, or of "any"
+    chunks: str  # tokens of "one" chunk, of "whole" ones from a chunk's start, of "any", a "token"
     needs_grad: bool
     packed: bool
     traced: bool  # by torch.compile, and so where a graph can take the rule in
@@ -136,10 +137,8 @@ def omega_rule(
     a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens)
     rules.validate(*a)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
-    compiling = torch.compiler.is_compiling()
-    traced = compiling and not torch.compiler.is_exporting()
-    chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad, traced, place))
-    if chosen == providers.DEFINITION and not compiling:
+    chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad, traced(), place))
+    if chosen == providers.DEFINITION and not torch.compiler.is_compiling():
         return run(a)
     if chosen == omega_inline.NAME:
         if 0 not in q.shape[:2]:

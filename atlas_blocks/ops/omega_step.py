@@ -23,8 +23,8 @@ from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import run
 from atlas_blocks.functional.one_token import one_token
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
-from atlas_blocks.ops import providers
-from atlas_blocks.ops.contract import LIBRARY, implement, own, untraced
+from atlas_blocks.ops import omega_inline, providers
+from atlas_blocks.ops.contract import LIBRARY, implement, own, traced, untraced
 from atlas_blocks.ops.omega_rule import (
     SETTINGS,
     Call,
@@ -119,9 +119,16 @@ def omega_rule_step(
     if torch.is_grad_enabled():
         _check_gradients(a, state)
     tensors, settings = flatten(a._replace(state=None))
-    facts = facts_of(a, False)
+    facts = facts_of(a, False, traced())
     devices = (str(state.position.device), str(q.device))
     chosen = _choose(provider, providers.context(), devices, *facts)
+    if chosen == omega_inline.NAME:
+        if batch:
+            y, after = omega_inline.run(a)
+            for old, new in zip(state.tensors(), after.tensors(), strict=True):
+                old.copy_(new)
+            return y.squeeze(1)
+        chosen = providers.DEFINITION  # of no row there is nothing to inline
     first = 6 + settings.momentum
     tensors = [t.squeeze(1) for t in tensors[:first]] + tensors[first + count :]
     return torch.ops.atlas.omega_rule_step.default(tensors, state.tensors(), *settings, chosen)

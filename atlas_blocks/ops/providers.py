@@ -71,6 +71,10 @@ def _imported(name: str) -> Provider:
     return _module(name)
 
 
+# Only where a graph is traced, and not of every call.
+_INLINE = _Entry(
+    ("cpu",), functools.partial(_module, "atlas_blocks.ops.omega_inline"), special=True
+)
 # Every op's providers but the definition, by name, the preferred first. A module named here is
 # imported when its provider is first needed and has it as PROVIDER.
 _PROVIDERS: dict[str, dict[str, _Entry]] = {
@@ -87,13 +91,11 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
         "triton": _Entry(
             ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule")
         ),
-        # Only where a graph is traced, and not of every call.
-        "inline": _Entry(
-            ("cpu",), functools.partial(_module, "atlas_blocks.ops.omega_inline"), special=True
-        ),
+        "inline": _INLINE,
     },
     "omega_rule_step": {
-        "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.decode"))
+        "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.decode")),
+        "inline": _INLINE,
     },
 }
 _DEFINITIONS: dict[str, Provider] = {}

@@ -65,6 +65,19 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
         assert backend.compiles - before <= 2, "more than one recompile"
 
 
+@every_block("memory-mlp-muon-sketch")
+def test_one_graph_decodes_a_token_wherever_it_stands(name: str) -> None:
+    block, backend = make_block(name), Recorder()
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    prefix, *more = draw(2, 18, DIM, seed=3).split([12, *6 * [1]], 1)
+    _, state = block(prefix)
+    true = state
+    for x in more:
+        (y, state), (z, true) = compiled(x, state), block(x, true)
+        assert difference(everything((y, state)), everything((z, true))) < 1e-9
+    assert backend.compiles <= 2, "more than one recompile"
+
+
 @pytest.mark.slow
 def test_a_backward_compiled_for_two_threads_is_eager_s() -> None:
     """It corrupted memory where chunks were cut by `unfold`, at these sizes."""

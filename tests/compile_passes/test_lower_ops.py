@@ -128,7 +128,9 @@ def test_segments_hand_the_name_on():
     assert ("memory_as_context", False, "definition") in served(recorder.graphs[0])
 
 
-def test_the_decode_step_is_seen_where_it_writes_to_its_state():
+@pytest.mark.parametrize("provider", ["definition", "auto"])
+def test_the_decode_step_is_seen_where_it_writes_to_its_state(provider):
+    """As one node, or taken in: then none is left."""
     inputs = rule_inputs("matrix", length=1, window=2)
     rule = Rule("matrix", "l2", "gd", 5, 1, 8, False, 2)
     state = initial_state(inputs["q"], inputs["v"], inputs["weights"], rule, True)
@@ -144,14 +146,17 @@ def test_the_decode_step_is_seen_where_it_writes_to_its_state():
     seen = []
     recorder = Recorder(lambda graph: seen.extend((n, n.call) for n in op_nodes(graph)))
     other = state.map(torch.clone)
-    with torch.no_grad():
+    with torch.no_grad(), use_provider(provider):
         ours = torch.compile(step, backend=recorder, fullgraph=True)(token, state.tensors())
         true = step(token, other.tensors())
     assert difference([ours, *state.tensors()], [true, *other.tensors()]) < 1e-12
+    if provider == "auto":
+        assert seen == []
+        return
     ((found, call),) = seen
     assert (found.op, found.provider) == ("omega_rule_step", "definition")
     assert (call.memory if hasattr(call, "memory") else call.rule.memory) == "matrix"
-    assert call.chunks == "any"
+    assert call.chunks == "token"
 
 
 def test_the_uuid_knows_the_settings():

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from helpers import MEMORIES, OBJECTIVES, difference, draw, rule_inputs
+from helpers import MEMORIES, OBJECTIVES, difference, draw, rule_inputs, tokens
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_blocks import ops, use_provider
 from atlas_blocks.functional import omega_rule, walk
-from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.ops import kept, omega_inline
 from atlas_blocks.ops.omega_rule import describe
 
@@ -35,10 +35,12 @@ def make(memory: str, momentum: bool, discount: bool, window: int, length: int, 
     return inputs, settings | {"write_discount": discount}
 
 
-def arguments(inputs: dict, settings: dict) -> Arguments:
-    rule = Rule(**settings, update="gd", ns_steps=5, ns_every=1, window=inputs["gamma"].shape[-1])
+def arguments(inputs: dict, settings: dict, state: OmegaState | None = None) -> Arguments:
+    rule = Rule(
+        **{"update": "gd", **settings}, ns_steps=5, ns_every=1, window=inputs["gamma"].shape[-1]
+    )
     names = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "feature_map")
-    return Arguments(*(inputs[n] for n in names), rule=rule, state=None)
+    return Arguments(*(inputs[n] for n in names), rule=rule, state=state)
 
 
 def with_gradients(call, inputs: dict) -> tuple[list, list]:
@@ -75,6 +77,37 @@ def test_it_is_the_definition(memory, features, largest, monkeypatch):
         )
         assert difference(ours, true) < 1e-12
         assert difference(our_gradients, true_gradients) < 1e-10
+
+
+def from_state(run, inputs: dict, settings: dict, state: OmegaState) -> tuple[list, list]:
+    """`with_gradients` of a call with a state, those of the state's tensors and not of M_0."""
+    floating = [t.detach() for t in state.tensors() if t.is_floating_point()]
+
+    def call(x: dict):
+        leaves = iter(x["weights"])
+        before = state.map(lambda t: next(leaves) if t.is_floating_point() else t)
+        return run(x | {"weights": inputs["weights"]}, settings, before)
+
+    return with_gradients(call, inputs | {"weights": floating})
+
+
+@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("update", ["gd", "muon"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_one_token_is_the_definition_at_every_place(memory, update, features):
+    for before, momentum, discount in ((3, True, True), (4, True, False), (6, False, True)):
+        inputs, settings = make(memory, momentum, discount, 3, before + 1, features=features)
+        settings["update"] = update
+        _, state = omega_rule(**tokens(inputs, 0, before), **settings)
+        (ours, our_gradients), (true, true_gradients) = (
+            from_state(run, tokens(inputs, before, before + 1), settings, state)
+            for run in (
+                lambda x, options, state: omega_inline.run(arguments(x, options, state)),
+                lambda x, options, state: omega_rule(**x, **options, state=state),
+            )
+        )
+        assert difference(ours, true) < 1e-9
+        assert difference(our_gradients, true_gradients) < 1e-7
 
 
 def walk_calls(memory: str, momentum: bool, discount: bool, length: int, monkeypatch):

@@ -241,7 +241,7 @@ def test_autograd_sees_that_the_state_changed():
         ({"memory": "mlp"}, r"state\.weights: expected 2 tensors for memory='mlp', got 1"),
         ({"state": None}, "state: expected an OmegaState, got NoneType"),
         ({"theta": None}, r"state\.momentum: expected shapes \[\]"),
-        ({"provider": "fast"}, "provider: expected one of auto, definition, triton"),
+        ({"provider": "fast"}, "provider: expected one of auto, definition, inline, triton"),
     ],
 )
 def test_a_bad_argument_is_named(change, message):
