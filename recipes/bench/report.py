@@ -134,7 +134,7 @@ def table(rows: Sequence[Row], title: str) -> Group:
     found.add_column("contender", style="cyan")
     found.add_column("what")
     for column in ("ms", "quartiles", "tokens/s", "TFLOP/s", "of product", "memory"):
-        found.add_column(column, justify="right", no_wrap=True)
+        found.add_column(column, justify="right", no_wrap=column in ("ms", "tokens/s", "TFLOP/s"))
     problems = dict.fromkeys((r.contender, r.what, r.problem) for r in rows if r.problem)
     for direction in (FORWARD, BOTH):
         found.add_section()
@@ -224,11 +224,12 @@ def _lines(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
 
 
 def model_table(rows: Sequence[ModelRow], title: str) -> Group:
-    """Every mode, then why there are rows without figures."""
+    """Every mode, spread from quartile to quartile, then why there are rows without figures."""
     found = Table(title=title, title_justify="left")
     found.add_column("contender", style="cyan", no_wrap=True)
-    for column in ("ms", "tokens/s", "quartiles", "eager / it", "quartiles", "memory", "error"):
-        found.add_column(column, justify="right", no_wrap=True)
+    for column in ("ms", "tokens/s", "spread", "eager / it", "spread", "memory", "error"):
+        # In 80 columns a cell takes two lines, and loses no digit.
+        found.add_column(column, justify="right", no_wrap=column in ("ms", "tokens/s", "error"))
     for mode, group in itertools.groupby(rows, lambda r: r.mode):
         found.add_section()
         found.add_row(f"[bold]{mode}[/]")
