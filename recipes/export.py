@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
+from atlas_blocks.functional.features import polynomial_features
 from atlas_blocks.functional.one_token import one_token
 from atlas_blocks.ops.lstm import definition as lstm_definition
 from atlas_blocks.ops.omega_rule import Settings, unflatten
@@ -55,7 +56,7 @@ def export_plain_step(model: nn.Module, x: Tensor, state: State) -> torch.export
     """The same for one token, with no op of this library: nothing in it needs Python.
 
     Raises ValueError where x has more than one token, or `model` an op whose step reads its place
-    on the host: exact phi* (`DeepTransformerLayer`) and `MemoryAsContext`.
+    on the host: exact phi* (`DeepTransformerLayer`).
     """
     if x.shape[1] != 1:
         check.fail("x", "one token", f"T = {x.shape[1]}")
@@ -100,6 +101,9 @@ def _omega_rule(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 
 _ONE_TOKEN = {
     torch.ops.atlas.omega_rule.default: _omega_rule,
+    torch.ops.atlas.polynomial_features.default: lambda x, coefficients, provider: (
+        polynomial_features(x, coefficients)
+    ),
     torch.ops.atlas.lstm.default: lambda tensors, wanted: lstm_definition(tensors),
 }
 

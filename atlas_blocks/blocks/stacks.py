@@ -279,7 +279,10 @@ class MemoryAsContext(Block):
         before = self.initial_state(h) if state is None else state
         size = (len(x), 2, self.config.segment, self.dim)
         check.tensor("state.keys", before.keys, "[B, 2, segment, dim]", size)
-        if torch.compiler.is_compiling():
+        compiling, positions = torch.compiler.is_compiling(), before.position
+        if h.shape[1] == 1 and (compiling or len(set(positions.tolist())) > 1):
+            mixed, after = self.token(h, before)
+        elif compiling:
             mixed, after = memory_as_context(self, h, before)
         else:
             mixed, after = self._rows(h, before)
@@ -354,25 +357,11 @@ class MemoryAsContext(Block):
         that is known, into a chunk."""
         span, past = x.shape[1], 0 if offset == 0 else offset
         read = state.memory.rule.weights if offset == 0 else state.read
-        h = self.memory.recall(self.recall_query(x), read).to(x.dtype)
-        q, k, v = self.qkv(x).chunk(3, -1)
-        _, hk, hv = self.qkv(h).chunk(3, -1)
-        _, pk, pv = self.qkv(self.persistent.to(x.dtype).expand(len(x), -1, -1)).chunk(3, -1)
-        new_k, new_v = torch.stack([hk, k], 1), torch.stack([hv, v], 1)
-        keys = torch.cat([state.keys[:, :, :past].to(k.dtype), new_k], 2)
-        values = torch.cat([state.values[:, :, :past].to(v.dtype), new_v], 2)
-
-        # Token t sees every persistent token, and reads and tokens up to its own.
+        q, k, v = self._projected(x, read)
+        keys = torch.cat([state.keys[:, :, :past].to(k.dtype), k], 2)
+        values = torch.cat([state.values[:, :, :past].to(v.dtype), v], 2)
         places = torch.arange(past + span, device=x.device)
-        seen = places <= places[past:, None]
-        always = seen.new_ones(span, pk.shape[1])
-        a = F.scaled_dot_product_attention(
-            self._rotated(q, places[past:]),
-            torch.cat([self._heads(pk), *(self._rotated(k, places) for k in keys.unbind(1))], 2),
-            self._heads(torch.cat([pv, *values.unbind(1)], 1)),
-            attn_mask=torch.cat([always, seen, seen], 1),
-        )
-        a = self.attention_out(a.transpose(1, 2).flatten(-2))
+        a = self._attention(q, keys, values, places[past:], places)
         if place is None:
             m, memory = self.memory(a, state.memory, detach_state=False)
         else:
@@ -383,6 +372,46 @@ class MemoryAsContext(Block):
         return y, ContextState(
             memory, read, F.pad(keys, rest), F.pad(values, rest), state.position + span
         )
+
+    def token(self, x: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
+        """`piece` of one token x [B, 1, dim] of rows at any places, which no host reads."""
+        offset = (state.position % self.config.segment).to(x.device)[:, None]
+        first = (offset == 0)[..., None, None]
+        rows = zip(state.memory.rule.weights, state.read, strict=True)
+        read = tuple(torch.where(first, now, then) for now, then in rows)
+        q, k, v = self._projected(x, read)
+        places = torch.arange(self.config.segment, device=x.device)
+        ahead = (places - offset)[:, None, :, None]
+        here, past = ahead == 0, ahead < 0
+        keys = torch.where(here, k, torch.where(past, state.keys.to(k.dtype), 0))
+        values = torch.where(here, v, torch.where(past, state.values.to(v.dtype), 0))
+        a = self._attention(q, keys, values, offset, places)
+        m, memory = self.memory(a, state.memory, detach_state=False)
+        y = self.attention_norm(a) * self.memory_norm(m)
+        return y, ContextState(memory, read, keys, values, state.position + 1)
+
+    def _projected(self, x: Tensor, read: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x [B, L, dim], keys and values [B, 2, L, dim] of what it reads and of it."""
+        h = self.memory.recall(self.recall_query(x), read).to(x.dtype)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        _, hk, hv = self.qkv(h).chunk(3, -1)
+        return q, torch.stack([hk, k], 1), torch.stack([hv, v], 1)
+
+    def _attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, at: Tensor, places: Tensor
+    ) -> Tensor:
+        """Of q [B, L, dim] at [L] or [B, L] over keys [B, 2, n, dim] in these places [n]: a token
+        sees every persistent one, and reads and tokens up to its own."""
+        _, pk, pv = self.qkv(self.persistent.to(q.dtype).expand(len(q), -1, -1)).chunk(3, -1)
+        seen = places <= at[..., None]
+        seen = torch.cat([seen.new_ones(*seen.shape[:-1], pk.shape[1]), seen, seen], -1)
+        a = F.scaled_dot_product_attention(
+            self._rotated(q, at),
+            torch.cat([self._heads(pk), *(self._rotated(k, places) for k in keys.unbind(1))], 2),
+            self._heads(torch.cat([pv, *values.unbind(1)], 1)),
+            attn_mask=seen if at.ndim == 1 else seen[:, None],
+        )
+        return self.attention_out(a.transpose(1, 2).flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> [B, H, T, D]."""

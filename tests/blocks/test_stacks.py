@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIM, HEADS, difference, draw, make_block, small_memory
+from helpers import DIM, HEADS, assert_close, difference, draw, make_block, small_memory
 from torch import Tensor, nn
 
 from atlas_blocks import (
@@ -17,6 +17,7 @@ from atlas_blocks import (
     MemoryAsLayer,
     MemoryAsLayerConfig,
     SlidingWindowAttentionConfig,
+    State,
 )
 
 
@@ -113,6 +114,21 @@ def test_memory_as_context_reads_attends_and_writes_by_segments(name: str) -> No
     randomise(block)
     hand = context_by_hand(block, x[0])
     assert difference([block(x)[0]], [hand]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["as-context", "as-context-muon"])
+def test_one_token_of_rows_anywhere_in_their_segments_is_each_alone(name: str) -> None:
+    block, x = make_block(name), draw(2, 40, DIM)
+    randomise(block)
+    segment = block.config.segment
+    states = [block(x[[i], :n])[1] for i, n in enumerate((segment, 2))]
+    for t in range(2 * segment + 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(block, "_rows", None)  # each alone is what it is compared with
+            y, after = block(x[:, t : t + 1], State.cat(states))
+        alone = [block(x[[i], t : t + 1], s) for i, s in enumerate(states)]
+        states = [s for _, s in alone]
+        assert_close((y, after), (torch.cat([z for z, _ in alone]), State.cat(states)), 1e-9)
 
 
 def test_swiglu_of_a_stack_takes_its_width() -> None:

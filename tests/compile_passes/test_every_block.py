@@ -65,13 +65,15 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
         assert backend.compiles - before <= 2, "more than one recompile"
 
 
-@every_block("memory-mlp-muon-sketch")
+@every_block("memory-mlp-muon-sketch", "as-context")
 def test_one_graph_decodes_a_token_wherever_it_stands(name: str) -> None:
     block, backend = make_block(name), Recorder()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
-    prefix, *more = draw(2, 18, DIM, seed=3).split([12, *6 * [1]], 1)
-    _, state = block(prefix)
-    true = state
+    prefix, *more = draw(2, 30, DIM, seed=3).split([12, *18 * [1]], 1)
+    _, true = block(prefix)
+    if true is not None:
+        true = State.cat([true[:1], block(prefix[1:, :7])[1]])  # rows at different places
+    state = true
     for x in more:
         (y, state), (z, true) = compiled(x, state), block(x, true)
         assert difference(everything((y, state)), everything((z, true))) < 1e-9
