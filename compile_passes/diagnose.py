@@ -97,7 +97,7 @@ def explain(
     traced_for = nullcontext() if provider == "auto" else use_provider(provider)
     with traced_for, functorch.patch(enable_autograd_cache=False):
         for call, arguments in enumerate((inputs, *more)):
-            first, again = (_seconds(model, compiled, arguments) for _ in range(2))
+            first, again = (_seconds(compiled, arguments) for _ in range(2))
             seconds.append(max(0.0, first - again))
             recent = dynamo.get_compilation_metrics()
             metrics = [m for m in recent if all(m is not seen for seen in seen_compiles)]
@@ -123,7 +123,7 @@ def explain(
     )
 
 
-def _seconds(model: Any, compiled: Any, arguments: Any) -> float:
+def _seconds(compiled: Any, arguments: Any) -> float:
     """Of one call, forward and backward; gradients of parameters end as they were."""
     began = time.perf_counter()
     if isinstance(arguments, Mapping):
@@ -134,12 +134,25 @@ def _seconds(model: Any, compiled: Any, arguments: Any) -> float:
         output = compiled(*arguments)
     wanted = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
     if wanted:
-        parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-        leaves = [p for p in (*parameters, *tensors_in(arguments)) if p.requires_grad]
-        torch.autograd.grad([t.sum() for t in wanted], leaves, allow_unused=True)
+        torch.autograd.grad([t.sum() for t in wanted], _leaves(wanted), allow_unused=True)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What requires a gradient of these, wherever the model has it from."""
+    found: list[Tensor] = [t for t in tensors if t.grad_fn is None]
+    queue: list[Any] = [t.grad_fn for t in tensors]
+    seen = {None}
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        queue += [n for n, _ in node.next_functions]
+        found += [node.variable] if hasattr(node, "variable") else []
+    return found
 
 
 def tensors_in(value: Any) -> list[Tensor]:

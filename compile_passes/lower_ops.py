@@ -8,6 +8,7 @@ that the op has it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import fx
 
 from atlas_blocks import check
 from atlas_blocks.compile_passes.graph_pass import GraphPass, bound, is_atlas, values
+from atlas_blocks.functional import one_token
 from atlas_blocks.ops import omega_inline, omega_step, providers
 from atlas_blocks.ops.omega_rule import Call, Settings, describe, unflatten
 from atlas_blocks.ops.polynomial_features import Call as FeaturesCall
@@ -54,9 +56,10 @@ class LowerOps(GraphPass):
 
     def run(self, graph: fx.Graph) -> int:
         matches = 0
-        if self.mode not in ("auto", omega_inline.NAME) and inlined(graph):
+        taken = inlined(graph)
+        if self.mode not in ("auto", omega_inline.NAME) and taken:
             raise ValueError(
-                f"provider: {self.mode!r} cannot serve this call of omega_rule: it was traced for "
+                f"provider: {self.mode!r} cannot serve this call of {taken[0]}: it was traced for "
                 f"'inline' (use_provider({self.mode!r}) around the first call traces for it)"
             )
         for found in op_nodes(graph):
@@ -85,10 +88,25 @@ class LowerOps(GraphPass):
         raise ValueError(f"provider: {asked!r} cannot serve this call of {found.op}: {reason}")
 
 
-def inlined(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that are left of rules taken into the graph when they were traced."""
+def inlined(graph: fx.Graph) -> list[str]:
+    """The ops that were taken into the graph when they were traced, by name.
+
+    A walk is left of many tokens' rule; of one token's nothing but where its nodes come from.
+    """
     names = ("atlas::omega_walk", "atlas::omega_walk_backward")
-    return [n for n in graph.nodes if is_atlas(n.target) and n.target._schema.name in names]
+    walks = [n for n in graph.nodes if is_atlas(n.target) and n.target._schema.name in names]
+    modules = defaultdict(set)  # that call it, by the lines that lead to it
+    for node in graph.nodes:
+        lines, found, _ = (node.meta.get("stack_trace") or "").partition(one_token.__file__)
+        if found:
+            stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+            modules[lines] |= {str(list(stack.values())[-1])} if stack else set()
+    steps = [
+        "omega_rule_step" if omega_step.__file__ in lines else "omega_rule"
+        for lines, callers in modules.items()
+        for _ in callers or [None]
+    ]
+    return len(walks) * ["omega_rule"] + steps
 
 
 def op_nodes(graph: fx.Graph) -> list[OpNode]:

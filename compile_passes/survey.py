@@ -17,7 +17,7 @@ from atlas_blocks.compile_passes.lower_ops import inlined, op_nodes
 from atlas_blocks.compile_passes.report import OpUse, Work
 from atlas_blocks.ops import omega_inline, providers, register_flop_formulas
 
-INLINED = "traced into the graph, and compiled with it but for the walk over the chunks"
+INLINED = "traced into the graph, and compiled with it but for a walk over chunks"
 
 
 @dataclass
@@ -38,8 +38,7 @@ class Survey:
         self.nodes[way] = op_counts(graph).total()
         self.ops += [_use(self.number, way, found) for found in op_nodes(graph)]
         self.ops += [
-            OpUse(self.number, way, "omega_rule", omega_inline.NAME, INLINED, {})
-            for _ in inlined(graph)
+            OpUse(self.number, way, op, omega_inline.NAME, INLINED, {}) for op in inlined(graph)
         ]
         self.work += _work(graph, self.number, way, self.balance)
 

@@ -135,6 +135,27 @@ def test_an_inlined_rule_is_told_of():
     assert {w.op for w in report.work} >= {"atlas.omega_walk", "atlas.omega_walk_backward"}
 
 
+def test_an_inlined_token_is_told_of_for_every_layer():
+    model = torch.nn.ModuleList([make_block("memory-plain") for _ in range(2)])
+
+    def decode(x, states):
+        after = []
+        for block, state in zip(model, states, strict=True):
+            x, state = block(x, state)
+            after.append(state)
+        return x, after
+
+    x = draw(2, 4, DIM)
+    with torch.no_grad():
+        states = [block(x)[1] for block in model]
+    # Parameters that a function has from outside require gradients too.
+    with use_provider("auto"):
+        report = explain(decode, (x[:, :1], states))
+    assert [(u.direction, u.op, u.provider) for u in report.ops] == [
+        (way, "omega_rule", "inline") for way in ("forward", "backward") for _ in model
+    ]
+
+
 def test_the_graph_does_not_grow_with_the_length():
     model = Whole()
     short, long = (explain(model, whole_inputs(length)).graphs for length in (16, 512))

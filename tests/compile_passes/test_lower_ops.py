@@ -113,6 +113,11 @@ def test_a_provider_is_not_asked_for_where_the_rule_was_inlined():
     recorder = Recorder(Passes([LowerOps("triton")]))
     with use_provider("auto"), pytest.raises(RuntimeError, match="it was traced for 'inline'"):
         torch.compile(memory(), backend=recorder)(draw(1, 9, 32, dtype=torch.float32))
+    block, one = memory(), draw(1, 1, 32, dtype=torch.float32)
+    with torch.no_grad(), use_provider("auto"):
+        _, state = block(one)
+        with pytest.raises(RuntimeError, match="call of omega_rule: it was traced for 'inline'"):
+            torch.compile(block, backend=recorder)(one, state)
     recorder = Recorder(Passes([LowerOps("inline")]))
     with pytest.raises(RuntimeError, match=r"'inline' cannot serve .* before there is a n"):
         torch.compile(memory(), backend=recorder)(draw(1, 9, 32, dtype=torch.float32))
