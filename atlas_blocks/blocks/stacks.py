@@ -279,13 +279,12 @@ class MemoryAsContext(Block):
         before = self.initial_state(h) if state is None else state
         size = (len(x), 2, self.config.segment, self.dim)
         check.tensor("state.keys", before.keys, "[B, 2, segment, dim]", size)
-        compiling, positions = torch.compiler.is_compiling(), before.position
-        if h.shape[1] == 1 and (compiling or len(set(positions.tolist())) > 1):
-            mixed, after = self.token(h, before)
-        elif compiling:
-            mixed, after = memory_as_context(self, h, before)
-        else:
+        if not torch.compiler.is_compiling():
             mixed, after = self._rows(h, before)
+        elif h.shape[1] == 1:
+            mixed, after = self.token(h, before)
+        else:
+            mixed, after = memory_as_context(self, h, before)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))[0]
         return x, after
@@ -306,6 +305,8 @@ class MemoryAsContext(Block):
         positions = state.position.tolist()
         if len(set(positions)) <= 1:
             return self.segments(h, state)
+        if h.shape[1] == 1:
+            return self.token(h, state)
         # Rows at different places of their segments run apart.
         rows = [self.segments(h[[i]], state[[i]]) for i in range(len(positions))]
         return torch.cat([y for y, _ in rows]), State.cat([s for _, s in rows])

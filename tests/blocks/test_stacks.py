@@ -124,7 +124,7 @@ def test_one_token_of_rows_anywhere_in_their_segments_is_each_alone(name: str) -
     states = [block(x[[i], :n])[1] for i, n in enumerate((segment, 2))]
     for t in range(2 * segment + 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(block, "_rows", None)  # each alone is what it is compared with
+            patch.setattr(block, "segments", None)  # each alone is what it is compared with
             y, after = block(x[:, t : t + 1], State.cat(states))
         alone = [block(x[[i], t : t + 1], s) for i, s in enumerate(states)]
         states = [s for _, s in alone]

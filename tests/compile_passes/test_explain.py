@@ -135,6 +135,7 @@ def test_an_inlined_rule_is_told_of():
     assert {w.op for w in report.work} >= {"atlas.omega_walk", "atlas.omega_walk_backward"}
 
 
+@pytest.mark.slow
 def test_an_inlined_token_is_told_of_for_every_layer():
     model = torch.nn.ModuleList([make_block("memory-plain") for _ in range(2)])
 

@@ -15,7 +15,9 @@ SETTINGS = {"update": "muon", "chunk_size": 8, "write_discount": True}
 
 
 @pytest.mark.usefixtures("nodes_compile")
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    "memory", [m if m == "matrix" else pytest.param(m, marks=pytest.mark.slow) for m in MEMORIES]
+)
 def test_muon_chunks(memory, monkeypatch):
     """Whole ones, of any batch and length, from one compiled in each direction, where a backward
     computes them again."""
