@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.functional.features import polynomial_features
 from atlas_blocks.functional.one_token import one_token
+from atlas_blocks.ops.contract import own
 from atlas_blocks.ops.lstm import definition as lstm_definition
 from atlas_blocks.ops.omega_rule import Settings, unflatten
 from atlas_blocks.state import State
@@ -35,7 +36,7 @@ class Streaming(nn.Module):
         state = None if self.state is None else self.state.map(lambda _: next(parts))
         y, after = self.model(x, state)
         # Copies: an exported graph may not return its inputs.
-        return y, *([] if after is None else [t.clone() for t in after.tensors()])
+        return y, *([] if after is None else [own(t) for t in after.tensors()])
 
 
 def export_step(model: nn.Module, x: Tensor, state: State | None) -> torch.export.ExportedProgram:
@@ -70,9 +71,11 @@ def export_plain_step(model: nn.Module, x: Tensor, state: State) -> torch.export
             check.fail("model", "blocks whose step reads nothing on the host", node.target)
     graph.recompile()
     with torch.no_grad():
-        tensors = tuple(state.tensors())
+        # A package takes tensors laid out like these: a state at the start of a sequence may be
+        # one for all rows, and later ones are not.
+        tensors = tuple(t.contiguous() for t in state.tensors())
         axes = _free_axes(Streaming(model, state), x, tensors)
-        return _export(graph, (x, *tensors), tuple(axes))
+        return _export(graph, (x.contiguous(), *tensors), tuple(axes))
 
 
 def _export(
@@ -112,8 +115,10 @@ def package(model: nn.Module, x: Tensor, state: State, out: Path) -> Path:
     """Compile one token's step into `out`, a .pt2 file.
 
     x: [B, 1] tokens or [B, 1, dim]. The package takes x and the state's tensors (`State.tensors`)
-    and returns y and the next state's. torch._inductor.aoti_load_package runs it, and so does
-    torch::inductor::AOTIModelPackageLoader in C++.
+    and returns y and the next state's. All must be contiguous, as those that it returns are: it
+    looks how they are laid out only where the environment has AOTI_RUNTIME_CHECK_INPUTS=1.
+    torch._inductor.aoti_load_package runs it, and so does torch::inductor::AOTIModelPackageLoader
+    in C++.
     """
     if out.suffix != ".pt2":
         check.fail("out", "a file name that ends in .pt2", out)

@@ -23,7 +23,7 @@ int main(int count, char** names) {
   const c10::IValue values = torch::pickle_load(bytes);
   std::vector<at::Tensor> state;
   for (const c10::IValue& value : values.toListRef()) {
-    state.push_back(value.toTensor());
+    state.push_back(value.toTensor().contiguous());
   }
   at::Tensor tokens = state[0];
 

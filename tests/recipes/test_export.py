@@ -89,6 +89,22 @@ def test_a_plain_step_is_the_block_token_by_token(name):
             assert difference(ours, [true, *(s.double() for s in state.tensors())]) < 1e-8
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
+def test_a_package_of_segments_is_the_block_token_by_token(tmp_path):
+    block, x = make_block("as-context"), draw(2, 30, DIM)
+    with torch.no_grad():
+        _, state = block(x[:, :0])
+        file = export.package(block, x[:, :1], state, tmp_path / "step.pt2")
+        step, parts = torch._inductor.aoti_load_package(str(file)), []
+        tensors = [t.contiguous() for t in state.tensors()]
+        for one in x.split(1, 1):
+            y, *tensors = step(one.contiguous(), *tensors)
+            parts.append(y)
+        true, after = block(x)
+    assert difference([torch.cat(parts, 1), *tensors], [true, *after.tensors()]) < 1e-8
+
+
 def test_more_than_one_token_is_refused():
     block = make_block("memory-plain")
     _, state = block(draw(1, 3, DIM))
@@ -109,22 +125,24 @@ def test_the_command_names_bad_input(capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 def test_a_package_runs_without_python(tmp_path):
-    """recipes/run_step.cpp, linked with libtorch alone, gives eager's logits and state."""
+    """recipes/run_step.cpp, linked with libtorch alone, gives eager's logits and state, for rows
+    that differ after a state that is one for both."""
     file = tmp_path / "step.pt2"
     with pytest.raises(SystemExit) as left:
-        cli.main(["export", "omeganet-tiny", "--out", str(file)])
+        cli.main(["export", "omeganet-tiny", "--batch", "2", "--out", str(file)])
     assert left.value.code == 0
     torch.manual_seed(0)
     model = build("omeganet-tiny")
-    tokens = torch.randint(256, (1, 80))
+    tokens = torch.randint(256, (2, 80))
     with torch.no_grad():
         before = model(tokens[:, :0]).state
         logits, after = model(tokens, before)
     true = [logits, *after.tensors()]
 
-    step, tensors, parts = torch._inductor.aoti_load_package(str(file)), before.tensors(), []
-    for t in range(tokens.shape[1]):
-        y, *tensors = step(tokens[:, t : t + 1], *tensors)
+    step, parts = torch._inductor.aoti_load_package(str(file)), []
+    tensors = [t.contiguous() for t in before.tensors()]
+    for one in tokens.split(1, 1):
+        y, *tensors = step(one.contiguous(), *tensors)
         parts.append(y)
     ours = [torch.cat(parts, 1), *tensors]
     assert difference([t.double() for t in ours], [t.double() for t in true]) < 1e-3
