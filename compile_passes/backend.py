@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
 from atlas_blocks import check
+from atlas_blocks.compile_passes.clean_up import CleanUp
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
 from atlas_blocks.compile_passes.select_attention import SelectAttention
@@ -28,6 +29,7 @@ PROVIDER, DISABLE = "atlas.provider", "atlas.disable"
 PASSES: dict[str, Callable[[str], GraphPass]] = {
     SelectAttention.name: lambda provider: SelectAttention(),
     LowerOps.name: LowerOps,
+    CleanUp.name: lambda provider: CleanUp(),
 }
 
 

@@ -161,9 +161,12 @@ def test_compile_takes_our_choices_by_name(seen):
     model, arguments = Model(), inputs()
     true = model(*arguments)
     for options, passes in (
-        ({}, ["select_attention", "lower_ops"]),
-        ({"disable": ["lower_ops"]}, ["select_attention"]),
-        ({"disable": ["select_attention"], "mode": "default", "dynamic": True}, ["lower_ops"]),
+        ({}, ["select_attention", "lower_ops", "clean_up"]),
+        ({"disable": ["lower_ops", "clean_up"]}, ["select_attention"]),
+        (
+            {"disable": ["select_attention"], "mode": "default", "dynamic": True},
+            ["lower_ops", "clean_up"],
+        ),
         ({"provider": "definition", "disable": list(backend.PASSES)}, []),
         ({"mode": "max-autotune-no-cudagraphs", "options": {"epilogue_fusion": False}}, None),
     ):
@@ -172,7 +175,7 @@ def test_compile_takes_our_choices_by_name(seen):
         compiled = atlas_blocks.compile(model, fullgraph=True, **options)
         torch.testing.assert_close(compiled(*arguments), true)
         assert passes is None or seen == passes
-    with pytest.raises(ValueError, match="disable: expected one of lower_ops, select_att"):
+    with pytest.raises(ValueError, match="disable: expected one of clean_up, lower_ops, sel"):
         atlas_blocks.compile(model, disable=["fast"])
     with pytest.raises(ValueError, match=r"provider: expected one of .*, got 'fast'"):
         atlas_blocks.compile(model, provider="fast")

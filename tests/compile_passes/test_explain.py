@@ -108,7 +108,9 @@ def test_ops_providers_passes_work_and_recompiles():
         for way, name in (
             ("forward", "select_attention"),
             ("forward", "lower_ops"),
+            ("forward", "clean_up"),
             ("backward", "lower_ops"),
+            ("backward", "clean_up"),
         )
     ]
     assert len(report.compile_seconds) == 3
