@@ -302,6 +302,21 @@ def make_block(name: str, dtype: torch.dtype = torch.float64, **changes: Any) ->
     return block.to(dtype)
 
 
+class Layers(torch.nn.Module):
+    """Blocks one after another: (x, a state each) -> (y, the states after)."""
+
+    def __init__(self, *blocks: Block) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        after = []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block(x, state)
+            after.append(state)
+        return x, after
+
+
 def draw(*size: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIM, Recorder, difference, draw, everything, small_memory
+from helpers import DIM, Layers, Recorder, difference, draw, everything, small_memory
 from torch import Tensor
 
 from atlas_blocks.compile_passes.clean_up import CleanUp
@@ -44,19 +44,11 @@ def test_with_gradients_torch_has_done_it():
 
 def test_a_decoded_token_of_two_layers():
     torch.manual_seed(0)
-    layers = [small_memory(memory="mlp").build(DIM, 2).double() for _ in range(2)]
-
-    def decode(x: Tensor, states: list) -> tuple:
-        after = []
-        for layer, state in zip(layers, states, strict=True):
-            x, state = layer(x, state)
-            after.append(state)
-        return x, after
-
+    decode = Layers(*(small_memory(memory="mlp").build(DIM, 2).double() for _ in range(2)))
     x = draw(2, 6, DIM)
     function, runs = compile_with_pass(decode)
     with torch.no_grad():
-        states = [layer(x[:, :5])[1] for layer in layers]
+        states = [block(x[:, :5])[1] for block in decode.blocks]
         (y, after), (z, true) = (f(x[:, 5:], states) for f in (function, decode))
     for ours, right in zip(after, true, strict=True):
         assert difference(everything((y, ours)), everything((z, right))) < 1e-9

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIM, Recorder, draw, make_block
+from helpers import DIM, Layers, Recorder, draw, make_block
 from rich.console import Console
 from torch import nn
 from torch._dynamo import utils as dynamo
@@ -139,23 +139,14 @@ def test_an_inlined_rule_is_told_of():
 
 @pytest.mark.slow
 def test_an_inlined_token_is_told_of_for_every_layer():
-    model = torch.nn.ModuleList([make_block("memory-plain") for _ in range(2)])
-
-    def decode(x, states):
-        after = []
-        for block, state in zip(model, states, strict=True):
-            x, state = block(x, state)
-            after.append(state)
-        return x, after
-
-    x = draw(2, 4, DIM)
+    model, x = Layers(make_block("memory-plain"), make_block("memory-plain")), draw(2, 4, DIM)
     with torch.no_grad():
-        states = [block(x)[1] for block in model]
+        states = [block(x)[1] for block in model.blocks]
     # Parameters that a function has from outside require gradients too.
     with use_provider("auto"):
-        report = explain(decode, (x[:, :1], states))
+        report = explain(lambda *inputs: model(*inputs), (x[:, :1], states))
     assert [(u.direction, u.op, u.provider) for u in report.ops] == [
-        (way, "omega_rule", "inline") for way in ("forward", "backward") for _ in model
+        (way, "omega_rule", "inline") for way in ("forward", "backward") for _ in range(2)
     ]
 
 
