@@ -55,9 +55,9 @@ def contestants() -> dict[str, Callable[[Tensor], Tensor]]:
         "titans-pytorch": peer(None),
         "titans-pytorch, batch_size=64": peer(CHUNK),
         "matrix": ours(memory="matrix"),
-        "matrix, no write discount": ours(memory="matrix", write_discount=False),
+        "matrix, errors at the chunk's start": ours(memory="matrix", errors="chunk"),
         "mlp": ours(memory="mlp", expansion=1),
-        "mlp, no write discount": ours(memory="mlp", expansion=1, write_discount=False),
+        "mlp, errors at the chunk's start": ours(memory="mlp", expansion=1, errors="chunk"),
     }
 
 

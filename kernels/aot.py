@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from atlas_blocks.functional.memories import MEMORIES, weight_shapes
-from atlas_blocks.functional.rule import Arguments, Rule, initial_state
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, initial_state
 from atlas_blocks.kernels import decode, newton_schulz, omega_rule
 from atlas_blocks.kernels.tiles import INTERPRETED, Launch, recorded
 from atlas_blocks.ops.omega_rule import flatten
@@ -56,6 +56,8 @@ class Configuration(NamedTuple):
     window: int
     momentum: bool
     objective: str = "l2"
+    errors: str = "online"
+    decay_to: str = "zero"
     begun: bool = True  # with a state from an earlier call
     chunk: int = 64
     memory: str = "matrix"
@@ -65,7 +67,7 @@ class Configuration(NamedTuple):
         return (
             f"{self.memory} {str(self.dtype).removeprefix('torch.')} "
             f"D={self.key_width} V={self.value_width} c={self.window} b={self.chunk}"
-            f" {self.objective}"
+            f" {self.objective} {self.errors} {self.decay_to}"
             f"{' momentum' if self.momentum else ''}{' state' if self.begun else ''}"
             f"{' step' if self.step else ''}"
         )
@@ -86,9 +88,13 @@ class Orthogonalisation(NamedTuple):
 
 DEEP = ("mlp", "gated_mlp")
 QUICK: list[Configuration | Orthogonalisation] = [
-    Configuration(torch.bfloat16, 64, 64, 16, True, step=step) for step in (False, True)
+    Configuration(torch.bfloat16, 64, 64, 16, True),
+    Configuration(torch.bfloat16, 64, 64, 1, True, step=True),
 ]
-QUICK_DEEP = [Configuration(torch.bfloat16, 64, 64, 16, True, memory=memory) for memory in DEEP]
+QUICK_DEEP = [
+    Configuration(torch.bfloat16, 64, 64, 16, True, decay_to="initial", memory=memory)
+    for memory in DEEP
+]
 QUICK += [Orthogonalisation(torch.float32, 64, n) for n in (64, 256)]
 
 
@@ -98,22 +104,28 @@ def configurations() -> Iterator[Configuration | Orthogonalisation]:
     widths = ((16, 16), (64, 64), (128, 128), (256, 256), (2145, 64))
     for dtype, (d, v), momentum in itertools.product(dtypes, widths, (True, False)):
         yield Configuration(dtype, d, v, 16, momentum)
-        yield Configuration(dtype, d, v, 16, momentum, step=True)
+        yield Configuration(dtype, d, v, 1, momentum, step=True)
         # An input's dtype changes how it is loaded, nothing else.
         if dtype == torch.bfloat16:
             yield Configuration(dtype, d, v, 1, momentum)
             yield Configuration(dtype, d, v, 64, momentum)
             yield Configuration(dtype, d, v, 16, momentum, begun=False)
+            yield Configuration(dtype, d, v, 16, momentum, errors="chunk")
             yield Configuration(dtype, d, v, 16, momentum, objective="dot")
+            yield Configuration(dtype, d, v, 16, momentum, objective="dot", step=True)
+            yield Configuration(dtype, d, v, 1, momentum, decay_to="initial", step=True)
     dtype = torch.bfloat16
     for memory, (d, v), momentum in itertools.product(DEEP, widths, (True, False)):
         if v <= omega_rule.LARGEST_DEEP_VALUE:
-            yield Configuration(dtype, d, v, 16, momentum, memory=memory)
-    for memory in DEEP:
-        yield Configuration(dtype, 64, 64, 1, True, memory=memory)
-        yield Configuration(dtype, 64, 64, 64, True, memory=memory)
-        yield Configuration(dtype, 64, 64, 16, True, begun=False, memory=memory)
-        yield Configuration(dtype, 64, 64, 16, True, objective="dot", memory=memory)
+            yield Configuration(dtype, d, v, 16, momentum, decay_to="initial", memory=memory)
+    for memory, decay_to in itertools.product(DEEP, ("zero", "initial")):
+        kinds: dict[str, Any] = {"decay_to": decay_to, "memory": memory}
+        yield Configuration(dtype, 64, 64, 1, True, **kinds)
+        yield Configuration(dtype, 64, 64, 16, True, **kinds)
+        yield Configuration(dtype, 64, 64, 64, True, **kinds)
+        yield Configuration(dtype, 64, 64, 16, True, begun=False, **kinds)
+        yield Configuration(dtype, 64, 64, 16, True, errors="chunk", **kinds)
+        yield Configuration(dtype, 64, 64, 16, True, objective="dot", **kinds)
     sizes = [(d, d) for d in (16, 32, 64, 128)]
     sizes += [(16, 64), (48, 48), (64, 128), (64, 256), (256, 64), (64, 2145)]
     sizes += [(128, 512), (512, 128), (100, 2145)]
@@ -144,8 +156,8 @@ def _forward_and_backward(c: Configuration) -> None:
     a = _arguments(c, 8192)
     tensors, settings = flatten(a)
     y, *rest = omega_rule.PROVIDER.forward(tensors, settings, True)
-    # W, S and M^(0) of every weight; keys, values, writes, scale, position.
-    count = MEMORIES[c.memory].weights * (2 + c.momentum) + 5
+    groups = OmegaState.groups(a.rule, c.momentum)
+    count = MEMORIES[c.memory].weights * sum(groups.values()) + len(OmegaState.REST)
     grads = [y, *rest[: count - 1]]
     omega_rule.PROVIDER.backward(grads, tensors, rest[count:], settings)
 
@@ -153,9 +165,11 @@ def _forward_and_backward(c: Configuration) -> None:
 def _decode_step(c: Configuration) -> None:
     a = _arguments(c, 1)
     assert a.state is not None
-    # M_0, the one weight of a matrix memory, is not among a step's tensors.
-    tensors, settings = flatten(a._replace(state=None))
-    streams = [t.squeeze(1) for t in tensors[:-1]]
+    *streams, first = flatten(a._replace(state=None))[0]
+    settings = flatten(a)[1]
+    streams = [t.squeeze(1) for t in streams]
+    # M_0 is among a step's tensors only where decay leads there.
+    streams += [first] if c.decay_to == "initial" else []
     decode.PROVIDER.forward(streams, a.state.tensors(), settings)
 
 
@@ -170,7 +184,7 @@ def _arguments(c: Configuration, length: int) -> Arguments:
     q, v = new(*tokens, c.key_width, dtype=c.dtype), new(*tokens, c.value_width, dtype=c.dtype)
     shapes = weight_shapes(c.memory, c.key_width, c.value_width, 4 * c.value_width)
     weights = [new(heads, *shape) for shape in shapes]
-    rule = Rule(c.memory, c.objective, "gd", 5, 1, c.chunk, True, c.window)
+    rule = Rule(c.memory, c.objective, "gd", 5, 1, c.chunk, c.errors, c.window, c.decay_to)
     theta = gate if c.momentum else None
     state = initial_state(q, v, weights, rule, c.momentum) if c.begun else None
     gamma = new(*tokens, c.window)

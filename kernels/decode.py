@@ -1,12 +1,16 @@
 """The Triton provider of `atlas::omega_rule_step`: a matrix memory, update="gd", one token.
 
-    e_j = M^(0) phi(k_{t-j}) - v_{t-j}  ("l2"),  -v_{t-j}  ("dot")        j < c
-    S <- theta S + sum_j gamma_j e_j phi(k_{t-j})^T      M <- alpha M - eta S      y = M phi(q)
+    e_j = M phi(k_{t-j}) - v_{t-j}  ("l2"),  -v_{t-j}  ("dot")        j < c
+    S <- theta S + sum_j gamma_j e_j phi(k_{t-j})^T      M <- alpha M - eta^ S      y = M phi(q)
 
-One program per row, head and block of V holds all of that for its rows of M, S and M^(0); features,
-history and the write discount are a few small PyTorch operations. Nothing is read back to the host
-and no shape depends on data: a CUDA graph can hold a step. Everything is float32 and no product is
-a tensor core's.
+and + (1 - alpha) M_0 in M where decay leads there.
+
+It serves rules whose errors are those at the memory before the token: chunks of one token, a window
+of one with online errors, and "dot". (A rule that rewinds does its begun chunk again for every
+token, which no step in place can be.) One program per row, head and block of V holds its rows of M
+and S; features, history and eta^ are a few small PyTorch operations. Nothing is read back to the
+host and no shape depends on data: a CUDA graph can hold a step. Everything is float32 and no
+product is a tensor core's.
 """
 
 # A call of a jitted function is NoReturn to pyright.
@@ -19,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, monomial_scales, monomials
+from atlas_blocks.functional.rule import Arguments
 from atlas_blocks.kernels.tiles import INTERPRETED, ceil_div, launch, padded
+from atlas_blocks.omega.online import masses
 from atlas_blocks.ops.omega_rule import Settings
 from atlas_blocks.ops.omega_step import StepCall, arguments, no_backward
 from atlas_blocks.ops.providers import Provider
@@ -33,11 +38,10 @@ WARPS, VALUES = 4, 8
 
 @triton.jit
 def _step(
-    q, k, v, alpha, eta, theta, gamma, position, weights, momentum, start, y,
-    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr,
+    q, k, v, alpha, eta, theta, gamma, weights, momentum, initial, y,
+    H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    L2: tl.constexpr, MOMENTUM: tl.constexpr,
+    L2: tl.constexpr, MOMENTUM: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
     """k, v: phi(k), v of the window [B, c, H, D | V]; SPAN: c padded; BD: block of D.
 
@@ -46,14 +50,12 @@ def _step(
     """
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     here = tl.program_id(0).to(tl.int64)
-    place = tl.load(position + row) % CHUNK
     c, b = tl.load(alpha + here), tl.load(eta + here)
     g = tl.arange(0, BV) + tl.program_id(1) * BV
     lag, d = tl.arange(0, SPAN), tl.arange(0, BD)
     # Token t; token t - j lies j H before it.
     last = (row.to(tl.int64) * WINDOW + WINDOW - 1) * H + head
     weights += here * V * D
-    start += here * V * D
     if MOMENTUM:
         momentum += here * V * D
         th = tl.load(theta + here)
@@ -63,23 +65,18 @@ def _step(
         for i in range(TILES):
             x_in = d + i * BD < D
             at, both = g[:, None] * D + (d + i * BD)[None, :], (g < V)[:, None] & x_in[None, :]
-            if place == 0:  # a chunk begins: M^(0) is the memory so far
-                m = tl.load(weights + at, mask=both, other=0.0)
-            else:
-                m = tl.load(start + at, mask=both, other=0.0)
+            m = tl.load(weights + at, mask=both, other=0.0)
             for j in range(WINDOW):
                 x = tl.load(k + (last - j * H) * D + d + i * BD, mask=x_in, other=0.0)
                 product = tl.sum(m * x[None, :], 1)
                 e += tl.where(lag[None, :] == j, product[:, None], 0.0)
-        tl.debug_barrier()  # all of M^(0) is read before any is written
+        tl.debug_barrier()  # all of M is read before any is written
     e *= tl.load(gamma + here * WINDOW + lag, mask=lag < WINDOW, other=0.0)[None, :]
     read = tl.zeros([BV], tl.float32)
     for i in range(TILES):
         x_in = d + i * BD < D
         at, both = g[:, None] * D + (d + i * BD)[None, :], (g < V)[:, None] & x_in[None, :]
         w = tl.load(weights + at, mask=both, other=0.0)
-        if place == 0:
-            tl.store(start + at, w, mask=both)
         if MOMENTUM:
             s = th * tl.load(momentum + at, mask=both, other=0.0)
         else:
@@ -89,11 +86,11 @@ def _step(
             left = tl.sum(tl.where(lag[None, :] == j, e, 0.0), 1)
             s += left[:, None] * x[None, :]
         w = c * w - b * s
+        if INITIAL:
+            w += (1 - c) * tl.load(initial + head * V * D + at, mask=both, other=0.0)
         tl.store(weights + at, w, mask=both)
         if MOMENTUM:
             tl.store(momentum + at, s, mask=both)
-        if place == CHUNK - 1:  # a chunk ends: the next one's M^(0)
-            tl.store(start + at, w, mask=both)
         x = tl.load(q + here * D + d + i * BD, mask=x_in, other=0.0)
         read += tl.sum(w * x[None, :], 1)
     tl.store(y + here * V + g, read.to(y.dtype.element_ty), mask=g < V)
@@ -109,6 +106,10 @@ def _supports(call: StepCall) -> str | None:
     ):
         if value not in served:
             return f"{name} {value} has no kernel, only {' and '.join(map(str, served))}"
+    if rule.corrects and rule.window > 1:
+        return f"with a window of {rule.window}, online errors need the whole chunk"
+    if rule.rewinds and rule.chunk_size > 1:
+        return f"with errors at the start of chunks of {rule.chunk_size} it needs the whole chunk"
     for name, size, most in (
         ("window", rule.window, LARGEST_WINDOW),
         ("value width", call.value_width, LARGEST_VALUE),
@@ -147,43 +148,57 @@ def _forward(tensors: list[Tensor], state_tensors: list[Tensor], settings: Setti
     phi, rule, state = a.feature_map, a.rule, a.state
     assert state is not None
     batch, _, heads, width = a.v.shape
-    position, n = state.position[:, None], rule.history
-    alpha, eta = a.alpha.float().contiguous(), a.eta.float().contiguous()
+    position = state.position[:, None]
+    alpha, eta = a.alpha.float().contiguous(), a.eta.float()
     theta = None if a.theta is None else a.theta.float().contiguous()
     # The window does not reach back over the start of the sequence.
     inside = torch.arange(rule.window, device=position.device) <= position
     gamma = (a.gamma.float() * inside[:, None, None]).contiguous()
     keys = torch.cat([state.keys, a.k.float()], 1)
     values = torch.cat([state.values, a.v.float()], 1)
-    if rule.write_discount:
-        mass = rules.write_mass(eta, theta, gamma)
-        writes = torch.cat([state.writes, mass], 1)
-        x = keys.transpose(1, 2)
-        now = x[:, :, n:]
-        kappa = (now @ x.mT if phi is None else phi.kernel(now, x)).abs().squeeze(2)
-        age = torch.arange(n, -1, -1, device=position.device)
-        before = (age > 0) & (age <= position % rule.chunk_size)
-        rho = (kappa * writes.transpose(1, 2) * before[:, None]).sum(-1)
-        eta = eta * torch.exp(-rho)[:, None] / (mass * kappa[:, None, :, n]).clamp(min=1)
-        state.writes.copy_(writes[:, 1:])
-    q, k = _lifted(phi, a.q.float()), _lifted(phi, keys[:, n + 1 - rule.window :])
-    v = values[:, n + 1 - rule.window :].contiguous()
+    q, k = _lifted(phi, a.q.float()), _lifted(phi, keys)
+    if rule.limits:
+        own = k.square().sum(-1) * (gamma[..., 0] > 0)
+        if theta is not None:
+            own = torch.maximum(own, theta * state.scale[:, None])
+            state.scale.copy_(own[:, 0])
+        eta = eta / (masses(eta, theta, gamma)[..., 0] * own).clamp(min=1)
     y = a.q.new_empty(batch, heads, width)
     d = q.shape[-1]
     block = min(128, padded(d))
     momentum = state.momentum[0] if state.momentum else None
+    initial = a.weights[0].float().contiguous() if rule.decay_to == "initial" else None
     launch(
         _step, (batch * heads, ceil_div(width, VALUES)),
-        q, k, v, alpha, eta, theta, gamma, state.position,
-        state.weights[0], momentum, state.chunk_start[0], y, heads, d, width,
-        CHUNK=rule.chunk_size, WINDOW=rule.window, SPAN=1 << (rule.window - 1).bit_length(),
-        BD=block, BV=VALUES, TILES=ceil_div(d, block),
-        L2=rule.objective == "l2", MOMENTUM=momentum is not None, num_warps=WARPS,
+        q, k, values.contiguous(), alpha, eta.contiguous(), theta, gamma, state.weights[0],
+        momentum, initial, y, heads, d, width, WINDOW=rule.window,
+        SPAN=1 << (rule.window - 1).bit_length(), BD=block, BV=VALUES, TILES=ceil_div(d, block),
+        L2=rule.objective == "l2", MOMENTUM=momentum is not None, INITIAL=initial is not None,
+        num_warps=WARPS,
     )  # fmt: skip
+    _remember(a, keys, values)
+    return y
+
+
+def _remember(a: Arguments, keys: Tensor, values: Tensor) -> None:
+    """The state after the token, but for M, S and scale."""
+    state = a.state
+    assert state is not None
     state.keys.copy_(keys[:, 1:])
     state.values.copy_(values[:, 1:])
+    if a.rule.rewinds:  # chunks of one token: the next one begins here
+        gates = {"alpha": a.alpha, "eta": a.eta, "gamma": a.gamma}
+        gates |= {} if a.theta is None else {"theta": a.theta}
+        for name, gate in gates.items():
+            past = getattr(state, name)
+            past.copy_(torch.cat([past, gate.to(past.dtype)], 1)[:, 1:])
+        for start, now in (
+            (state.chunk_start, state.weights),
+            (state.momentum_start, state.momentum),
+        ):
+            for old, new in zip(start, now, strict=True):
+                old.copy_(new)
     state.position.add_(1)
-    return y
 
 
 PROVIDER = Provider("triton", _supports, _forward, no_backward)

@@ -1,7 +1,8 @@
 """The gated delta rule of flash-linear-attention as a provider of `atlas::omega_rule`.
 
-For a matrix memory, "l2", gradient descent, one token a chunk, a window of one and no momentum,
-with w_t = eta_t gamma_t the rule is
+For a matrix memory, "l2", gradient descent, a window of one, no momentum, and each error as the
+memory just before its token leaves it (online errors, or one token a chunk), with w_t = eta^_t
+gamma_t the rule is
 
     M_t = alpha_t M_{t-1} - w_t (M_{t-1} k_t - v_t) k_t^T,    y_t = M_t q_t.
 
@@ -9,7 +10,8 @@ Theirs takes the error after the decay; its state is the transpose of M, and g t
 
     M_t = a_t M_{t-1} - beta_t (a_t M_{t-1} k_t - v'_t) k_t^T,    a_t = exp(g_t).
 
-So a = alpha, beta = w / alpha and v' = alpha v give ours. Their kernels take 64 tokens at a time,
+So a = alpha, beta = w / alpha and v' = alpha v give ours; eta^_t = eta_t / max(1, w_t |k_t|^2) for
+online errors, else eta_t. Their kernels take 64 tokens at a time,
 where ours walk one after the other. alpha's gradient carries their rounding times w / alpha, of
 which a sigmoid's logit sees w: it takes alpha (1 - alpha) of that gradient.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,9 +51,9 @@ def _supports(call: Call) -> str | None:
         ("update", rule.update, "gd"),
         ("feature map", call.feature_map, "identity"),
         ("momentum", call.momentum, False),
-        ("write_discount", rule.write_discount, False),
         ("window", rule.window, 1),
-        ("chunk_size", rule.chunk_size, 1),
+        ("decay_to", rule.decay_to, "zero"),
+        ("chunk_size", 1 if rule.errors == "online" else rule.chunk_size, 1),
     ):
         if value != served:
             return f"it is the delta rule, {name} {served}, not {value}"
@@ -93,9 +96,12 @@ def _rule(a: Arguments) -> tuple[Tensor, OmegaState]:
     if a.cu_seqlens is not None:
         document_bounds(a.cu_seqlens, length)
         packed = a.cu_seqlens.to(a.q.device, torch.int64)
-    (m,) = before.weights
+    (m,) = before.chunk_start if a.rule.rewinds else before.weights
     alpha = a.alpha.to(m.dtype).clamp(min=LEAST_ALPHA)
     write = (a.eta * a.gamma[..., 0]).to(m.dtype)
+    if a.rule.limits:
+        # The scale is |k|^2, also where gamma is 0 and nothing is written.
+        write = write / (write * a.k.to(m.dtype).square().sum(-1)).clamp(min=1)
     dtype = torch.promote_types(a.q.dtype, torch.promote_types(a.k.dtype, a.v.dtype))
     y, after = _gated_delta_rule()(
         q=a.q.to(dtype),
@@ -109,16 +115,10 @@ def _rule(a: Arguments) -> tuple[Tensor, OmegaState]:
         cu_seqlens=packed,
     )
     m = after.mT
-    state = OmegaState(
-        weights=(m,),
-        momentum=(),
-        chunk_start=(m,),
-        keys=before.keys,
-        values=before.values,
-        writes=before.writes,
-        scale=before.scale,
-        position=before.position + (length if packed is None else packed.diff()),
-    )
+    position = before.position + (length if packed is None else packed.diff())
+    # No history: neither a window nor, where chunks are of one token, a chunk to begin again.
+    start = (m,) if a.rule.rewinds else ()
+    state = replace(before, weights=(m,), chunk_start=start, position=position)
     return y.to(a.q.dtype), state
 
 

@@ -3,6 +3,9 @@
     dL = -(F o Q K^T)^T dy - write o (K dW'^T) + last o (K dS'^T)
     dW = a dW' + (abar o dy)^T Q + dL^T K        dS = th dS' - c dW' - (carried o dy)^T Q
 
+For online errors de = X^T dL, dW gets (abar' o de)^T K in the place of dL^T K, dS in addition
+-(carried' o de)^T K, and the rest of it is the system's (online.py).
+
 Sequential is only the walk back over dW and dS; what needs them at one chunk follows all at once.
 """
 
@@ -11,31 +14,35 @@ Sequential is only the walk back over dW and dS; what needs them at one chunk fo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atlas_blocks.kernels import coefficients
+from atlas_blocks.kernels import coefficients, online
 from atlas_blocks.kernels.coefficients import Coefficients, Spans
+from atlas_blocks.kernels.fold import fold
 from atlas_blocks.kernels.matrix import (
     Tiles,
+    before,
     chunk_settings,
+    is_wide,
     left_and_dots,
     read_tiles,
     state_warps,
     walk_tiles,
 )
+from atlas_blocks.kernels.online import corrected_backward, solved_block
 from atlas_blocks.kernels.tiles import (
     Layout,
-    ceil_div,
     chip,
     chunk_tokens,
     dot,
     launch,
     load_block,
     load_tile,
-    padded,
     store_block,
     store_tile,
 )
@@ -43,11 +50,12 @@ from atlas_blocks.kernels.tiles import (
 
 @triton.jit
 def _left_backward(
-    q, k, target, dy, m_start, slots, own, halo, starts_w, e_own, e_halo, dl_own, dl_halo,
+    q, k, target, dy, slots, solved, own, halo, abar, carried, starts_w, starts_s,
+    e_own, e_halo, dl_own, dl_halo,
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    L2: tl.constexpr, BEGUN: tl.constexpr,
+    L2: tl.constexpr, MOMENTUM: tl.constexpr, CORRECT: tl.constexpr,
 ):  # fmt: skip
     """L again, and the part of its gradient that comes from the reads: -(F o Q K^T)^T dy."""
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
@@ -58,8 +66,9 @@ def _left_backward(
     r, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
     here = (slot * H + head).to(tl.int64)
     e, dots, e_h, dots_h = left_and_dots(
-        q, k, target, m_start, starts_w, slot, head, row, first, low, high, token, mine, v, H, D, V,
-        HISTORY, CHUNK, WINDOW, SPAN, HALO, BD, TILES, L2, BEGUN,
+        q, k, target, solved, abar, carried, starts_w, starts_s,
+        slot, head, row, first, low, high, token, mine, v, H, D, V, HISTORY,
+        CHUNK, WINDOW, SPAN, HALO, BD, TILES, L2, MOMENTUM, CORRECT,
     )  # fmt: skip
     g = load_tile(dy, first, r, mine, head, H, v, V)
     f = load_block(own + here * SPAN * SPAN, r, SPAN, r, SPAN)
@@ -75,18 +84,18 @@ def _left_backward(
 
 @triton.jit
 def _walk_backward(
-    q, k, dy, slots, rows,
+    q, k, dy, slots, rows, solved,
     write_own, write_halo, last_own, last_halo, abar, carried, thbar,
-    dl_own, dl_halo, dw_end, ds_end, dm_end, ends_w, ends_s, dw_start, ds_start, dm_start,
+    dl_own, dl_halo, dw_end, ds_end, dw_last, ds_last, ends_w, ends_s, dw_start, ds_start,
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
-    L2: tl.constexpr, MOMENTUM: tl.constexpr,
+    L2: tl.constexpr, MOMENTUM: tl.constexpr, CORRECT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The gradients of W and S at every chunk's end, from the last chunk to the first.
 
-    dl comes in with the reads' part and leaves complete. dm: the gradient of M^(0), at the end that
-    of the state's chunk_start.
+    dl comes in with the reads' part and leaves complete: of the bare errors where they are
+    corrected. LAST: the last chunk's start has gradients of its own, dw_last and ds_last.
     """
     row, head = tl.program_id(0) // H, tl.program_id(0) % H
     v = tl.program_id(1) * BV + tl.arange(0, BV)
@@ -96,18 +105,13 @@ def _walk_backward(
     mine = tl.program_id(0).to(tl.int64) * size
     first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
     shift = (row + 1) * HISTORY
-    at = slots + (first_slot + count - 1).to(tl.int64) * 4
-    whole = tl.load(at + 3) - tl.load(at + 1) == CHUNK
-    # After a whole chunk the state's chunk_start is W itself.
     w = load_block(dw_end + mine, v, V, d, D)
-    w += tl.where(whole, load_block(dm_end + mine, v, V, d, D), 0.0)
     if MOMENTUM:
         s = load_block(ds_end + mine, v, V, d, D)
     if TILES > 1:
         to = ((first_slot + count - 1) * H + head).to(tl.int64) * size
         for j in tl.range(TILES, disable_licm=True):
             x = load_block(dw_end + mine, v, V, d + j * BD, D)
-            x += tl.where(whole, load_block(dm_end + mine, v, V, d + j * BD, D), 0.0)
             store_block(ends_w + to, x, v, V, d + j * BD, D)
             if MOMENTUM:
                 x = load_block(ds_end + mine, v, V, d + j * BD, D)
@@ -116,7 +120,7 @@ def _walk_backward(
         slot = first_slot + count - 1 - back
         _, first, low, high, token, out = chunk_tokens(slots, slot, SPAN, CHUNK)
         here = (slot * H + head).to(tl.int64)
-        seen = (token >= low - HISTORY) & (token < high) & (r < CHUNK)
+        seen = (token < high) & (r < CHUNK)
         write = tl.load(write_own + here * SPAN + r)
         a = tl.load(abar + here * SPAN + SPAN - 1)
         if MOMENTUM:
@@ -128,6 +132,7 @@ def _walk_backward(
         if MOMENTUM:
             g_s = g * tl.load(carried + here * SPAN + r)[:, None]
         dl = load_block(dl_own + here * SPAN * V, r, SPAN, v, V).to(tl.float32)
+        dl_h = tl.zeros([HALO if HALO else 1, BV], tl.float32)
         if HALO:
             past = first - HALO + i
             near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
@@ -151,9 +156,15 @@ def _walk_backward(
                 dl_h -= write_h[:, None] * dot(x, tl.trans(w))
                 if MOMENTUM:
                     dl_h += last_h[:, None] * dot(x, tl.trans(s))
+        if CORRECT:
+            dl, dl_h = corrected_backward(dl, dl_h, solved, here, r, i, SPAN, HALO)
         store_block(dl_own + here * SPAN * V, dl, r, SPAN, v, V)
         if HALO:
             store_block(dl_halo + here * HALO * V, dl_h, i, HALO, v, V)
+        if CORRECT:
+            if MOMENTUM:
+                dl_s = dl * before(carried + here * SPAN, r, 0.0)[:, None]
+            dl *= before(abar + here * SPAN, r, 1.0)[:, None]
         for j in tl.range(TILES, disable_licm=True):
             if TILES > 1:
                 w = load_block(ends_w + here * size, v, V, d + j * BD, D)
@@ -167,19 +178,19 @@ def _walk_backward(
             if MOMENTUM:
                 s = th * s - c * w - dot(tl.trans(g_s), x)
             w = a * w + dot(tl.trans(g_w), x)
-            m = load_block(dm_end + mine, v, V, d + j * BD, D)
-            m = tl.where((back == 0) & (whole == 0), m, 0.0)
             if L2:
                 x = load_tile(k, first + shift, r, seen, head, H, d + j * BD, D)
-                m += dot(tl.trans(dl), x)
+                w += dot(tl.trans(dl), x)
+                if CORRECT and MOMENTUM:
+                    s -= dot(tl.trans(dl_s), x)
                 if HALO:
                     x = load_tile(k, first + shift - HALO, i, near, head, H, d + j * BD, D)
-                    m += dot(tl.trans(dl_h), x)
-            # M^(0) of a chunk that an earlier call began is not W.
-            begun = first < low
-            w += tl.where(begun, 0.0, m)
+                    w += dot(tl.trans(dl_h), x)
+            if LAST and back == 0:
+                w += load_block(dw_last + mine, v, V, d + j * BD, D)
+                if MOMENTUM:
+                    s += load_block(ds_last + mine, v, V, d + j * BD, D)
             if back == count - 1:
-                store_block(dm_start + mine, tl.where(begun, m, 0.0), v, V, d + j * BD, D)
                 store_block(dw_start + mine, w, v, V, d + j * BD, D)
                 if MOMENTUM:
                     store_block(ds_start + mine, s, v, V, d + j * BD, D)
@@ -191,18 +202,21 @@ def _walk_backward(
 
 @triton.jit
 def _gradients(
-    q, k, dy, m_start, slots, own, halo, abar, carried, write_own, write_halo, last_own, last_halo,
-    starts_w, starts_s, ends_w, ends_s, e_own, e_halo, dl_own, dl_halo,
+    q, k, dy, slots, own, halo, abar, carried, write_own, write_halo, last_own, last_halo,
+    starts_w, starts_s, ends_w, ends_s, e_own, e_halo, dl_own, dl_halo, slope,
     dq, dk, dk_halo,
     d_own, d_halo, d_abar, d_carried, d_write_own, d_write_halo, d_last_own, d_last_halo, d_thbar,
+    d_faded, d_fallen,
     SLOTS, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
-    L2: tl.constexpr, MOMENTUM: tl.constexpr, BEGUN: tl.constexpr,
+    L2: tl.constexpr, MOMENTUM: tl.constexpr, CORRECT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries, the keys and the coefficients, for one block of D.
 
-    Sums over D of the coefficients' gradients are left to the caller: [TILES, slots, H, ...].
+    Sums over D of the coefficients' gradients are left to the caller: [TILES, slots, H, ...]. To
+    those of F, which are one, the system's are there already. d_faded and d_fallen are those of
+    abar and carried one token earlier.
     """
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
     row, first, low, high, token, mine = chunk_tokens(slots, slot, SPAN, CHUNK)
@@ -215,7 +229,7 @@ def _gradients(
     there = (part * SLOTS * H).to(tl.int64) + here
     size = V * D
     shift = (row + 1) * HISTORY
-    seen = (token >= low - HISTORY) & (token < high) & (r < CHUNK)
+    seen = (token < high) & (r < CHUNK)
 
     past = first - HALO + i
     near = (past >= low - HISTORY) & (past < high) & (i > HALO - WINDOW)
@@ -240,7 +254,10 @@ def _gradients(
             x_j = load_tile(q, first, r, mine, head, H, j * BD + tl.arange(0, BD), D)
             z_j = load_tile(k, first + shift, r, seen, head, H, j * BD + tl.arange(0, BD), D)
             dots += dot(x_j, tl.trans(z_j))
-        store_block(d_own + here * SPAN * SPAN, -dots * spread, r, SPAN, r, SPAN)
+        f = -dots * spread
+        if CORRECT:
+            f += load_block(d_own + here * SPAN * SPAN, r, SPAN, r, SPAN)
+        store_block(d_own + here * SPAN * SPAN, f, r, SPAN, r, SPAN)
     if HALO:
         z_h = load_tile(k, first + shift - HALO, i, near, head, H, d, D)
         spread = tl.zeros([SPAN, HALO], tl.float32)
@@ -261,7 +278,10 @@ def _gradients(
                     k, first + shift - HALO, i, near, head, H, j * BD + tl.arange(0, BD), D
                 )
                 dots += dot(x_j, tl.trans(z_j))
-            store_block(d_halo + here * SPAN * HALO, -dots * spread, r, SPAN, i, HALO)
+            f = -dots * spread
+            if CORRECT:
+                f += load_block(d_halo + here * SPAN * HALO, r, SPAN, i, HALO)
+            store_block(d_halo + here * SPAN * HALO, f, r, SPAN, i, HALO)
 
     # The queries: dq = abar o dy W - carried o dy S + d_dots K.
     read = tl.zeros([SPAN, BD], tl.float32)
@@ -306,13 +326,31 @@ def _gradients(
         left += tl.load(last_own + here * SPAN + r)[:, None] * wrote
         tl.store(d_last_own + there * SPAN + r, tl.sum(wrote * z, 1))
     if L2:
+        wrote = tl.zeros([SPAN, BD], tl.float32)
         for n in tl.range(VALUE_TILES, disable_licm=True):
             v = n * BV + tl.arange(0, BV)
             w = load_block(starts_w + here * size, v, V, d, D)
-            if BEGUN and first < low:
-                w = load_block(m_start + (row * H + head).to(tl.int64) * size, v, V, d, D)
-            dl = load_block(dl_own + here * SPAN * V, r, SPAN, v, V)
-            left += dot(dl, w)
+            wrote += dot(load_block(dl_own + here * SPAN * V, r, SPAN, v, V), w)
+        if CORRECT:
+            tl.store(d_faded + there * SPAN + r, tl.sum(wrote * z, 1))
+            wrote *= before(abar + here * SPAN, r, 1.0)[:, None]
+        left += wrote
+    if CORRECT:
+        if MOMENTUM:
+            wrote = tl.zeros([SPAN, BD], tl.float32)
+            for n in tl.range(VALUE_TILES, disable_licm=True):
+                v = n * BV + tl.arange(0, BV)
+                s = load_block(starts_s + here * size, v, V, d, D)
+                wrote += dot(load_block(dl_own + here * SPAN * V, r, SPAN, v, V), s)
+            tl.store(d_fallen + there * SPAN + r, -tl.sum(wrote * z, 1))
+            left -= before(carried + here * SPAN, r, 0.0)[:, None] * wrote
+        KEYS: tl.constexpr = SPAN + HALO
+        left += dot(tl.load(solved_block(slope, here, HALO + r, HALO + r, KEYS)), z)
+        if HALO:
+            f = tl.load(solved_block(slope, here, HALO + r, i, KEYS))
+            left += dot(f, z_h)
+            left_h += dot(tl.trans(f), z)
+            left_h += dot(tl.load(solved_block(slope, here, i, i, KEYS)), z_h)
     store_tile(dk, left, first + shift, r, seen, head, H, d, D)
     if HALO:
         wrote = tl.zeros([HALO, BD], tl.float32)
@@ -334,53 +372,9 @@ def _gradients(
             for n in tl.range(VALUE_TILES, disable_licm=True):
                 v = n * BV + tl.arange(0, BV)
                 w = load_block(starts_w + here * size, v, V, d, D)
-                if BEGUN and first < low:
-                    w = load_block(m_start + (row * H + head).to(tl.int64) * size, v, V, d, D)
                 dl = load_block(dl_halo + here * HALO * V, i, HALO, v, V)
                 left_h += dot(dl, w)
         store_block(dk_halo + here * HALO * D, left_h, i, HALO, d, D)
-
-
-@triton.jit
-def _fold(
-    own, halo, out, slots, rows, SIGN,
-    H: tl.constexpr, D: tl.constexpr, HISTORY: tl.constexpr,
-    CHUNK: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, STREAM: tl.constexpr,
-):  # fmt: skip
-    """A key's gradient: SIGN x (what it got in its own chunk + in the halos of the chunks after).
-
-    own is a stream like `out`, or [slots, H, SPAN, D].
-    """
-    row, head = tl.program_id(1) // H, tl.program_id(1) % H
-    d = tl.program_id(2) * BD + tl.arange(0, BD)
-    first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
-    at = slots + first_slot.to(tl.int64) * 4
-    first, low, high = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    past = tl.program_id(0) * BT + tl.arange(0, BT)
-    there = past < high - low + HISTORY
-    token = low - HISTORY + past
-    # Division rounds to zero; history reaches no further back than HALO + CHUNK.
-    REACH: tl.constexpr = (HALO + CHUNK - 1) // CHUNK
-    n = (token - first + (REACH + 1) * CHUNK) // CHUNK - (REACH + 1)
-    column = (d < D)[None, :]
-    mine = there & (n >= 0) & (n < count)
-    if STREAM:
-        total = load_tile(own, low + row * HISTORY, past, mine, head, H, d, D).to(tl.float32)
-    else:
-        line = ((first_slot + n).to(tl.int64) * H + head) * SPAN + token - first - n * CHUNK
-        total = tl.load(
-            own + line[:, None] * D + d[None, :], mask=mine[:, None] & column, other=0.0
-        )
-        total = total.to(tl.float32)
-    for later in range(1, REACH + 1):
-        m = n + later
-        i = token - (first + m * CHUNK - HALO)
-        mine = there & (m >= 0) & (m < count) & (i >= 0) & (i < HALO)
-        line = ((first_slot + m).to(tl.int64) * H + head) * HALO + i
-        x = tl.load(halo + line[:, None] * D + d[None, :], mask=mine[:, None] & column, other=0.0)
-        total += x.to(tl.float32)
-    store_tile(out, SIGN * total, low + row * HISTORY, past, there, head, H, d, D)
 
 
 def walk_backward_tiles(d: int, v: int) -> Tiles:
@@ -389,31 +383,46 @@ def walk_backward_tiles(d: int, v: int) -> Tiles:
     return walk_tiles(d, v, resident=32, streamed=16)
 
 
-def gradient_tiles(d: int, v: int, spans: Spans) -> Tiles:
+def gradient_tiles(d: int, v: int, spans: Spans, wide: bool) -> Tiles:
     if chip() < 90 or d % 16:
         return Tiles.of(d, v, 16 if spans.halo or d % 16 else 32, 32)
-    return Tiles.of(d, v, 64, 32)
+    return Tiles.of(d, v, 32 if wide else 64, 32)
+
+
+class Gradients(NamedTuple):
+    """What `backward` finds."""
+
+    q: Tensor
+    k: Tensor
+    target: Tensor
+    coefficients: Coefficients
+    decay: Tensor | None  # what A has of its own, for `coefficients.backward`
+    pend: Tensor | None
+    w: Tensor  # at the first chunk's start
+    s: Tensor | None
 
 
 def backward(
     dy: Tensor,
     dw: Tensor,
     ds: Tensor | None,
-    dm: Tensor,
+    last: tuple[Tensor, Tensor | None] | None,
     q: Tensor,
     k: Tensor,
     target: Tensor,
+    alpha: Tensor,
+    pend: Tensor | None,
     found: Coefficients,
+    solved: Tensor | None,
     starts_w: Tensor,
     starts_s: Tensor | None,
-    m: Tensor | None,
     at: Layout,
     spans: Spans,
     *,
     l2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Coefficients, Tensor, Tensor | None, Tensor]:
-    """From the gradients of y, W, S and the state's chunk_start to those of q, k, target, the
-    coefficients, and the W, S and M^(0) that the call began with."""
+) -> Gradients:
+    """From the gradients of y, of W and S at the end, and of them at the last chunk's start (last,
+    if it has any); alpha, pend: what the system was made of."""
     heads, d = q.shape[-2:]
     v = target.shape[-1]
     shape = (heads, d, v, spans.history)
@@ -422,57 +431,62 @@ def backward(
     e_halo = q.new_empty(*slots, spans.halo, v, dtype=torch.float32)
     dl_own, dl_halo = torch.empty_like(e_own), torch.empty_like(e_halo)
     settings = chunk_settings(spans)
-    kinds = {"L2": l2, "BEGUN": m is not None}
-    t = read_tiles(d, v)
+    kinds = {"L2": l2, "MOMENTUM": ds is not None, "CORRECT": solved is not None}
+    wide = is_wide(spans, solved)
+    t = read_tiles(d, v, wide)
     launch(
         _left_backward, (at.count * heads, t.value_count),
-        q, k, target, dy, m, at.slots, found.own, found.halo, starts_w,
-        e_own, e_halo, dl_own, dl_halo, *shape,
+        q, k, target, dy, at.slots, solved, found.own, found.halo, found.abar, found.carried,
+        starts_w, starts_s, e_own, e_halo, dl_own, dl_halo, *shape,
         **settings, **kinds, **t.settings(state_warps(q.dtype)),
     )  # fmt: skip
-    t = walk_backward_tiles(d, v)
-    ends_w, dw_start, dm_start = (
-        torch.empty_like(starts_w),
-        torch.empty_like(dw),
-        torch.empty_like(dw),
-    )
+    t, warps = walk_backward_tiles(d, v), state_warps(q.dtype, solved)
+    ends_w, dw_start = torch.empty_like(starts_w), torch.empty_like(dw)
     ends_s = ds_start = None
     if starts_s is not None and ds is not None:
         ends_s, ds_start = torch.empty_like(starts_s), torch.empty_like(ds)
     launch(
         _walk_backward, (at.batch * heads, t.value_count),
-        q, k, dy, at.slots, at.rows,
+        q, k, dy, at.slots, at.rows, solved,
         found.write_own, found.write_halo, found.last_own, found.last_halo,
         found.abar, found.carried, found.thbar,
-        dl_own, dl_halo, dw, ds, dm, ends_w, ends_s, dw_start, ds_start, dm_start, *shape,
-        **settings, **t.settings(state_warps(q.dtype)), L2=l2, MOMENTUM=ends_s is not None,
+        dl_own, dl_halo, dw, ds, *(last or (None, None)), ends_w, ends_s, dw_start, ds_start,
+        *shape, **settings, **kinds, **t.settings(warps, solved is not None), LAST=last is not None,
     )  # fmt: skip
-    t = gradient_tiles(d, v, spans)
+    t = gradient_tiles(d, v, spans, wide)
     gradient = coefficients.empty(at, heads, spans, parts=t.count)
+    system = slope = faded = fallen = None
+    if solved is not None:
+        errors = (e_own, e_halo, dl_own, dl_halo)
+        system = online.backward(k, alpha, pend, found, errors, gradient, at, spans)
+        slope = system.slope
+        faded, fallen = torch.empty_like(gradient.abar), torch.empty_like(gradient.abar)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dk_halo = q.new_empty(*slots, spans.halo, d, dtype=torch.float32)
     launch(
         _gradients, (at.count * heads, t.count),
-        q, k, dy, m, at.slots, found.own, found.halo, found.abar, found.carried,
+        q, k, dy, at.slots, found.own, found.halo, found.abar, found.carried,
         found.write_own, found.write_halo, found.last_own, found.last_halo,
-        starts_w, starts_s, ends_w, ends_s, e_own, e_halo, dl_own, dl_halo,
-        dq, dk, dk_halo, *gradient, at.count, *shape,
-        **settings, **kinds, **t.settings(),
-        MOMENTUM=ends_s is not None, VALUE_TILES=t.value_count,
+        starts_w, starts_s, ends_w, ends_s, e_own, e_halo, dl_own, dl_halo, slope,
+        dq, dk, dk_halo, *gradient, faded, fallen, at.count, *shape,
+        **settings, **kinds, **t.settings(), VALUE_TILES=t.value_count,
     )  # fmt: skip
     dv = torch.empty_like(target)
-    for own, halo, out, sign, stream in (
-        (dl_own, dl_halo, dv, -1.0, False),
-        (dk, dk_halo, dk, 1.0, True),
-    ):
-        if stream and not spans.halo and not spans.history:
-            continue  # nothing to add
-        width = out.shape[-1]
-        block = min(16 if width % 16 else 64, padded(width))
-        grid = (ceil_div(at.longest + spans.history, 64), at.batch * heads, ceil_div(width, block))
-        launch(
-            _fold, grid,
-            own, halo, out, at.slots, at.rows, sign, heads, width, spans.history,
-            CHUNK=spans.chunk, SPAN=spans.span, HALO=spans.halo, BT=64, BD=block, STREAM=stream,
-        )  # fmt: skip
-    return dq, dk, dv, coefficients.summed(gradient), dw_start, ds_start, dm_start
+    fold(dl_own, dl_halo, dv, at, spans, sign=-1.0)
+    if spans.halo or spans.history:
+        fold(dk, dk_halo, dk, at, spans, stream=True)
+    gradient, decay, d_pend = coefficients.summed(gradient), None, None
+    if system is not None:
+        assert faded is not None
+        assert fallen is not None
+        early = faded.sum(0) if system.abar is None else faded.sum(0) + system.abar
+        gradient.abar[..., :-1] += early[..., 1:]
+        if ds is not None:
+            gradient.carried[..., :-1] += fallen.sum(0)[..., 1:]
+        decay = system.decay
+        if pend is not None:
+            d_pend = torch.empty_like(pend)
+            assert system.pend_own is not None
+            assert system.pend_halo is not None
+            fold(system.pend_own, system.pend_halo, d_pend, at, spans)
+    return Gradients(dq, dk, dv, gradient, decay, d_pend, dw_start, ds_start)

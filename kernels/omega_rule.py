@@ -1,36 +1,26 @@
 """The Triton provider of `atlas::omega_rule` and its backward.
 
-What is not the recurrence (feature maps, the gates' elementwise arithmetic, histories) is PyTorch
-under autograd, done again in the backward; coefficients.py, discount.py, matrix.py and deep/ do
-the rest.
+What is not the recurrence is PyTorch (prelude.py); coefficients.py, online.py, matrix.py and deep/
+do the rest. A call that begins inside a chunk of a rule that rewinds does that chunk again from its
+start: its first tokens come from the state, and only the others' y is stored.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from atlas_blocks.functional import rule as rules
-from atlas_blocks.functional.documents import (
-    document_bounds,
-    document_of,
-    last_tokens,
-    with_past,
-)
-from atlas_blocks.functional.groups import chunk_count
-from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Arguments, OmegaState
 from atlas_blocks.functional.walk import muon_chunk
-from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz
-from atlas_blocks.kernels.coefficients import Spans
+from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz, online
+from atlas_blocks.kernels.coefficients import Coefficients
 from atlas_blocks.kernels.deep import batches as deep
 from atlas_blocks.kernels.deep import call as deep_call
-from atlas_blocks.kernels.discount import DiscountSums
-from atlas_blocks.kernels.tiles import Layout, layout, no_device
+from atlas_blocks.kernels.prelude import Memory, Rows, Streams, prepare, rows_of
+from atlas_blocks.kernels.tiles import no_device
 from atlas_blocks.ops.newton_schulz import NewtonSchulz
 from atlas_blocks.ops.omega_rule import (
     Call,
@@ -44,66 +34,6 @@ from atlas_blocks.ops.providers import DEFINITION, Provider, find
 # Beyond these a chunk's matrices no longer fit one program.
 LARGEST_CHUNK, LARGEST_WINDOW = 64, 64
 LARGEST_VALUE, LARGEST_DEEP_VALUE, LARGEST_FEATURES = 256, 128, 8192
-
-
-class _Streams(NamedTuple):
-    """What the kernels read, differentiable in the op's inputs.
-
-    HIST tokens of history come first in k, target and mass, before each of packed documents. eta
-    is discounted where the memory is a matrix; mass is there for a deep memory's discount.
-    """
-
-    q: Tensor  # phi(q) [B, T, H, D]
-    k: Tensor  # phi(k) [B, HIST + T, H, D]
-    target: Tensor  # v, or v - r(k) [B, HIST + T, H, V]
-    alpha: Tensor  # [B, T, H]
-    eta: Tensor  # [B, T, H]
-    theta: Tensor | None  # [B, T, H]
-    gamma: Tensor  # [B, T, H, c]
-    mass: Tensor | None  # [B, HIST + T, H]
-
-
-class _Rows(NamedTuple):
-    """The sequences of a call, rows of the batch or packed documents, R of them."""
-
-    at: Layout
-    spans: Spans
-    bounds: Tensor  # where their tokens begin and end [R + 1]
-    document: Tensor | None  # of every token, where they are packed [T]
-    batches: list[deep.Batch]  # of packed documents with a deep memory
-
-    def with_past(self, past: Tensor, x: Tensor) -> Tensor:
-        """[R, n, ...] and [B, T, ...] -> [B, n + T, ...], or [1, R n + T, ...] where packed."""
-        if self.document is None:
-            return torch.cat([past.to(x.dtype), x], 1)
-        return with_past(past, x, self.bounds, self.document)
-
-    def last(self, stream: Tensor, past: Tensor, *, joined: bool) -> Tensor:
-        """The last n tokens [R, n, ...], from those before the call where it is too short; joined:
-        whether the stream is `with_past`'s."""
-        n, t = past.shape[1], stream.to(past.dtype)
-        if self.document is not None:
-            return last_tokens(t if joined else self.with_past(past, t), n, self.bounds)
-        if t.shape[1] < n:
-            t = torch.cat([past[:, : n - t.shape[1]], t], 1)
-        return t[:, t.shape[1] - n :]
-
-
-class _Memory(NamedTuple):
-    """What a call begins with: lists of [R, H, dout, din], and scale [R, H]."""
-
-    w: list[Tensor]  # W
-    s: list[Tensor]  # S, empty without momentum
-    m: list[Tensor]  # M^(0), empty without a state
-    scale: Tensor
-
-
-class _History(NamedTuple):
-    """The last tokens, for the next call."""
-
-    keys: Tensor
-    values: Tensor
-    writes: Tensor
 
 
 def _supports(call: Call) -> str | None:
@@ -136,92 +66,76 @@ def _orthogonalise(s: Tensor, steps: int) -> Tensor:
 _muon_chunk = partial(muon_chunk, orthogonalise=_orthogonalise)
 
 
-def _rows(a: Arguments) -> _Rows:
-    state, chunk, matrix_memory = a.state, a.rule.chunk_size, a.rule.memory == "matrix"
-    history = 0 if state is None else a.rule.history
-    least = 16 if matrix_memory else deep_call.LEAST_HALO
-    spans = Spans.of(chunk, a.rule.window, history, least)
-    (batch, length), device, begun = a.q.shape[:2], a.q.device, state is not None
-    position = None if state is None else state.position
-    if a.cu_seqlens is None:
-        bounds = torch.arange(batch + 1, device=device) * length
-        at = layout(bounds, length, chunk, position, per_row=chunk_count(length, chunk, begun))
-        return _Rows(at, spans, bounds, None, [])
-    numbers = document_bounds(a.cu_seqlens, length)
-    lengths = [stop - start for start, stop in pairwise(numbers)]
-    bounds = a.cu_seqlens.to(device, torch.int64)
-    count = chunk_count(length, chunk, begun, a.sequences)
-    at, parts = layout(bounds, max(lengths), chunk, position, count=count), []
-    if not matrix_memory:
-        parts = deep.batches(at, [chunk_count(n, chunk, begun) for n in lengths])
-    return _Rows(at, spans, bounds, document_of(bounds, length), parts)
-
-
-def _times(a: Arguments, rows: _Rows) -> Tensor:
-    """Which token of its sequence each one is [B or 1, T]."""
-    times = torch.arange(a.q.shape[1], device=a.q.device)[None]
-    if rows.document is not None:
-        times = times - rows.bounds[rows.document]
-    if a.state is None:
-        return times
-    first = a.state.position.to(times.device)
-    return times + (first[:, None] if rows.document is None else first[rows.document])
-
-
-def _prepare(a: Arguments, rows: _Rows) -> tuple[_Streams, _Memory, _History]:
-    q, k, v, alpha, eta, theta, gamma, _, phi, rule, state, _ = a
-    gamma = gamma.float()
-    if rule.window > 1:
-        # The window does not reach back over the start of the sequence.
-        lags = torch.arange(rule.window, device=q.device)
-        gamma = gamma * (lags <= _times(a, rows)[..., None])[:, :, None]
-    eta, theta = eta.float(), None if theta is None else theta.float()
-    mass = own_mass = rules.write_mass(eta, theta, gamma) if rule.write_discount else None
-
-    before = state
-    if before is None:
-        before = rules.initial_state(q, v, a.weights, rule, False, a.sequences)
-    if state is not None:
-        k, v = rows.with_past(state.keys, k), rows.with_past(state.values, v)
-        mass = None if mass is None else rows.with_past(state.writes, mass)
-
-    def last(stream: Tensor, past: Tensor) -> Tensor:
-        return rows.last(stream, past, joined=state is not None)
-
-    writes = before.writes if mass is None else last(mass, before.writes)
-    history = _History(last(k, before.keys), last(v, before.values), writes)
-
-    def lifted(x: Tensor) -> Tensor:
-        x = x if phi is None else phi(x.float()).to(x.dtype)
-        return x.contiguous()
-
-    target = v.float() - k.float() if _has_residual(a) and rule.objective == "l2" else v
-    q, k = lifted(q), lifted(k)
-    if mass is not None and rule.memory == "matrix":
-        rho, own = DiscountSums.apply(k, mass.contiguous(), rows.at, rows.spans)
-        eta, mass = eta * torch.exp(-rho) / (own_mass * own).clamp(min=1), None
-    streams = _Streams(
-        q, k, target.contiguous(), alpha.float().contiguous(), eta.contiguous(),
-        None if theta is None else theta.contiguous(), gamma.contiguous(),
-        None if mass is None else mass.contiguous(),
-    )  # fmt: skip
-    w = [t.contiguous() for t in before.weights]
-    s: list[Tensor] = []
-    if theta is not None:
-        s = [torch.zeros_like(t) for t in w] if state is None else list(state.momentum)
-    m = [] if state is None else list(state.chunk_start)
-    s, m = ([t.contiguous() for t in group] for group in (s, m))
-    return streams, _Memory(w, s, m, before.scale.contiguous()), history
-
-
-def _has_residual(a: Arguments) -> bool:
-    return MEMORIES[a.rule.memory].residual and a.q.shape[-1] == a.v.shape[-1]
-
-
-def _gates(x: _Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _gates(x: Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """alpha, eta, theta and gamma with one axis of tokens."""
     theta = None if x.theta is None else x.theta.flatten(0, 1)
     return x.alpha.flatten(0, 1), x.eta.flatten(0, 1), theta, x.gamma.flatten(0, 1)
+
+
+def _deep_call(
+    a: Arguments,
+    x: Streams,
+    memory: Memory,
+    rows: Rows,
+    anchors: list[Tensor],
+    anchored: Tensor | None,
+) -> deep_call.Call:
+    left = None if x.pend is None else x.pend.flatten(0, 1)
+    rule, (w, s) = a.rule, memory[:2]
+    return deep_call.Call(
+        x.q, x.k, x.target, *_gates(x), left, w, s, rows.at, rows.spans,
+        rule.objective == "l2", rule.limits, rule.corrects, anchors, anchored,
+    )  # fmt: skip
+
+
+def _system(
+    a: Arguments, x: Streams, found: Coefficients, rows: Rows
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """alpha and pend as `online.solve` reads them, and what it returns where errors are online."""
+    alpha, pend = x.alpha.flatten(0, 1), None if x.pend is None else x.pend.flatten(0, 1)
+    if not a.rule.corrects:
+        return alpha, pend, None
+    return alpha, pend, online.solve(x.k, alpha, pend, found, rows.at, rows.spans)
+
+
+class _Ends(NamedTuple):
+    """What the next call begins with, from the memory at the call's end or at its last chunk's
+    start."""
+
+    whole: Tensor  # whether the last chunk is [R]
+    slots: Tensor  # the last chunks' [R]
+
+    @staticmethod
+    def of(position: Tensor, rows: Rows) -> _Ends:
+        """position: of the next token [R]."""
+        at = rows.at
+        return _Ends(position % at.chunk == 0, (at.rows[:, 0] + at.rows[:, 1] - 1).long())
+
+    def next(self, end: Tensor, starts: Tensor) -> Tensor:
+        """The memory at the start of the next token's chunk [R, H, ...]."""
+        return torch.where(self._like(end), end, starts[self.slots])
+
+    def split(self, d: Tensor) -> tuple[Tensor, Tensor]:
+        """A gradient of `next`: the end's and the last chunk's start's."""
+        return torch.where(self._like(d), d, 0.0), torch.where(self._like(d), 0.0, d)
+
+    def _like(self, t: Tensor) -> Tensor:
+        return self.whole.view(-1, *(t.dim() - 1) * (1,))
+
+
+def _position(a: Arguments, rows: Rows) -> Tensor:
+    """Of the token after the call's [R]."""
+    first = torch.zeros_like(rows.bounds[:-1])
+    if a.state is not None:
+        first = a.state.position.to(a.q.device, torch.int64)
+    return first + rows.bounds.diff()
+
+
+def _scale(a: Arguments, memory: Memory, ends: _Ends) -> Tensor:
+    """The next call's, of a matrix memory."""
+    if memory.scales is None or a.theta is None or not a.rule.rewinds:
+        return memory.scale
+    return ends.next(memory.scale, memory.scales)
 
 
 def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
@@ -231,48 +145,40 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
         return find("omega_rule", DEFINITION).forward(tensors, settings, save)
     with torch.no_grad():
-        rows = _rows(a)
-        at, spans = rows.at, rows.spans
-        x, memory, history = _prepare(a, rows)
-        l2, gates = a.rule.objective == "l2", _gates(x)
+        rows = rows_of(a)
+        at, spans, position = rows.at, rows.spans, _position(a, rows)
+        ends = _Ends.of(position, rows)
+        x, memory, history, read, offset, anchors, anchored = prepare(a, rows)
         if a.rule.memory == "matrix":
-            found = coefficients.forward(*gates, at, spans)
+            found = coefficients.forward(*_gates(x), at, spans)
+            solved = _system(a, x, found, rows)[2]
             one = matrix.forward(
-                x.q, x.k, x.target, found, memory.w[0], _first(memory.s), _first(memory.m),
-                at, spans, l2=l2,
+                x.q, x.k, x.target, found, solved, memory.w[0], _first(memory.s), at, spans,
+                l2=a.rule.objective == "l2", full=a.state is None and a.cu_seqlens is None,
             )  # fmt: skip
             y, w, s, starts_w, starts_s = one[0], *([] if t is None else [t] for t in one[1:])
-            # A matrix memory's discount carries no scale.
-            scale, scales = memory.scale, memory.scale.new_zeros(at.count, a.q.shape[2])
+            scale, scales = _scale(a, memory, ends), memory.scales
+            if scales is None:
+                scales = scale.new_zeros(at.count, a.q.shape[2])
+            if offset is not None:
+                there = (at.slots[:, 2] < at.slots[:, 3]).view(-1, 1, 1, 1)
+                w, starts_w = [w[0] + offset], [starts_w[0] + offset * there]
         else:
-            call = deep_call.Call(
-                x.q, x.k, x.target, *gates, x.mass, memory.w, memory.s, memory.m, at, spans, l2
-            )
+            call = _deep_call(a, x, memory, rows, anchors, anchored)
             y, w, s, scale, starts_w, starts_s, scales = deep.forward(
                 call, memory.scale, rows.batches
             )
-            if _has_residual(a):
-                y = y + a.q
-        first = torch.zeros_like(at.rows[:, 0]) if a.state is None else a.state.position
-        first = first.to(a.q.device, torch.int64)
-        position = first + rows.bounds.diff()
-
-        def chunk_start(i: int) -> Tensor:
-            """M^(0) of the token that comes next: W after a whole chunk, else the last chunk's."""
-            start = starts_w[i][(at.rows[:, 0] + at.rows[:, 1] - 1).long()]
-            if memory.m:
-                old = (at.rows[:, 1] == 1) & (first % spans.chunk > 0)
-                start = torch.where(old[:, None, None, None], memory.m[i], start)
-            whole = position % spans.chunk == 0
-            return torch.where(whole[:, None, None, None], w[i], start)
-
+            # Without momentum nothing is carried.
+            scale = memory.scale if a.theta is None else ends.next(scale, scales)
+        y = y if read is None else y + read
+        groups: dict[str, list[Tensor]] = {"weights": w, "momentum": s}
+        groups["chunk_start"] = list(map(ends.next, w, starts_w))
+        groups["momentum_start"] = list(map(ends.next, s, starts_s))
+        there = OmegaState.groups(a.rule, a.theta is not None)
+        groups = {n: groups[n] if there[n] else [] for n in groups}
+        fields: dict[str, Any] = {n: tuple(group) for n, group in groups.items()}
         state = OmegaState(
-            weights=tuple(w),
-            momentum=tuple(s),
-            chunk_start=tuple(map(chunk_start, range(len(w)))),
-            keys=history.keys,
-            values=history.values,
-            writes=history.writes,
+            **{**fields, **history},
             scale=scale,
             position=position,
         )
@@ -289,6 +195,34 @@ def _first(group: list[Tensor]) -> Tensor | None:
     return group[0] if group else None
 
 
+class _Grads(NamedTuple):
+    """Of y and of what the next call begins with."""
+
+    y: Tensor
+    w: list[Tensor]  # at the end, of what the next call takes from there
+    s: list[Tensor]
+    last_w: list[Tensor]  # at the last chunk's start likewise, empty where it takes nothing there
+    last_s: list[Tensor]
+    rest: dict[str, Tensor]  # of the state's other tensors
+
+    @staticmethod
+    def of(grads: list[Tensor], a: Arguments, ends: _Ends) -> _Grads:
+        parts, count = (g.contiguous() for g in grads), len(a.weights)
+        y, groups = next(parts), {}
+        for n, there in OmegaState.groups(a.rule, a.theta is not None).items():
+            groups[n] = [next(parts) for _ in range(count if there else 0)]
+        rest = dict(zip(OmegaState.REST[:-1], parts, strict=True))
+        w, s = groups["weights"], groups["momentum"]
+        last_w, last_s = [], []
+        if a.rule.rewinds:
+            to_w, last_w = zip(*map(ends.split, groups["chunk_start"]), strict=True)
+            w = [g + h for g, h in zip(w, to_w, strict=True)]
+        if a.rule.rewinds and s:
+            to_s, last_s = zip(*map(ends.split, groups["momentum_start"]), strict=True)
+            s = [g + h for g, h in zip(s, to_s, strict=True)]
+        return _Grads(y, w, s, list(last_w), list(last_s), rest)
+
+
 def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
@@ -300,46 +234,32 @@ def _backward(
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
     a = unflatten(leaves, settings)
-    dy, *rest = (g.contiguous() for g in grads)
-    count = len(a.weights)
-    dw, rest = rest[:count], rest[count:]
-    ds, rest = (rest[:count], rest[count:]) if settings.momentum else ([], rest)
-    dm, (*d_history, d_scale) = rest[:count], rest[count:]
-    rows = _rows(a)
-    at, spans = rows.at, rows.spans
+    rows = rows_of(a)
+    ends = _Ends.of(_position(a, rows), rows)
+    d = _Grads.of(grads, a, ends)
     with torch.enable_grad():
-        x, memory, history = _prepare(a, rows)
-    *starts, scales = (t.flatten(0, 1) for t in saved)
-    starts_w, starts_s = starts[:count], starts[count:]
-    plain = _Streams._make(None if t is None else t.detach() for t in x)
-    w, s, m = ([t.detach() for t in group] for group in memory[:3])
-    gates, l2 = _gates(plain), a.rule.objective == "l2"
-    d_mass = d_read = None
+        x, memory, history, read, offset, anchors, anchored = prepare(a, rows)
+        scale = _scale(a, memory, ends) if a.rule.memory == "matrix" else memory.scale
+    starts = [t.flatten(0, 1) for t in saved]
+    d_offset = None
+    if offset is not None:
+        starts[0] = starts[0] - offset.detach()
+        d_offset = sum(d.last_w, d.w[0]).sum(0, keepdim=True)
+    plain = Streams._make(None if t is None else t.detach() for t in x)
     if a.rule.memory == "matrix":
-        found = coefficients.forward(*gates, at, spans)
-        dq, dk, dv, gradient, *one = matrix_backward.backward(
-            dy, dw[0], _first(ds), dm[0], plain.q, plain.k, plain.target, found, starts_w[0],
-            _first(starts_s), _first(m), at, spans, l2=l2,
-        )  # fmt: skip
-        dw, ds, dm = ([] if t is None else [t] for t in one)
-        d_gates = coefficients.backward(*gates, at, spans, gradient)
+        found = _matrix_backward(a, plain, memory, starts, d, ends, rows)
     else:
-        call = deep_call.Call(
-            plain.q, plain.k, plain.target, *gates, plain.mass, w, s, m, at, spans, l2
-        )
-        dq, dk, dv, d_gates, d_mass, dw, ds, dm, d_scale = deep.backward(
-            call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale, rows.batches
-        )
-        if _has_residual(a):
-            d_read = dy
-    outputs = (x.q, x.k, x.target, x.alpha, x.eta, x.theta, x.gamma, x.mass, *history)
-    outputs += (*memory.w, *memory.s, *memory.m, memory.scale, a.q)
-    found = (dq, dk, dv, *d_gates, d_mass, *d_history, *dw, *ds, *dm, d_scale, d_read)
-    if a.state is None:
-        found = found[: -len(dm) - 2] + found[-2:]
+        detached = [t.detach() for t in anchors]
+        kept = None if anchored is None else anchored.detach()
+        found = _deep_backward(a, plain, memory, starts, d, ends, rows, detached, kept)
+    outputs = (*x, *memory.w, *memory.s, scale, *anchors)
+    if a.rule.memory != "matrix":
+        outputs += (anchored,)
+    outputs += (read, offset, *history.values())
+    gradients = (*found, d.y, d_offset, *(d.rest[n] for n in history))
     pairs = [
         (t, g.view_as(t).to(t.dtype))
-        for t, g in zip(outputs, found, strict=True)
+        for t, g in zip(outputs, gradients, strict=True)
         if t is not None and g is not None and t.requires_grad
     ]
     return list(
@@ -347,6 +267,55 @@ def _backward(
             [t for t, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True
         )
     )
+
+
+# Of `Streams`, W, S and scale, then of a deep memory's anchors and what they read.
+_Found = tuple[Tensor | None, ...]
+
+
+def _matrix_backward(
+    a: Arguments,
+    x: Streams,
+    memory: Memory,
+    starts: list[Tensor],
+    d: _Grads,
+    ends: _Ends,
+    rows: Rows,
+) -> _Found:
+    at, spans, gates = rows.at, rows.spans, _gates(x)
+    coefficient = coefficients.forward(*gates, at, spans)
+    alpha, pend, solved = _system(a, x, coefficient, rows)
+    last = (d.last_w[0], _first(d.last_s)) if d.last_w else None
+    found = matrix_backward.backward(
+        d.y, d.w[0], _first(d.s), last, x.q, x.k, x.target, alpha, pend, coefficient, solved,
+        starts[0], starts[1] if d.s else None, at, spans, l2=a.rule.objective == "l2",
+    )  # fmt: skip
+    d_gates = coefficients.backward(*gates, at, spans, found.coefficients, found.decay)
+    w = (found.w,) if found.s is None else (found.w, found.s)
+    return found.q, found.k, found.target, *d_gates, found.pend, *w, d.rest["scale"]
+
+
+def _deep_backward(
+    a: Arguments,
+    x: Streams,
+    memory: Memory,
+    starts: list[Tensor],
+    d: _Grads,
+    ends: _Ends,
+    rows: Rows,
+    anchors: list[Tensor],
+    anchored: Tensor | None,
+) -> _Found:
+    w, s = ([t.detach() for t in group] for group in memory[:2])
+    call = _deep_call(a, x, Memory(w, s, memory.scale, None), rows, anchors, anchored)
+    *starts, scales = starts
+    count = len(a.weights)
+    found = deep.backward(
+        call, starts[:count], starts[count:], scales, d.y, d.w, d.s, d.last_w, d.last_s,
+        *ends.split(d.rest["scale"]), rows.batches,
+    )  # fmt: skip
+    streams = (found.q, found.k, found.target, *found.gates, found.masses)
+    return *streams, *found.w, *found.s, found.scale, *found.anchors, found.anchored
 
 
 PROVIDER = Provider("triton", _supports, _forward, _backward)

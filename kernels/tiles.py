@@ -3,8 +3,9 @@
 A *row* is a sequence of the batch, or a packed document; a *slot* is one chunk of one row. All
 kernels that need no memory state run one program per slot and head. The token streams are
 contiguous [tokens, H, D], rows one after the other; key streams begin every row with HIST tokens
-that the rule looks back at. Rows of a chunk outside its sequence are neutral: they load 0, decay by
-1, write nothing.
+that the rule looks back at, and so do gate streams, with GATES of them, where it does a begun chunk
+again from its start. Rows of a chunk outside its sequence are neutral: they load 0, decay by 1,
+write nothing.
 """
 
 from __future__ import annotations
@@ -159,6 +160,17 @@ def chunk_tokens(slots, slot, SPAN: tl.constexpr, CHUNK: tl.constexpr) -> Any:
 
 
 @triton.jit
+def chunk_gates(slots, slot, SPAN: tl.constexpr, CHUNK: tl.constexpr, GATES: tl.constexpr) -> Any:
+    """Whether a slot holds a chunk, where its SPAN tokens lie in a gate stream, which of them it
+    has, those of an earlier call included, and of which it has the one before."""
+    row, _, low, high, token, _ = chunk_tokens(slots, slot, SPAN, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
+    r = tl.arange(0, SPAN)
+    there = (token < high) & (r < CHUNK)
+    before = (token <= high) & (r <= CHUNK) & (r > 0)
+    return low < high, token + (row + 1) * GATES, there, before
+
+
+@triton.jit
 def load_gate(x, token, mine, head, H, neutral):
     return tl.load(x + token.to(tl.int64) * H + head, mask=mine, other=neutral)
 
@@ -241,6 +253,12 @@ def dot(a, b):
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
         return tl.dot(a, b)
+
+
+@triton.jit
+def exact_dot(a, b):
+    """a @ b of float32 tiles, to float32's precision on the tensor cores."""
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 # A launch setting. Left to itself ptxas keeps to fewer registers than a thread can have, so that

@@ -58,12 +58,16 @@ TRUNCATION = 4
 
 
 def _atlas_memory(size: Size) -> AtlasMemoryConfig:
-    """The paper's Atlas: l2, window, sketched polynomial features, MLP memory, momentum, Muon."""
-    return AtlasMemoryConfig(expansion=size.expansion)
+    """The paper's Atlas: l2, window, sketched polynomial features, MLP memory, momentum, Muon.
+
+    Muon's errors are those at the chunk's start, so its chunks are short; a step at every fourth
+    token learns recall as well and costs a fourth (benchmarks/recall.py)."""
+    return AtlasMemoryConfig(expansion=size.expansion, chunk_size=16, ns_every=4)
 
 
 def _omega(size: Size) -> AtlasMemoryConfig:
-    return _atlas_memory(size).replace(update="gd", momentum=False)
+    """Gradient descent, whose online errors do not ask for short chunks."""
+    return _atlas_memory(size).replace(update="gd", momentum=False, chunk_size=64, ns_every=1)
 
 
 def _exponential(size: Size) -> AtlasMemoryConfig:
@@ -90,7 +94,7 @@ def _titans_memory(size: Size) -> AtlasMemoryConfig:
 
 def _linear() -> AtlasMemoryConfig:
     """A matrix of outer products, M_t = alpha_t M_{t-1} + eta_t v_t k_t^T from M_0 = 0, with
-    alpha = eta = 1. Nothing in it can diverge, so nothing is discounted."""
+    alpha = eta = 1. Its errors, -v, know nothing of the memory."""
     return AtlasMemoryConfig(
         memory="matrix",
         objective="dot",
@@ -98,7 +102,6 @@ def _linear() -> AtlasMemoryConfig:
         window=1,
         momentum=False,
         feature_map="identity",
-        write_discount=False,
         retention_init=1.0,
         eta_init=1.0,
         own_init=1.0,
@@ -108,8 +111,8 @@ def _linear() -> AtlasMemoryConfig:
 
 
 def _delta() -> AtlasMemoryConfig:
-    """The delta rule: l2 at b = 1, so that every error is taken at the newest memory."""
-    return _linear().replace(objective="l2", chunk_size=1, eta_init=0.5, fixed=("alpha", "gamma"))
+    """The delta rule: l2, and online errors, which are those of the newest memory at any chunk."""
+    return _linear().replace(objective="l2", eta_init=0.5, fixed=("alpha", "gamma"))
 
 
 def _attention(size: Size) -> SlidingWindowAttentionConfig:
@@ -199,7 +202,7 @@ def _titans_mac(size: Size) -> BlockConfig:
 
 def _ttt(size: Size) -> BlockConfig:
     """TTT-MLP (Sun et al. 2024): mini-batches of 16, no decay. Its inner LayerNorm is left out;
-    the write discount stands in for it."""
+    errors are online instead of those at the mini-batch's start."""
     mixer = AtlasMemoryConfig(
         expansion=size.expansion,
         update="gd",

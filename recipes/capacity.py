@@ -202,13 +202,13 @@ def one_pass(store: Store, keys: Tensor, values: Tensor, rule: str) -> list[floa
     """Pairs recalled after 1, 2, ..., N of them were shown once; keys, values [S, N, D].
 
     Token by token (b = 1). With gradient descent on the error, a step is no longer than the one
-    that stores the window (the write discount). A pair is recalled where the nearest of all values
+    that stores the window (online errors). A pair is recalled where the nearest of all values
     shown is its own: guessing recalls one. The mean over draws, for the best write strength.
     """
     settings = RULES[rule]
     seeds, count, _ = keys.shape
     heads = len(STRENGTHS)
-    discount = settings["update"] == "gd" and settings["objective"] == "l2"
+    errors = "online" if settings["update"] == "gd" else "chunk"
     gates = torch.ones(seeds, 1, heads, dtype=torch.float64)
     state: OmegaState | None = None
     recalled = []
@@ -233,7 +233,7 @@ def one_pass(store: Store, keys: Tensor, values: Tensor, rule: str) -> list[floa
             feature_map=store.feature_map(),
             update=settings["update"],
             chunk_size=1,
-            write_discount=discount,
+            errors=errors,
             state=state,
         )
         read = read_memory(

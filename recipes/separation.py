@@ -44,7 +44,12 @@ MIXERS: dict[str, Callable[[], Mixer]] = {
     ),
     "deep-transformer": DeepTransformerConfig,
     "dot": lambda: DeepTransformerConfig(
-        objective="l2", chunk_size=1, eta_max=2.0, eta_init=1.0, retention_init=0.999
+        objective="l2",
+        errors="chunk",
+        chunk_size=1,
+        eta_max=2.0,
+        eta_init=1.0,
+        retention_init=0.999,
     ),
 }
 Task = ParityTask | OverwriteTask

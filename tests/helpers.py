@@ -39,6 +39,9 @@ from atlas_blocks.state import State
 MEMORIES = ("matrix", "mlp", "gated_mlp")
 OBJECTIVES = ("l2", "dot")
 UPDATES = ("gd", "muon")
+ERRORS = ("chunk", "online")
+# Every update with the errors that it may have.
+STEPS = (("gd", "chunk"), ("gd", "online"), ("muon", "chunk"))
 GATES = ("alpha", "eta", "theta", "gamma")
 STREAMS = ("q", "k", "v", *GATES)  # the arguments with a token axis
 HIDDEN = 4
@@ -114,6 +117,11 @@ def rule_inputs(
         "weights": [normal(heads, *shape) / shape[-1] ** 0.5 for shape in shapes],
         "feature_map": phi,
     }
+
+
+def errors_for(update: str) -> str:
+    """Online errors where there are such."""
+    return "online" if update == "gd" else "chunk"
 
 
 def tokens(inputs: dict[str, Any], first: int, stop: int) -> dict[str, Any]:
@@ -236,14 +244,14 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
         )
     },
     "memory-plain": small_memory(
-        update="gd", momentum=False, window=1, write_discount=False, conv_width=1
+        update="gd", momentum=False, window=1, errors="chunk", conv_width=1
     ).build,
     "memory-fixed-gates": small_memory(
         memory="matrix",
         update="gd",
         objective="dot",
         momentum=False,
-        write_discount=False,
+        errors="chunk",
         feature_map="sketch",
         retention_init=(0.9, 1.0),
         eta_init=1.0,
@@ -251,7 +259,7 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
         fixed=("alpha", "eta", "gamma", "coefficients"),
         initial_memory="zero",
     ).build,
-    "memory-sparse-muon": small_memory(ns_every=4, write_discount=True).build,
+    "memory-sparse-muon": small_memory(ns_every=4).build,
     "deep-transformer": _PHI_STAR.build,
     "swdt": _PHI_STAR.replace(window=3, normalise=False, rope_base=100.0, kv_heads=1).build,
     "dot": _PHI_STAR.replace(objective="l2", window=3).build,

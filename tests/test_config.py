@@ -17,9 +17,7 @@ from atlas_blocks import (
 
 CONFIGS = [
     AtlasMemoryConfig(),
-    small_memory(
-        memory="gated_mlp", objective="dot", update="gd", write_discount=False, sketch_width=33
-    ),
+    small_memory(memory="gated_mlp", objective="dot", update="gd", errors="chunk", sketch_width=33),
     SlidingWindowAttentionConfig(window=None, sink_tokens=3),
     AtlasBlockConfig(SlidingWindowAttentionConfig(window=5), mlp_width=7),
     MemoryAsLayerConfig(small_memory(window=3)),

@@ -29,7 +29,8 @@ class DeepTransformerConfig(Config):
 
     objective, window, chunk_size, normalise: see `kernel_attention`. "l2" needs qk_norm="unit", and
     its write strength counts in units of 1 / exp(scale), at which one write stores a key's value.
-    write_discount: None turns it on for "l2" unless window and chunk_size are 1.
+    errors: "online" (specification 9b) or "chunk" with "l2"; they are the same with "dot", whose
+    writes do not depend on what is stored.
     gates: "learned" starts as a memory layer's do; "neutral" starts at exactly 1 (the gamma of
     older lags at 0), where it changes nothing, and learns from there; "none".
     qk_norm: "unit" length, "rms" with a learned scale, or "none". scale: of the scores; None is
@@ -40,7 +41,8 @@ class DeepTransformerConfig(Config):
     output_gate: RMSNorm of each head's output, times SiLU(Linear x).
     gate_rank, retention_init, eta_init, lag_init: of learned gates, as in AtlasMemoryConfig.
     eta_max: their largest write strength. "l2" at 2 turns what a key reads into its negative, so
-    that a layer can follow a state (Grazzi et al. 2024); it needs write_discount off.
+    that a layer can follow a state (Grazzi et al. 2024). Online errors would cut that to 1, at
+    which a key is written whole: it needs errors="chunk", exact with chunk_size and window 1.
     Raises ValueError naming the bad field.
     """
 
@@ -48,7 +50,7 @@ class DeepTransformerConfig(Config):
     window: int = 1
     chunk_size: int = 64
     normalise: bool = True
-    write_discount: bool | None = None
+    errors: str = "online"
     gates: str = "learned"
     qk_norm: str = "unit"
     scale: float | None = None
@@ -68,6 +70,7 @@ class DeepTransformerConfig(Config):
     def __post_init__(self) -> None:
         check.choice("objective", self.objective, ("dot", "l2"))
         check.choice("gates", self.gates, ("learned", "neutral", "none"))
+        check.choice("errors", self.errors, ("chunk", "online"))
         check.choice("qk_norm", self.qk_norm, ("unit", "rms", "none"))
         for name in ("normalise", "qkv_bias", "out_bias", "output_gate"):
             check.boolean(name, getattr(self, name))
@@ -76,8 +79,6 @@ class DeepTransformerConfig(Config):
         for name in ("kv_heads", "head_width", "conv_width"):
             if getattr(self, name) is not None:
                 check.at_least(name, getattr(self, name), 1)
-        if self.write_discount is not None:
-            check.boolean("write_discount", self.write_discount)
         if self.scale is not None:
             check.between("scale", self.scale, 0.0, 1e6)
         if self.rope_base is not None:
@@ -86,19 +87,12 @@ class DeepTransformerConfig(Config):
             check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
         check.between("eta_max", self.eta_max, 1e-6, 2.0)
         check.between("eta_init", self.eta_init, 1e-6, self.eta_max - 1e-6)
-        if self.eta_max > 1 and self.discounts:
-            check.fail("eta_max", "at most 1 where writes are discounted", self.eta_max)
+        if self.eta_max > 1 and self.objective == "l2" and self.errors == "online":
+            check.fail("eta_max", 'at most 1 with errors="online"', self.eta_max)
         if self.objective == "l2" and self.qk_norm != "unit":
             check.fail("qk_norm", '"unit" with objective="l2"', repr(self.qk_norm))
         if self.gates == "none" and self.window > 1:
             check.fail("gates", "learned or neutral with a window above 1", repr(self.gates))
-
-    @property
-    def discounts(self) -> bool:
-        """Whether writes are discounted."""
-        if self.write_discount is not None:
-            return self.write_discount
-        return self.objective == "l2" and (self.window > 1 or self.chunk_size > 1)
 
     def build(self, dim: int, heads: int) -> DeepTransformerLayer:
         return DeepTransformerLayer(dim, heads, self)
@@ -303,7 +297,7 @@ class DeepTransformerLayer(Block):
             scale=self.scale,
             normalise=c.normalise,
             chunk_size=c.chunk_size,
-            write_discount=c.discounts,
+            errors=c.errors,
             state=state and state.kernel,
         )
         y = (y if self.norm is None else self.norm(y)).flatten(-2)

@@ -49,7 +49,9 @@ class AtlasMemoryConfig(Config):
     learnable coefficients), "sketch" (TensorSketch of it, `sketch_width` wide, None = twice the
     head width), "taylor_exp" (polynomial with fixed 1/n!), "identity". degree: p.
     expansion: hidden units of a deep memory, as a multiple of the head width.
-    write_discount: None turns it on for update="gd".
+    errors: None is "online" for update="gd", where "chunk" may diverge, and "chunk" for "muon".
+    decay_to: None is "initial" for a deep memory with update="gd", whose hidden units fade away
+    where retention leads to "zero", else "zero". (Muon's steps reach every unit.)
     conv_width, gate_rank: of the short convolution and of the gates' low-rank Linears.
     retention_init, eta_init, momentum_init, own_init, lag_init: what alpha, eta, theta, the gamma
     of the token itself and that of older lags start at. eta_init: None is 0.5 for update="gd" and
@@ -73,7 +75,8 @@ class AtlasMemoryConfig(Config):
     expansion: int = 4
     ns_steps: int = 5
     ns_every: int = 1
-    write_discount: bool | None = None
+    errors: str | None = None
+    decay_to: str | None = None
     conv_width: int = 4
     gate_rank: int = 32
     retention_init: float | tuple[float, float] = 0.99
@@ -87,8 +90,12 @@ class AtlasMemoryConfig(Config):
     def __post_init__(self) -> None:
         check.choice("memory", self.memory, MEMORIES)
         check.boolean("momentum", self.momentum)
-        if self.write_discount is not None:
-            check.boolean("write_discount", self.write_discount)
+        if self.errors is not None:
+            check.choice("errors", self.errors, ("chunk", "online"))
+        if self.decay_to is not None:
+            check.choice("decay_to", self.decay_to, ("zero", "initial"))
+        if self.errors == "online" and self.update != "gd":
+            check.fail("errors", f'"chunk" with update={self.update!r}', "'online'")
         check.choice("objective", self.objective, ("l2", "dot"))
         check.choice("update", self.update, ("gd", "muon"))
         check.choice("feature_map", self.feature_map, FEATURE_MAPS)
@@ -120,6 +127,17 @@ class AtlasMemoryConfig(Config):
         self._check_start("theta", "momentum_init", self.momentum_init, top=MAX_THETA)
         self._check_start("gamma", "own_init", self.own_init)
         self._check_start("gamma", "lag_init", self.lag_init)
+
+    @property
+    def rule_errors(self) -> str:
+        """`errors`, None resolved."""
+        return self.errors or ("online" if self.update == "gd" else "chunk")
+
+    @property
+    def rule_decay_to(self) -> str:
+        """`decay_to`, None resolved."""
+        fades = self.update == "gd" and self.memory != "matrix"
+        return self.decay_to or ("initial" if fades else "zero")
 
     def _retention_ends(self) -> tuple[float, float]:
         ends = self.retention_init
@@ -331,7 +349,8 @@ class AtlasMemory(Block):
             ns_steps=c.ns_steps,
             ns_every=c.ns_every,
             chunk_size=c.chunk_size,
-            write_discount=c.update == "gd" if c.write_discount is None else c.write_discount,
+            errors=c.rule_errors,
+            decay_to=c.rule_decay_to,
             state=state and state.rule,
             cu_seqlens=documents and documents.cu_seqlens,
             place=place,

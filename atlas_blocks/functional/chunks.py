@@ -1,16 +1,15 @@
 """The part of the dual form that needs no memory, computed for all chunks of a call at once.
 
 B batch, T tokens, H heads, G = B H; Dk, Dv key and value width, Dphi width after the feature map;
-c window, b chunk, N chunks, L tokens of a chunk (b, or less at the ends), E = e + L keys that a
-chunk sees, e of them before it, L' tokens of the chunk so far. Per chunk: A decay matrix,
-C = Theta Gam window weights after momentum, P = A diag(eta), see specification section 6.
+c window, b chunk, N chunks, L tokens of a chunk (b, or less at the ends), E = c - 1 + L keys that a
+chunk sees, the halo's first. Per chunk: A decay matrix, C = Theta Gam window weights after
+momentum, P = A diag(eta), see specification section 6.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +18,26 @@ from torch import Tensor
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Rule
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from atlas_blocks.omega import online
+from atlas_blocks.omega.record import Record
 
 
 class Tokens(NamedTuple):
-    """All tokens of a call. Keys, values and writes begin with the n of the history."""
+    """All tokens of a call. Keys and values begin with the n of the history, gates with its n_g,
+    n where the rule rewinds, else 0."""
 
     q_raw: Tensor  # [B, T, H, Dk]
     k_raw: Tensor  # [B, n + T, H, Dk]
     q: Tensor  # phi(q)  [B, T, H, Dphi]
     k: Tensor  # phi(k)  [B, n + T, H, Dphi]
     v: Tensor  # [B, n + T, H, Dv]
-    alpha: Tensor  # [B, T, H]
-    eta: Tensor  # [B, T, H]
-    theta: Tensor | None  # [B, T, H]
-    gamma: Tensor  # [B, T, H, c]
-    writes: Tensor | None  # m_s [B, n + T, H] where writes are discounted
+    alpha: Tensor  # [B, n_g + T, H]
+    eta: Tensor  # [B, n_g + T, H]
+    theta: Tensor | None  # [B, n_g + T, H]
+    gamma: Tensor  # [B, n_g + T, H, c]
+    seen: Tensor  # gamma where the window has not reached back over the start [B, n_g + T, H, c]
+    initial: Tensor | None  # what M_0 reads of the keys, where errors are corrected and decay leads
+    # there  [B, n + T, H, Dv]
 
 
 class Piece(NamedTuple):
@@ -45,54 +46,13 @@ class Piece(NamedTuple):
     first: int  # their first token
     span: int  # tokens a chunk
     count: int
-    place: int  # where they begin in their chunk: 0, unless an earlier call began it
-
-
-class _Record:
-    """A dataclass of tensors stacked along a chunk axis, or of other such records, or None."""
-
-    def unbind(self) -> Iterator[Self]:
-        """The chunks one by one. (Indexing would cost a full-size gradient for every chunk.)"""
-        columns: dict[str, Sequence[Any] | None] = {}
-        for name, value in vars(self).items():
-            columns[name] = None if value is None else list(value.unbind())
-        count = next(len(c) for c in columns.values() if c is not None)
-        for n in range(count):
-            yield type(self)(**{k: None if c is None else c[n] for k, c in columns.items()})
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """The same record with `fn` applied to every tensor."""
-
-        def one(value: Any) -> Any:
-            return value.map(fn) if isinstance(value, _Record) else fn(value)
-
-        fields = {k: None if v is None else one(v) for k, v in vars(self).items()}
-        return type(self)(**fields)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor, in field order."""
-        found: list[Tensor] = []
-        self.map(lambda t: found.append(t) or t)
-        return found
-
-    def flatten(self) -> Self:
-        """[N, G, ...] -> [N G, ...]."""
-        return self.map(lambda t: t.flatten(0, 1))
+    # Where they begin in their chunk: 0, unless an earlier call began it. Where the rule rewinds,
+    # the chunk's tokens before them are done again.
+    place: int
 
 
 @dataclass(frozen=True)
-class Discount(_Record):
-    """What a discount needs that must wait for M^(0), because the memory is deep."""
-
-    similarity: Tensor  # |phi(k_s) . phi(k_t)|  [N, G, L', L']
-    squares: Tensor  # |phi(k_i)|^2  [N, G, E]
-    held: Tensor  # whether the window of t weighs key i  [N, G, L, E]
-    writes: Tensor  # m_s  [N, G, L']
-    momentum: Tensor | None  # Theta  [N, G, L, L]
-
-
-@dataclass(frozen=True)
-class Last(_Record):
+class Last(Record):
     """What the weights after a chunk are made of: the last rows of the coefficients of W_t."""
 
     written: Tensor  # last row of P C as a column  [N, G, E, 1]
@@ -100,20 +60,22 @@ class Last(_Record):
 
 
 @dataclass(frozen=True)
-class Write(_Record):
+class Write(Record):
     """What takes the memory from a chunk's start to its end."""
 
     k: Tensor  # phi(k)  [N, G, E, Dphi]
     target: Tensor  # what M(k) without its residual should be: v - r(k), or v  [N, G, E, Dv]
-    eta: Tensor  # discounted already unless `discount` is there  [N, G, L]
+    eta: Tensor  # limited already unless `online` is there  [N, G, L]
     abar: Tensor  # product of all alpha  [N, G, 1, 1]
     decay: Tensor  # last row of A  [N, G, 1, L]
     thbar: Tensor | None  # running product of theta  [N, G, L, 1]
     thbar_last: Tensor | None  # [N, G, 1, 1]
     window: Tensor  # C = Theta Gam  [N, G, L, E]
     window_last: Tensor  # last row of C as a column  [N, G, E, 1]
-    discount: Discount | None
-    last: Last | None  # for gradient descent; known ahead unless `discount` is there
+    online: online.Chunk | None  # where limits and corrections wait for the memory or the scale
+    correction: online.Correction | None  # where they are known ahead
+    last: Last | None  # for gradient descent; known ahead unless `online` is there
+    initial: Tensor | None  # what M_0 reads of each key, where decay leads there  [N, G, E, Dv]
 
     def last_coefficients(self, eta: Tensor) -> Last:
         """The last rows for a write strength eta [..., L], of one chunk or of all."""
@@ -123,33 +85,29 @@ class Write(_Record):
 
 
 @dataclass(frozen=True)
-class Read(_Record):
-    """What reads the memory at every token of a chunk."""
+class Read(Record):
+    """What reads the memory at every new token of a chunk, R of its L."""
 
-    q: Tensor  # phi(q)  [N, G, L, Dphi]
-    residual: Tensor | None  # r(q)  [N, G, L, Dv]
-    dots: Tensor  # phi(q) . phi(k)  [N, G, L, E]
-    abar: Tensor  # running product of alpha  [N, G, L, 1]
-    decay: Tensor  # A  [N, G, L, L]
+    q: Tensor  # phi(q)  [N, G, R, Dphi]
+    residual: Tensor | None  # r(q)  [N, G, R, Dv]
+    dots: Tensor  # phi(q) . phi(k)  [N, G, R, E]
+    abar: Tensor  # running product of alpha  [N, G, R, 1]
+    decay: Tensor  # A  [N, G, R, L]
 
 
 def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> tuple[Write, Read]:
     """Cut a piece's chunks out of a call."""
     first, span, count, place = piece
-    n = rule.history
-    # Keys before the chunk: the window's halo, and the begun chunk where writes are discounted.
-    extra = max(rule.window - 1, place if rule.write_discount else 0)
+    n, n_g = (t.shape[1] - x.q.shape[1] for t in (x.k, x.alpha))
+    again = place if rule.rewinds else 0
+    halo = rule.window - 1
 
     def chunks(t: Tensor, begin: int) -> Tensor:
         """[B, T, H, ...] -> [N, B, H, L, ...], the first chunk at token `begin`."""
         parts = t[:, begin : begin + span * count].unflatten(1, (count, span))
         return parts.transpose(0, 1).transpose(2, 3)
 
-    def tokens(t: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [N, G, L, ...]."""
-        return chunks(t, first).flatten(1, 2)
-
-    def with_past(t: Tensor, past: int) -> Tensor:
+    def with_past(t: Tensor, past: int, n: int) -> Tensor:
         """[B, n + T, H, ...] -> [N, G, past + L, ...], each chunk with the tokens before it."""
         begin = n + first - past
         if count == 1:
@@ -162,37 +120,87 @@ def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> 
             parts.insert(0, chunks(t, begin)[:, :, :, :part])
         return torch.cat(parts, 3).flatten(1, 2)
 
-    q = q_raw = tokens(x.q_raw)
-    k = k_raw = with_past(x.k_raw, extra)
+    q = q_raw = with_past(x.q_raw, 0, 0)
+    k = k_raw = with_past(x.k_raw, halo + again, n)
     if feature_map is not None:
-        q, k = tokens(x.q), with_past(x.k, extra)
-
-    def kernel(a: Tensor, b: Tensor, a_raw: Tensor, b_raw: Tensor) -> Tensor:
-        if isinstance(feature_map, PolynomialMap):  # cheaper than with its many features
-            return feature_map.kernel(a_raw, b_raw)
-        return a @ b.mT
-
-    decay, abar = decay_matrix(tokens(x.alpha))
-    window = weighed = window_matrix(tokens(x.gamma), extra)
-    momentum = thbar = None
-    if x.theta is not None:
-        momentum, thbar = decay_matrix(tokens(x.theta))
-        window = momentum @ window
-    eta, discount = tokens(x.eta), None
-    if x.writes is not None:
-        so_far = slice(extra - place, None)
-        rows, raw = k[..., so_far, :], k_raw[..., so_far, :]
-        similarity, writes = kernel(rows, rows, raw, raw).abs(), with_past(x.writes, place)
-        if rule.memory == "matrix":
-            own = similarity.diagonal(dim1=-2, dim2=-1)[..., -span:]
-            eta = discounted(eta, writes, similarity, own)
-        else:
-            squares = k.square().sum(-1)
-            discount = Discount(similarity, squares, weighed > 0, writes, momentum)
-    residual = MEMORIES[rule.memory].residual and x.q_raw.shape[-1] == x.v.shape[-1]
-    target = with_past(x.v, extra)
+        q, k = with_past(x.q, 0, 0), with_past(x.k, halo + again, n)
+    residual = has_residual(rule, x)
+    target = with_past(x.v, halo + again, n)
     if residual and rule.objective == "l2":
         target = target - k_raw
+    alpha, eta, seen = (with_past(t, again, n_g) for t in (x.alpha, x.eta, x.seen))
+    theta = None if x.theta is None else with_past(x.theta, again, n_g)
+    masses = gram = None
+    if rule.limits:
+        key_theta = None if x.theta is None else with_past(x.theta, halo + again, n_g)
+        key_eta, key_gamma = (with_past(t, halo + again, n_g) for t in (x.eta, x.gamma))
+        masses = online.masses(key_eta, key_theta, key_gamma)
+    if rule.corrects:
+        gram = kernel(feature_map, k, k, k_raw, k_raw)
+    pending = None
+    if masses is not None and gram is not None and halo:
+        pending = online.pending_matrix(masses)
+        # What windows begun before the chunk will write of the halo; nothing has yet.
+        pending = torch.cat(
+            [pending[..., halo : halo + 1, :].expand(*pending.shape[:-2], halo, -1),
+             pending[..., halo:, :]], -2,
+        )  # fmt: skip
+    initial = None if x.initial is None else with_past(x.initial, halo + again, n)
+    write, decay, abar = write_of(
+        rule,
+        k,
+        target,
+        alpha,
+        eta,
+        theta,
+        window_matrix(seen, halo),
+        masses,
+        gram,
+        pending,
+        initial,
+    )
+    dots = kernel(feature_map, q, k, q_raw, k_raw)
+    read = Read(q, q_raw if residual else None, dots, abar[..., again:, :], decay[..., again:, :])
+    return write, read
+
+
+def has_residual(rule: Rule, x: Tokens) -> bool:
+    """Whether M adds the un-lifted key or query."""
+    return MEMORIES[rule.memory].residual and x.q_raw.shape[-1] == x.v.shape[-1]
+
+
+def kernel(
+    feature_map: FeatureMap | None, a: Tensor, b: Tensor, a_raw: Tensor, b_raw: Tensor
+) -> Tensor:
+    """phi(a) . phi(b) of all pairs, from features or what they are features of."""
+    if isinstance(feature_map, PolynomialMap):  # cheaper than with its many features
+        return feature_map.kernel(a_raw, b_raw)
+    return a @ b.mT
+
+
+def write_of(
+    rule: Rule,
+    k: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    theta: Tensor | None,
+    seen: Tensor,
+    masses: Tensor | None,
+    gram: Tensor | None,
+    pending: Tensor | None,
+    initial: Tensor | None,
+) -> tuple[Write, Tensor, Tensor]:
+    """The write of chunks from what is cut, with A and abar.
+
+    k, target: of the keys; alpha, eta, theta: of the tokens [..., L]; seen: Gam [..., L, E];
+    masses [..., E, c], gram and pending [..., E, E]: see `online`.
+    """
+    decay, abar = decay_matrix(alpha)
+    window, momentum, thbar = seen, None, None
+    if theta is not None:
+        momentum, thbar = decay_matrix(theta)
+        window = momentum @ window
     write = Write(
         k=k,
         target=target,
@@ -203,13 +211,40 @@ def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> 
         thbar_last=None if thbar is None else thbar[..., -1:, :],
         window=window,
         window_last=window[..., -1:, :].mT,
-        discount=discount,
+        online=None,
+        correction=None,
         last=None,
+        initial=initial,
     )
-    if discount is None and rule.update == "gd":
-        write = replace(write, last=write.last_coefficients(eta))
-    dots = kernel(q, k, q_raw, k_raw)
-    return write, Read(q, q_raw if residual else None, dots, abar, decay)
+    if masses is not None:
+        squares = k.square().sum(-1) if gram is None else gram.diagonal(dim1=-2, dim2=-1)
+        needs = gram is not None
+        chunk = online.Chunk(
+            mass=masses[..., 0],
+            held=seen > 0,
+            momentum=momentum,
+            squares=squares,
+            gram=gram,
+            pending=pending,
+            decay=decay if needs else None,
+            abar=abar if needs else None,
+        )
+        if rule.memory == "matrix" and momentum is None:
+            write = _known_ahead(write, chunk)
+        else:
+            write = replace(write, online=chunk)
+    if write.online is None and rule.update == "gd":
+        write = replace(write, last=write.last_coefficients(write.eta))
+    return write, decay, abar
+
+
+def _known_ahead(write: Write, x: online.Chunk) -> Write:
+    """A matrix memory's own steps and corrections wait for nothing, unless its momentum's scale
+    comes from the chunk before."""
+    assert x.gram is not None
+    eta = online.limited(write.eta, x, online.running_scale(x.squares, x, None, write.eta))
+    found = online.correction(x, x.gram, x.squares, eta, write.window, None)
+    return replace(write, eta=eta, correction=found)
 
 
 def decay_matrix(gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,32 +286,3 @@ def window_matrix(gamma: Tensor, extra: int) -> Tensor:
     width = extra + span
     rows = F.pad(gamma.flip(-1), (extra - (window - 1), span))
     return rows.flatten(-2)[..., : span * width].unflatten(-1, (span, width))
-
-
-def discounted(eta: Tensor, writes: Tensor, kappa: Tensor, scale: Tensor) -> Tensor:
-    """eta_t exp(-rho_t) / max(1, m_t scale_t), rho_t = sum_{s < t} m_s kappa(s, t)  (9b).
-
-    eta, scale: [..., L] of the last L of the chunk's L' tokens so far; writes: m [..., L'];
-    kappa: [..., L', L']. scale is kappa(t, t), or for a deep memory `running_scale`.
-    """
-    span = eta.shape[-1]
-    rho = (kappa.tril(-1) @ writes.unsqueeze(-1)).squeeze(-1)
-    return eta * torch.exp(-rho[..., -span:]) / (writes[..., -span:] * scale).clamp(min=1)
-
-
-def running_scale(
-    own: Tensor, held: Tensor, momentum: Tensor | None, thbar: Tensor | None, before: Tensor
-) -> Tensor:
-    """scale_t: the largest kappa(i, i) of what S_t still holds, G_t's whole window included.
-
-        scale_t = max(max_{i in the window of t} kappa(i, i), theta_t scale_{t-1})
-
-    Tokens of a deep memory differ in kappa(i, i), and a write of S_t writes earlier tokens too.
-    own: kappa(i, i) [G, E]; held: [G, L, E]; momentum: Theta [G, L, L]; thbar: [G, L, 1]; before:
-    [G]. -> [G, L].
-    """
-    scale = torch.where(held, own.unsqueeze(-2), 0.0).amax(-1)
-    if momentum is None or thbar is None:
-        return scale
-    scale = (momentum * scale.unsqueeze(-2)).amax(-1)
-    return torch.maximum(scale, thbar.squeeze(-1) * before.unsqueeze(-1))

@@ -61,7 +61,7 @@ class Groups:
             bounds = document_bounds(a.cu_seqlens, length)
             lengths = [stop - start for start, stop in pairwise(bounds)]
             keys = list(zip(positions, lengths, strict=True))
-            used = (-(-(p % chunk + n) // chunk) for p, n in keys)
+            used = (-(-(a.rule.place(p) + n) // chunk) for p, n in keys)
             slots = [0, *accumulate(used)]
         found = defaultdict(list)
         for row, key in enumerate(keys):

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks import check
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.kernel_walk import KernelWalk, Settings, Tokens, walk
-from atlas_blocks.functional.rule import state_dtype, write_mass
+from atlas_blocks.functional.rule import state_dtype
+from atlas_blocks.omega.online import masses
 from atlas_blocks.state import State
 
 
@@ -26,16 +28,21 @@ class KernelState(State):
 
     keys: [B, S, H, D], S tokens seen and, before them, zeros that stand for the tokens before the
     sequence. coefficients: a_i [B, S, H, W], W = Dv and, to normalise, two more columns.
-    chunk_start: () for "dot"; else one tensor, the coefficients at the start of the begun chunk.
-    values: the last c - 1 [B, c - 1, H, Dv]. writes: m_s of the last b - 1 tokens for the discount
-    [B, b - 1, H], or [B, 0, H]. position: int64 [B], tokens seen; rows may differ.
+    chunk_start: the coefficients at the start of the begun chunk where the errors of "l2" are taken
+    there, else (). values: the last c - 1 [B, c - 1, H, Dv].
+    alpha, pending, errors: of the last n = c - 1 tokens where errors are online, else n = 0:
+    retention [B, n, H], what windows yet to end will write of each (pend of specification 9b)
+    [B, n, H, c], and v - M(k) as the begun chunk sees it [B, n, H, Dv], with one more column to
+    normalise. position: int64 [B], tokens seen; rows may differ.
     """
 
     keys: Tensor
     coefficients: Tensor
     chunk_start: tuple[Tensor, ...]
     values: Tensor
-    writes: Tensor
+    alpha: Tensor
+    pending: Tensor
+    errors: Tensor
     position: Tensor
 
     @classmethod
@@ -71,7 +78,7 @@ def kernel_attention(
     scale: float | None = None,
     normalise: bool = True,
     chunk_size: int = 64,
-    write_discount: bool = False,
+    errors: str = "chunk",
     state: KernelState | None = None,
 ) -> tuple[Tensor, KernelState]:
     """The rule with a matrix memory and phi* exact (ATLAS section 4: DeepTransformer, SWDT, Dot).
@@ -82,12 +89,15 @@ def kernel_attention(
 
     M is sum_i a_i phi(k_i)^T over all keys so far and never formed: time grows with T^2, memory
     with T, forward and backward. M^(0) is the memory before t's chunk, as in `omega_rule`.
+    errors: "chunk", or "online" as there: for "l2" each error is corrected for what its chunk has
+    written, and a key is written at most whole; with c = 1 chunks then make no difference. Those
+    of "dot" see no memory, and are the same.
 
     normalise: z_t is the same rule run on values of 1, so that constant values are read back as
     they are; False reads M_t(phi(q_t)) alone. p_t adds up the sizes of what z_t adds up (the same
-    gates, on |1 - z(k_i)| taken at M^(0)). For "dot" they are one positive sum, and y_t a weighted
-    mean; for "l2" z_t has terms of both signs and could come near 0, and the bound keeps y_t within
-    16 times the errors that it is made of. Where nothing is stored, y_t = 0.
+    gates, on |1 - z(k_i)|, taken where the errors are). For "dot" they are one positive sum, and
+    y_t a weighted mean; for "l2" z_t has terms of both signs and could come near 0, and the bound
+    keeps y_t within 16 times the errors that it is made of. Where nothing is stored, y_t = 0.
     Exponentials are taken relative to the largest term of their row, coefficients included, and
     with "dot" a normalised read overflows for no score. What is not normalised, and every error of
     "l2", is as large as exp(scale q . k) makes it: FloatingPointError where that overflows.
@@ -96,14 +106,14 @@ def kernel_attention(
     q, k: [B, T, H, D]; v: [B, T, H, Dv]; any T >= 0; float64 to float16. alpha, eta: [B, T, H],
     gamma: [B, T, H, c], as in `omega_rule`; None is 1 (gamma: c = 1). Arithmetic and state are
     float64 where q or v is, else float32. objective: "dot" or "l2". scale: None is D ** -0.5, as in
-    attention. write_discount: as in `omega_rule`, for "l2" with repetitive keys.
+    attention.
     state: what an earlier call returned, to go on from there; None begins a sequence.
 
     "dot", normalised, without gates and state, is causal softmax attention, and
     F.scaled_dot_product_attention computes it. Returns y [B, T, H, Dv] in the dtype of q and the
     state after T tokens, still in the graph. Raises ValueError naming a bad argument.
     """
-    s = settings(q, gamma, objective, scale, normalise, chunk_size, write_discount)
+    s = settings(q, gamma, objective, scale, normalise, chunk_size, errors)
     validate(s, q, k, v, alpha, eta, gamma, state)
     if is_softmax(s, alpha, eta, gamma, state):
         return softmax_attention(s, q, k, v)
@@ -121,13 +131,13 @@ def settings(
     scale: float | None,
     normalise: bool,
     chunk_size: int,
-    write_discount: bool,
+    errors: str,
 ) -> Settings:
     """What defines the function, with what the arguments' shapes say of it."""
     D = q.shape[-1] if isinstance(q, Tensor) and q.ndim == 4 else 1
     c = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     sharpness = D**-0.5 if scale is None else scale
-    return Settings(objective, sharpness, normalise, chunk_size, c, write_discount)
+    return Settings(objective, sharpness, normalise, chunk_size, c, errors)
 
 
 def complete(
@@ -155,7 +165,7 @@ def run(
     """`kernel_attention` on validated and complete arguments."""
     if q.shape[0] == 0 or q.shape[1] == 0:
         return v.to(q.dtype) * 1, state
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         y, state = _by_place(s, q, k, v, gates, state)
     safe = s.normalise and s.objective == "dot"
     if not safe and not _finite(y, state.coefficients):
@@ -182,7 +192,7 @@ def is_softmax(
 ) -> bool:
     """Whether the call is softmax attention over its own tokens."""
     bare = alpha is None and eta is None and gamma is None and state is None
-    return bare and s.normalise and not s.chunked
+    return bare and s.normalise and s.objective == "dot"
 
 
 def softmax_attention(s: Settings, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KernelState]:
@@ -240,12 +250,16 @@ def _run(
     # The window does not reach back over the start of the sequence.
     times = state.position.to(q.device)[:, None] + torch.arange(T, device=q.device)
     lags = torch.arange(s.window, device=q.device)
-    gamma = gamma * (lags <= times[..., None])[:, :, None]
-    writes = state.writes
-    if s.write_discount:
-        writes = torch.cat([writes.to(dtype), write_mass(eta, None, gamma)], 1)
-    keys = torch.cat([state.keys.to(dtype), k.to(dtype)], 1)
-    values = torch.cat([state.values.to(dtype), v.to(dtype)], 1)
+    seen = gamma * (lags <= times[..., None])[:, :, None]
+
+    def with_past(past: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([past.to(dtype), t.to(dtype)], 1)
+
+    keys, values = with_past(state.keys, k), with_past(state.values, v)
+    pending = gamma[:, :0]
+    if s.online:
+        eta, pending = limited(s, keys, eta, gamma, seen)
+        alpha, pending = with_past(state.alpha, alpha), with_past(state.pending, pending)
 
     def groups(t: Tensor) -> Tensor:
         """[B, T, H, ...] -> [G, T, ...]."""
@@ -255,45 +269,76 @@ def _run(
         return t.unflatten(0, (B, H)).transpose(1, 2)
 
     known = state.coefficients.to(dtype)
-    start = state.chunk_start[0].to(dtype) if state.chunk_start else known
+    start = state.chunk_start[0].to(dtype) if s.from_start else known[:, :0]
     tokens = Tokens(
         q=groups(q.to(dtype)),
         keys=groups(keys),
         values=groups(F.pad(values, (0, 1), value=1.0) if s.normalise else values),
         alpha=groups(alpha),
         eta=groups(eta),
-        gamma=groups(gamma),
-        writes=groups(writes.to(dtype)),
+        gamma=groups(seen),
+        pending=groups(pending),
         rows=groups(known),
         start=groups(start),
+        errors=groups(state.errors.to(dtype)),
     )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tokens):
-        y, rows, start = KernelWalk.apply(s, place, *tokens)
+        y, rows, start, errors = KernelWalk.apply(s, place, *tokens)
     else:
-        y, rows, start = walk(s, place, tokens)
+        y, rows, start, errors = walk(s, place, tokens)
+
+    def last(t: Tensor, n: int) -> Tensor:
+        # Cloned: a view would keep the whole call's tokens alive.
+        return t[:, t.shape[1] - n :].clone()
+
     after = KernelState(
         keys=keys,
         coefficients=batch(rows),
-        chunk_start=(batch(start),) if state.chunk_start else (),
-        # Cloned: a view would keep the whole call's tokens alive.
-        values=values[:, T:].clone(),
-        writes=writes[:, writes.shape[1] - state.writes.shape[1] :].clone(),
+        chunk_start=(batch(start),) if s.from_start else (),
+        values=last(values, s.window - 1),
+        alpha=last(alpha, s.tail),
+        pending=last(pending, s.tail),
+        errors=batch(errors).clone(),
         position=state.position + T,
     )
     return batch(y).to(q.dtype), after
 
 
+def limited(
+    s: Settings, keys: Tensor, eta: Tensor, gamma: Tensor, seen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """eta^ [B, T, H] and pend [B, T, H, c] of specification 9b, kappa(i, i) = exp(scale |k_i|^2).
+
+    keys: [B, S0 + T, H, D]; gamma: as given; seen: without what lies before the sequence.
+    """
+    T = eta.shape[1]
+    own = (s.scale * keys[:, keys.shape[1] - T - s.tail :].square().sum(-1)).exp()
+    lags = [own[:, s.tail - j : s.tail - j + T] for j in range(s.window)]
+    weighed = torch.where(seen > 0, torch.stack(lags, -1), 0.0)
+    left = masses(eta, None, gamma)
+    # A window's writes count by the largest kappa among them, those yet to come by the key's own.
+    mass = left[..., 0]
+    eta = eta / (mass * weighed.max(-1).values).clamp(min=1)
+    return eta, left / (mass * lags[0]).clamp(min=1)[..., None]
+
+
 def initial_state(s: Settings, q: Tensor, v: Tensor) -> KernelState:
     """Nothing stored."""
     B, _, H, D = q.shape
-    dtype, Dv = state_dtype(q, v), v.shape[-1]
-    rows = q.new_zeros(B, s.history, H, Dv + 2 * s.normalise, dtype=dtype)
+    dtype, Dv, c = state_dtype(q, v), v.shape[-1], s.window
+
+    def zeros(n: int, *width: int) -> Tensor:
+        return q.new_zeros(B, n, H, *width, dtype=dtype)
+
+    rows = zeros(c - 1, Dv + 2 * s.normalise)
     return KernelState(
-        keys=q.new_zeros(B, s.history, H, D, dtype=dtype),
+        keys=zeros(c - 1, D),
         coefficients=rows,
-        chunk_start=(rows,) if s.objective == "l2" else (),
-        values=q.new_zeros(B, s.window - 1, H, Dv, dtype=dtype),
-        writes=q.new_zeros(B, s.chunk_size - 1 if s.write_discount else 0, H, dtype=dtype),
+        chunk_start=(rows,) if s.from_start else (),
+        values=zeros(c - 1, Dv),
+        alpha=zeros(s.tail),
+        pending=zeros(s.tail, c),
+        errors=zeros(s.tail, Dv + s.normalise),
         position=torch.zeros(B, dtype=torch.int64, device=q.device),
     )
 
@@ -311,7 +356,7 @@ def validate(
     check.choice("objective", s.objective, ("dot", "l2"))
     check.between("scale", s.scale, 0.0, 1e6)
     check.boolean("normalise", s.normalise)
-    check.boolean("write_discount", s.write_discount)
+    check.choice("errors", s.errors, ("chunk", "online"))
     check.at_least("chunk_size", s.chunk_size, 1)
     check.tensor("q", q, "[B, T, H, D]", (None, None, None, None))
     B, T, H, D = q.shape
@@ -326,17 +371,19 @@ def validate(
         return
     if not isinstance(state, KernelState):
         check.fail("state", "a KernelState or None", type(state).__name__)
-    W, S = v.shape[-1] + 2 * s.normalise, state.keys.shape[1]
+    Dv, S, n, c = v.shape[-1], state.keys.shape[1], s.tail, s.window
+    W = Dv + 2 * s.normalise
     check.tensor("state.keys", state.keys, "[B, S, H, D]", (B, None, H, D))
-    if s.history > S:
-        check.fail("state.keys", f"at least {s.history} keys", S)
+    if c - 1 > S:
+        check.fail("state.keys", f"at least {c - 1} keys", S)
     check.tensor("state.coefficients", state.coefficients, "[B, S, H, W]", (B, S, H, W))
-    wanted = [(B, S, H, W)] if s.objective == "l2" else []
+    wanted = [(B, S, H, W)] if s.from_start else []
     if [tuple(t.shape) for t in state.chunk_start] != wanted:
         got = [list(t.shape) for t in state.chunk_start]
         check.fail("state.chunk_start", f"shapes {wanted}", got)
-    n = s.chunk_size - 1 if s.write_discount else 0
-    past = (B, s.window - 1, H, v.shape[-1])
-    check.tensor("state.values", state.values, "[B, c - 1, H, Dv]", past)
-    check.tensor("state.writes", state.writes, "[B, b - 1, H]", (B, n, H))
+    check.tensor("state.values", state.values, "[B, c - 1, H, Dv]", (B, c - 1, H, Dv))
+    check.tensor("state.alpha", state.alpha, "[B, n, H]", (B, n, H))
+    check.tensor("state.pending", state.pending, "[B, n, H, c]", (B, n, H, c))
+    width = Dv + s.normalise
+    check.tensor("state.errors", state.errors, "[B, n, H, Dv (+ 1)]", (B, n, H, width))
     check.tensor("state.position", state.position, "[B]", (B,), (torch.int64,))

@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atlas_blocks.functional.chunks import decay_matrix, discounted, window_matrix
-from atlas_blocks.functional.omega_rule import pieces
+from atlas_blocks.autocast import no_autocast
+from atlas_blocks.functional.chunks import decay_matrix, window_matrix
+from atlas_blocks.omega.online import pending_matrix
 
 # Pairs that one block solves for, and tokens of a block where chunks do not matter.
 BLOCK = 64
@@ -37,36 +39,47 @@ class Settings(NamedTuple):
     normalise: bool
     chunk_size: int
     window: int
-    write_discount: bool
+    errors: str
 
     @property
-    def chunk(self) -> int:
-        """b, or any length where the memory at a chunk's start is never looked at."""
-        return self.chunk_size if self.chunked else BLOCK
+    def online(self) -> bool:
+        """Whether errors are corrected and writes limited: those of "dot" see no memory."""
+        return self.objective == "l2" and self.errors == "online"
+
+    @property
+    def from_start(self) -> bool:
+        """Whether errors are taken at the chunk's start, which the state then holds."""
+        return self.objective == "l2" and self.errors == "chunk"
 
     @property
     def chunked(self) -> bool:
-        """Whether chunks are part of the function."""
-        return self.objective == "l2" or self.write_discount
+        """Whether chunks are part of the function: online errors with c = 1 are exact without."""
+        return self.from_start or (self.online and self.window > 1)
 
     @property
-    def history(self) -> int:
-        """How many past tokens are looked at again: the window's halo, the discount's chunk."""
-        return max(self.window - 1, self.chunk_size - 1 if self.write_discount else 0)
+    def chunk(self) -> int:
+        """b, or any length where chunks are not part of the function."""
+        return self.chunk_size if self.chunked else BLOCK
+
+    @property
+    def tail(self) -> int:
+        """n, of how many past tokens the online errors of a begun chunk need gates and errors."""
+        return self.window - 1 if self.online else 0
 
 
 class Tokens(NamedTuple):
     """A call's tensors, all of one dtype."""
 
     q: Tensor  # [G, T, D]
-    keys: Tensor  # [G, S0 + T, D], S0 >= the history
+    keys: Tensor  # [G, S0 + T, D], S0 >= c - 1
     values: Tensor  # with a last column of ones to normalise  [G, c - 1 + T, Dv | Dv + 1]
-    alpha: Tensor  # [G, T]
-    eta: Tensor  # [G, T]
+    alpha: Tensor  # [G, n + T]
+    eta: Tensor  # as it acts: limited where errors are online  [G, T]
     gamma: Tensor  # [G, T, c]
-    writes: Tensor  # m_s of the chunk so far and of the tokens  [G, n + T], n = 0 or b - 1
+    pending: Tensor  # what windows yet to end will write of a key  [G, n + T, c], or [G, 0, c]
     rows: Tensor  # a_i  [G, S0, W]
-    start: Tensor  # a_i at the start of the begun chunk  [G, S0, W]
+    start: Tensor  # a_i at the start of the begun chunk  [G, S0, W], or [G, 0, W]
+    errors: Tensor  # v - M(k) of the last n keys as the begun chunk sees it  [G, n, Dv | Dv + 1]
 
 
 class Block(NamedTuple):
@@ -80,41 +93,67 @@ class Block(NamedTuple):
 def blocks(s: Settings, length: int, position: int) -> list[Block]:
     """The rest of a begun chunk, whole chunks by the group, a begun one."""
     group = max(1, BLOCK // (s.chunk + s.window - 1)) * s.chunk
-    found = []
-    for first, span, count, place in pieces(length, position if s.chunked else 0, s.chunk):
-        stop = first + span * count
-        step = group if span == s.chunk else span
-        found += [Block(i, min(step, stop - i), place) for i in range(first, stop, step)]
+    place = position % s.chunk if s.chunked else 0
+    found, first = [], 0
+    while first < length:
+        rest = length - first
+        step = min(rest, s.chunk - place)
+        if place == 0 and rest > s.chunk:
+            step = min(group, rest - rest % s.chunk)
+        found.append(Block(first, step, place))
+        first, place = first + step, 0
     return found
 
 
 class Pairs(NamedTuple):
-    """Every (chunk, key that it sees) of a block, chunk by chunk."""
+    """Every (chunk, key that it sees) of a block, chunk by chunk.
 
-    key: Tensor  # which of the e + L keys  [E]
-    begin: Tensor  # the first token of the chunk  [E]
+    Tokens count from the block's first, keys from the first that it sees.
+    """
+
+    key: Tensor  # which key  [E]
+    when: Tensor  # the token before which the pair's error is taken  [E]
+    since: Tensor  # the key since which what is written of it decays in this chunk  [E]
     own: Tensor  # whether a token belongs to the pair's chunk  [L, E]
-    earlier: Tensor  # whether pair j belongs to an earlier chunk than pair i  [E, E]
-    chunks: int
+    together: Tensor  # whether two pairs belong to one chunk  [E, E]
+    behind: Tensor  # whether what is written of pair j is part of what pair i reads  [E, E]
 
 
-@functools.lru_cache(maxsize=64)
+def _pairs(s: Settings, block: Block, device: torch.device) -> Pairs:
+    # No further into its chunk than a window is any place like another.
+    return _pairs_at(s, block.length, min(block.place, s.window), device)
+
+
+@functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)  # or what inference has left here could not be differentiated with
-def _pairs(length: int, chunk: int, window: int, extra: int, device: torch.device) -> Pairs:
-    starts = range(0, length, chunk)
-    ends = [min(i + chunk, length) for i in starts]
-    lists = [
-        torch.arange(extra + i - window + 1, extra + j) for i, j in zip(starts, ends, strict=True)
-    ]
-    begin = torch.cat([torch.full((len(x),), i) for x, i in zip(lists, starts, strict=True)])
-    token = torch.arange(length)[:, None] // chunk
-    return Pairs(
-        key=torch.cat(lists).to(device),
-        begin=begin.to(device),
-        own=(token == begin // chunk).to(device),
-        earlier=(begin < begin[:, None]).to(device),
-        chunks=len(lists),
+def _pairs_at(s: Settings, length: int, place: int, device: torch.device) -> Pairs:
+    halo = s.window - 1
+    starts = [-place] if place else list(range(0, length, s.chunk))
+    ends = [*starts[1:], length]
+    lists = [torch.arange(max(i, 0), j + halo) for i, j in zip(starts, ends, strict=True)]
+
+    def each(numbers: Sequence[int]) -> Tensor:
+        parts = [torch.full((len(x),), i) for x, i in zip(lists, numbers, strict=True)]
+        return torch.cat(parts)
+
+    key, begin, chunk = torch.cat(lists), each(starts), each(range(len(starts)))
+    token = torch.arange(length)[:, None]
+    together = chunk[:, None] == chunk
+    when, behind = begin.clamp(min=0), chunk[:, None] > chunk
+    if s.online:
+        when = torch.maximum(key - halo, when)
+        behind = torch.ones_like(together).tril(-1)
+        if place:  # what an earlier call has found already
+            behind &= (key >= halo)[:, None]
+    found = Pairs(
+        key=key,
+        when=when,
+        since=torch.maximum(key, begin + halo - 1),
+        own=(token >= begin) & (token < each(ends)),
+        together=together,
+        behind=behind,
     )
+    return Pairs(*(t.to(device) for t in found))
 
 
 def kernel_sum(*terms: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -156,96 +195,116 @@ class Part(NamedTuple):
     """A block's share of the tokens."""
 
     q: Tensor  # [G, L, D]
-    keys: Tensor  # [G, e + L, D]
+    keys: Tensor  # [G, c - 1 + L, D]
     values: Tensor  # [G, c - 1 + L, Dv | Dv + 1]
-    alpha: Tensor  # [G, L]
+    alpha: Tensor  # [G, n + L]
     eta: Tensor  # [G, L]
     gamma: Tensor  # [G, L, c]
-    writes: Tensor  # of the chunk so far and the tokens  [G, place + L], or [G, 0]
+    pending: Tensor  # [G, n + L, c], or [G, 0, c]
+    errors: Tensor  # v - M(k) of the n keys before a begun block  [G, n, Dv | Dv + 1]
     past: Tensor  # all earlier keys  [G, S, D]
 
 
 def block_step(
-    s: Settings, place: int, x: Part, rows: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [G, L, Dv]; what the block's pairs add to the rows a_i [G, E, W]; how the old fade [G].
+    s: Settings, block: Block, x: Part, rows: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [G, L, Dv]; what the block's pairs add to the rows a_i [G, E, W]; how the old fade [G];
+    v - M(k) of the last n keys.
 
-    rows: a_i of all earlier keys [G, S, W]; start: those at the start of the begun chunk, the same
-    where place is 0.
+    rows: a_i of all earlier keys [G, S, W]; start: those that errors are taken at, the same unless
+    they are those of the start of a begun chunk.
     """
-    q, keys, values, alpha, eta, gamma, writes, past = x
-    length, extra = q.shape[1], keys.shape[1] - q.shape[1]
-    pairs = _pairs(length, length if place else s.chunk, s.window, extra, q.device)
-    decay, abar = decay_matrix(alpha)
-    if s.write_discount:
-        eta = _discount(s, place, keys, eta, writes)
-    seen = window_matrix(gamma, extra)[..., pairs.key] * pairs.own
-    written = (decay * eta.unsqueeze(-2)) @ seen  # P C  [G, L, E]
-    k, u = keys[:, pairs.key], values[:, pairs.key - (extra - s.window + 1)]
+    q, past, n = x.q, x.past, s.tail
+    pairs = _pairs(s, block, q.device)
+    reach, abar = decay_matrix(x.alpha)
+    if n:
+        abar = reach[:, n:, n - 1 : n]
+    seen = window_matrix(x.gamma, s.window - 1)[..., pairs.key] * pairs.own
+    written = (reach[:, n:, n:] * x.eta.unsqueeze(-2)) @ seen  # P C  [G, L, E]
+    u = x.values[:, pairs.key]
     if s.objective == "l2":
-        width = values.shape[-1]
-        # u_i = v_i - M^(0)(k_i), M^(0) being what the past has become at the pair's chunk start,
-        if past.shape[1]:
-            one = k.new_ones(1, 1, 1)
-            read, shift = kernel_sum((s.scale * (k @ past.mT), one, start[..., :width]))
-            faded = torch.cat([torch.ones_like(abar[:, :1]), abar], 1)[:, pairs.begin]
-            u = u - faded * (shift.exp() * read)
-        if pairs.chunks > 1:
-            # and what earlier chunks of the block have written, whose u are unknowns too.
-            so_far = torch.cat([torch.zeros_like(written[:, :1]), written], 1)[:, pairs.begin]
-            scores = (s.scale * (k @ k.mT)).masked_fill(~pairs.earlier, 0.0)
-            system = so_far * scores.exp()
-            u = torch.linalg.solve_triangular(system, u, upper=False, unitriangular=True)
+        u = _errors(s, block, x, pairs, reach, abar, written, start)
+    u_last = u[:, u.shape[1] - n :]
     if s.normalise:
         u = torch.cat([u, u[..., -1:].abs()], -1)
     total, shift = kernel_sum(
-        (s.scale * (q @ past.mT), abar, rows), (s.scale * (q @ k.mT), written, u)
+        (s.scale * (q @ past.mT), abar, rows),
+        (s.scale * (q @ x.keys[:, pairs.key].mT), written, u),
     )
     y = normalised(total) if s.normalise else shift.exp() * total
-    return y, written[:, -1].unsqueeze(-1) * u, abar[:, -1, 0]
+    return y, written[:, -1].unsqueeze(-1) * u, abar[:, -1, 0], u_last
 
 
-def _discount(s: Settings, place: int, keys: Tensor, eta: Tensor, writes: Tensor) -> Tensor:
-    """eta after the discount of specification section 9b."""
-    length = eta.shape[1]
-    k = keys[:, keys.shape[1] - place - length :]
-    kappa = (s.scale * (k @ k.mT)).exp()
-    own = kappa.diagonal(dim1=-2, dim2=-1)[:, place:]
-    chunk = torch.arange(place + length, device=k.device) // s.chunk
-    return discounted(eta, writes, kappa * (chunk == chunk[:, None]), own)
+def _errors(
+    s: Settings,
+    block: Block,
+    x: Part,
+    pairs: Pairs,
+    reach: Tensor,
+    abar: Tensor,
+    written: Tensor,
+    start: Tensor,
+) -> Tensor:
+    """u_i = v_i - M(k_i) of every pair [G, E, Dv | Dv + 1].
+
+    M is M^(0) of the pair's chunk or, online, the memory just before the pair's token with what
+    windows begun will still write of the keys before it (specification 9b).
+    reach: A of the last n tokens and the block's  [G, n + L, n + L].
+    """
+    k, u = x.keys[:, pairs.key], x.values[:, pairs.key]
+    known = s.tail if block.place else 0  # of a begun chunk some have been found already
+    if x.past.shape[1]:
+        # What is left of the memory before the block,
+        scores = s.scale * (k[:, known:] @ x.past.mT)
+        read, shift = kernel_sum((scores, k.new_ones(1, 1, 1), start[..., : u.shape[-1]]))
+        faded = _before(abar, 1.0)[:, pairs.when[known:]]
+        u = torch.cat([x.errors[:, :known], u[:, known:] - faded * (shift.exp() * read)], 1)
+    if s.from_start and block.length <= s.chunk:
+        return u
+    # and what the block has written before, whose u are unknowns too.
+    so_far = _before(written, 0.0)[:, pairs.when]
+    if s.tail:
+        until = s.tail + pairs.when
+        pending = pending_matrix(x.pending)[:, until][..., pairs.key]
+        fading = reach[:, until - 1][..., pairs.since]
+        so_far = so_far + pairs.together * fading * pending
+    scores = (s.scale * (k @ k.mT)).masked_fill(~pairs.behind, 0.0)
+    system = (so_far * pairs.behind) * scores.exp()
+    return torch.linalg.solve_triangular(system, u, upper=False, unitriangular=True)
+
+
+def _before(x: Tensor, first: float) -> Tensor:
+    """Row t - 1 in the place of row t, `first` in the first: [G, L, E]."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0), value=first)
 
 
 def _cut(s: Settings, x: Tokens, block: Block) -> Part:
-    first, length, place = block
-    stop = first + length
-    before = x.keys.shape[1] - x.q.shape[1]
-    extra = max(s.window - 1, place if s.write_discount else 0)
-    n = x.writes.shape[1] - x.q.shape[1]
-    writes = x.writes[:, n + first - place : n + stop] if s.write_discount else x.writes
+    first, stop = block.first, block.first + block.length
+    halo, before = s.window - 1, x.keys.shape[1] - x.q.shape[1]
     return Part(
         q=x.q[:, first:stop],
-        keys=x.keys[:, before + first - extra : before + stop],
-        values=x.values[:, first : s.window - 1 + stop],
-        alpha=x.alpha[:, first:stop],
+        keys=x.keys[:, before + first - halo : before + stop],
+        values=x.values[:, first : halo + stop],
+        alpha=x.alpha[:, first : s.tail + stop],
         eta=x.eta[:, first:stop],
         gamma=x.gamma[:, first:stop],
-        writes=writes,
+        pending=x.pending[:, first : s.tail + stop],
+        errors=x.errors,
         past=x.keys[:, : before + first],
     )
 
 
 def _targets(s: Settings, x: Tokens, block: Block) -> Tensor:
     """The key that each pair of the block adds to, counted from the first of all."""
-    first, length, place = block
-    extra = max(s.window - 1, place if s.write_discount else 0)
-    pairs = _pairs(length, length if place else s.chunk, s.window, extra, x.q.device)
-    return pairs.key + (x.keys.shape[1] - x.q.shape[1] + first - extra)
+    pairs = _pairs(s, block, x.q.device)
+    return pairs.key + (x.keys.shape[1] - x.q.shape[1] + block.first - (s.window - 1))
 
 
 def walk(
     s: Settings, position: int, x: Tokens, kept: list[tuple[Tensor, Tensor]] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outside autograd: y [G, T, Dv], the rows after T tokens and those at the chunk's start.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outside autograd: y [G, T, Dv]; the rows after T tokens, those at the chunk's start where
+    errors are taken there, and v - M(k) of the last n keys.
 
     kept: gets what every block adds, and how it lets the old rows fade, for the backward.
     """
@@ -255,28 +314,34 @@ def walk(
     def grown(t: Tensor) -> Tensor:
         return torch.cat([t, t.new_zeros(groups, tokens, t.shape[2])], 1)
 
-    rows, start, outputs = grown(x.rows), grown(x.start), []
+    rows, outputs, errors = grown(x.rows), [], x.errors
+    start = grown(x.start) if s.from_start else x.start
     plan = blocks(s, tokens, position)
     begun = _begun(s, position, tokens)
     for n, block in enumerate(plan):
-        start = rows if block.place == 0 else start
+        at = start if _resumes(s, block) else rows
         past = slice(0, before + block.first)
-        y, added, fade = block_step(
-            s, block.place, _cut(s, x, block), rows[:, past], start[:, past]
-        )
-        if begun and n == len(plan) - 1 and start is rows:
-            rows = rows.clone()  # in place from here, and what the chunk began with is kept
+        y, added, fade, errors = block_step(s, block, _cut(s, x, block), rows[:, past], at[:, past])
+        if begun and n == len(plan) - 1 and at is rows:
+            start, rows = rows, rows.clone()  # in place from here: what the chunk began with stays
         rows[:, past] *= fade[:, None, None]
         rows.index_add_(1, _targets(s, x, block), added)
         outputs.append(y)
         if kept is not None:
             kept.append((added, fade))
-    return torch.cat(outputs, 1), rows, start if begun else rows
+    if s.from_start and not begun:
+        start = rows
+    return torch.cat(outputs, 1), rows, start, errors
 
 
 def _begun(s: Settings, position: int, tokens: int) -> bool:
-    """Whether a call ends inside a chunk."""
-    return s.chunked and (position + tokens) % s.chunk != 0
+    """Whether a call ends inside a chunk whose start is kept."""
+    return s.from_start and (position + tokens) % s.chunk != 0
+
+
+def _resumes(s: Settings, block: Block) -> bool:
+    """Whether a block's errors are taken at the start of a chunk that an earlier call began."""
+    return s.from_start and block.place > 0
 
 
 class Rebuilt:
@@ -309,58 +374,65 @@ class KernelWalk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Settings, position: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         kept: list[tuple[Tensor, Tensor]] = []
-        y, rows, start = walk(s, position, Tokens(*tensors), kept)
+        x = Tokens(*tensors)
+        y, rows, start, errors = walk(s, position, x, kept)
         ctx.settings, ctx.position = s, position
         ctx.save_for_backward(*tensors, *(t for t, _ in kept), *(t for _, t in kept))
-        # Two results may not be one tensor.
-        return y, rows, start.clone() if start is rows else start
+        # Two results may not be one tensor, and none an argument.
+        shared = start is rows or start is x.start
+        return y, rows, start.clone() if shared else start, errors
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Tokens._fields)
         x, kept = Tokens(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
-        with torch.autocast(x.q.device.type, enabled=False):
+        with no_autocast(x.q):
             return None, None, *_backward(ctx.settings, ctx.position, x, kept, grads)
 
 
 def _backward(
     s: Settings, position: int, x: Tokens, kept: list[Tensor], grads: Sequence[Tensor]
 ) -> Tokens:
-    """Gradients of the tokens. grads: of y and of both results' rows."""
-    dy, drows, dstart = grads
+    """Gradients of the tokens. grads: of y, of both results' rows and of the last errors."""
+    dy, drows, dstart, derrors = grads
     plan = blocks(s, x.q.shape[1], position)
     rebuilt = Rebuilt(s, x, plan, kept)
     total = Tokens(*(torch.zeros_like(t) for t in x))
     begun = _begun(s, position, x.q.shape[1])
-    drows = drows.clone() if begun else drows + dstart
+    drows = drows + dstart if s.from_start and not begun else drows.clone()
     before = x.rows.shape[1]
     for n in reversed(range(len(plan))):
-        block = plan[n]
+        block, last = plan[n], n == len(plan) - 1
         known = before + block.first
         rows = rebuilt.at(n, known)
-        start = rows if block.place == 0 else x.start
+        resumes = _resumes(s, block)
         with torch.enable_grad():
             parts = Part(*(t.detach().requires_grad_() for t in _cut(s, x, block)))
             leaf = rows.detach().requires_grad_()
-            begin = leaf if start is rows else start.detach().requires_grad_()
-            results = block_step(s, block.place, parts, leaf, begin)
+            start = x.start.detach().requires_grad_() if resumes else leaf
+            results = block_step(s, block, parts, leaf, start)
         dout = dy[:, block.first : block.first + block.length]
         dadded = drows[:, _targets(s, x, block)]
         dfade = (drows[:, :known] * rows).sum((1, 2))
-        wanted = [*parts, leaf, *([] if begin is leaf else [begin])]
+        dlast = derrors if last else torch.zeros_like(derrors)
+        wanted = [*parts, leaf, *([start] if resumes else [])]
         found = torch.autograd.grad(
-            results, wanted, (dout, dadded, dfade), allow_unused=True, materialize_grads=True
+            results,
+            wanted,
+            (dout, dadded, dfade, dlast),
+            allow_unused=True,
+            materialize_grads=True,
         )
         for into, g in zip(_cut(s, total, block), found, strict=False):
             into += g
         drows = drows[:, :known] * kept[len(plan) + n][:, None, None] + found[len(parts)]
-        last = begun and n == len(plan) - 1
-        if begin is not leaf:
+        if resumes:
             total.start.add_(found[-1])
-            if last:
+        if begun and last:
+            if resumes:
                 total.start.add_(dstart[:, :before])
-        elif last:
-            drows = drows + dstart[:, :known]
+            else:
+                drows = drows + dstart[:, :known]
     total.rows.copy_(drows)
     return total

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,48 +27,35 @@ def gelu_slope(z: Tensor, times: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(times, z)
 
 
-# Under the roots of the higher orders below, so that their gradients stay finite at 0.
-BOUND_FLOOR, SECOND_FLOOR, THIRD_FLOOR = 1e-12, 1e-5, 1e-8
+# Under the roots of sizes, so that zero errors have finite values and gradients.
+TINY = 1e-12
 
 
-def spectral_bound(w: Tensor) -> Tensor:
-    """||W W^T||_F >= ||W||_2^2, the Schatten-4 norm squared: [..., dout, din] -> [..., 1, 1]."""
-    gram = w @ w.mT if w.shape[-2] <= w.shape[-1] else w.mT @ w
-    return torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True) + BOUND_FLOOR
+class Linearised(NamedTuple):
+    """A memory around fixed weights, at n keys x.
 
+    read: M(x) without the residual [G, n, Dv]. factors(e): [(left, right)] a weight, given the
+    errors e = dl/dM(x). along(S): the derivative of `read` along S, a list of the weights' shapes.
+    """
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-
-
-def _largest(x: Tensor) -> Tensor:
-    # By its index: amax looks for it again by its value in the backward, where a compiler may have
-    # computed x once more and rounded it otherwise; nothing is found then, and 0 / 0 the gradient.
-    return x.abs().max(-1, keepdim=True).values
+    read: Tensor
+    factors: Callable[[Tensor], list[Factor]]
+    along: Callable[[Weights], Tensor]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """One structure: how many weights, how it reads, its gradient factors, its tangent kernel.
+    """One structure: how many weights, how it reads, and what becomes of it nearby.
 
     forward(linear, x): M(x) without the residual.
-    factors(weights, x, error): [(left, right)] a weight; error(y) is dl/dM(x), given y = M(x)
-    without the residual.
-    tangent(weights, x, outer): f [G, n, r], from which kappa of the write discount between two of
-    the n tokens is |h . h'| + (f . f') |x . x'|; outer is the factors (error e, hidden h) of W_1.
-    It is a bound on the tangent kernel plus its higher orders: all weights of a deep memory are
-    written at once, and where |e| is large against them the products of their changes outweigh the
-    changes. A step eta changes M(x) by at most eta K1 |e| + (eta K2)^2 |e| + (eta K3)^3 |e|; kappa
-    is K1 + K2 + K3, the latter two with each token's share of them. None for a matrix memory,
-    whose kappa is |x . x'|.
+    linearise(weights, x): see `Linearised`.
     residual: whether r(x), the un-lifted key, is added where Dk = Dv.
     """
 
     weights: int
     residual: bool
     forward: Callable[[Linear, Tensor], Tensor]
-    factors: Callable[[Weights, Tensor, Callable[[Tensor], Tensor]], list[Factor]]
-    tangent: Callable[[Weights, Tensor, Factor], Tensor] | None
+    linearise: Callable[[Weights, Tensor], Linearised]
 
 
 # --- matrix: M(x) = W x -----------------------------------------------------------------------
@@ -77,9 +65,9 @@ def _matrix_forward(linear: Linear, x: Tensor) -> Tensor:
     return linear(0, x)
 
 
-def _matrix_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor]) -> list[Factor]:
+def _matrix_linearise(weights: Weights, x: Tensor) -> Linearised:
     (w,) = weights
-    return [(error(x @ w.mT), x)]
+    return Linearised(x @ w.mT, lambda e: [(e, x)], lambda s: x @ s[0].mT)
 
 
 # --- mlp: M(x) = r(x) + W1 gelu(W2 x) ---------------------------------------------------------
@@ -89,20 +77,18 @@ def _mlp_forward(linear: Linear, x: Tensor) -> Tensor:
     return linear(0, F.gelu(linear(1, x)))
 
 
-def _mlp_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor]) -> list[Factor]:
+def _mlp_linearise(weights: Weights, x: Tensor) -> Linearised:
     w1, w2 = weights
     z = x @ w2.mT
     h = F.gelu(z)
-    e = error(h @ w1.mT)
-    return [(e, h), (gelu_slope(z, times=e @ w1), x)]
 
+    def factors(e: Tensor) -> list[Factor]:
+        return [(e, h), (gelu_slope(z, times=e @ w1), x)]
 
-def _mlp_tangent(weights: Weights, x: Tensor, outer: Factor) -> Tensor:
-    e, h = outer
-    w = spectral_bound(weights[0]).sqrt()
-    # (dW1 applied to dh): eta^2 |e| |h| ||W1|| |e|.
-    second = (_norm(e) * _norm(h) * w + SECOND_FLOOR) ** (1 / 4)
-    return torch.cat([w.expand_as(second), second], -1)
+    def along(s: Weights) -> Tensor:
+        return h @ s[0].mT + gelu_slope(z, times=x @ s[1].mT) @ w1.mT
+
+    return Linearised(h @ w1.mT, factors, along)
 
 
 # --- gated_mlp (Atlas++): M(x) = r(x) + W1 (gelu(W2 x) * W3 x) --------------------------------
@@ -112,37 +98,47 @@ def _gated_forward(linear: Linear, x: Tensor) -> Tensor:
     return linear(0, F.gelu(linear(1, x)) * linear(2, x))
 
 
-def _gated_factors(weights: Weights, x: Tensor, error: Callable[[Tensor], Tensor]) -> list[Factor]:
+def _gated_linearise(weights: Weights, x: Tensor) -> Linearised:
     w1, w2, w3 = weights
     z, u = x @ w2.mT, x @ w3.mT
     s = F.gelu(z)
     h = s * u
-    e = error(h @ w1.mT)
-    back = e @ w1
-    return [(e, h), (gelu_slope(z, times=back * u), x), (back * s, x)]
 
+    def factors(e: Tensor) -> list[Factor]:
+        back = e @ w1
+        return [(e, h), (gelu_slope(z, times=back * u), x), (back * s, x)]
 
-def _gated_tangent(weights: Weights, x: Tensor, outer: Factor) -> Tensor:
-    e, h = outer
-    w1, w2, w3 = weights
-    z, u = x @ w2.mT, x @ w3.mT
-    s = F.gelu(z)
-    w = spectral_bound(w1).sqrt()
-    norm_e, norm_h = _norm(e), _norm(h)
-    # The largest |dh / d(W2 x)|, |dh / d(W3 x)| and |W3 x| of any hidden unit.
-    gate, value, upper = _largest(gelu_slope(z, times=u)), _largest(s), _largest(u)
-    # dW1 with either inner change, and the two inner changes with one another; then all three.
-    pairs = norm_h * (gate * upper + value.square()) * w + w**3 * gate * value
-    second = (norm_e * pairs + SECOND_FLOOR) ** (1 / 4)
-    third = (norm_e.square() * norm_h * gate * value * w.square() + THIRD_FLOOR) ** (1 / 6)
-    return torch.cat([w * gate, w * value, second, third], -1)
+    def along(d: Weights) -> Tensor:
+        dh = gelu_slope(z, times=u * (x @ d[1].mT)) + s * (x @ d[2].mT)
+        return h @ d[0].mT + dh @ w1.mT
+
+    return Linearised(h @ w1.mT, factors, along)
 
 
 MEMORIES: dict[str, Memory] = {
-    "matrix": Memory(1, False, _matrix_forward, _matrix_factors, None),
-    "mlp": Memory(2, True, _mlp_forward, _mlp_factors, _mlp_tangent),
-    "gated_mlp": Memory(3, True, _gated_forward, _gated_factors, _gated_tangent),
+    "matrix": Memory(1, False, _matrix_forward, _matrix_linearise),
+    "mlp": Memory(2, True, _mlp_forward, _mlp_linearise),
+    "gated_mlp": Memory(3, True, _gated_forward, _gated_linearise),
 }
+
+
+def tangent_kernel(
+    factors: Sequence[Factor], errors: Tensor, squares: Tensor, gram: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """kappa(s, t) = sum_w c_s c_t (R_s . R_t) between n keys, c = |L| / |e|, and kappa(i, i).
+
+    The share of a key's error that a write of another's takes away, for a unit step (9b). factors:
+    for these errors e [G, n, Dv]; squares, gram: |x_i|^2 [G, n] and x_s . x_t [G, n, n] of the
+    inner weights' R = x, which are all a matrix memory has. No kappa without a gram.
+    """
+    (_, h), *inner = factors
+    if not inner:
+        return gram, squares
+    scale = (errors.square().sum(-1, keepdim=True) + TINY).rsqrt()
+    size = [((left * scale).square().sum(-1) + TINY).sqrt() for left, _ in inner]
+    f = torch.stack(size, -1)  # c of every inner weight  [G, n, w]
+    own = h.square().sum(-1) + f.square().sum(-1) * squares
+    return None if gram is None else h @ h.mT + (f @ f.mT) * gram, own
 
 
 def weight_shapes(memory: str, din: int, dout: int, hidden: int) -> list[tuple[int, int]]:

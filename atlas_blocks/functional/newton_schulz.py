@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks import check
+from atlas_blocks.autocast import no_autocast
 
 # Polynomials x -> a x + b x^3 + c x^5 on the singular values, one triple a step; the last repeats.
 COEFFICIENTS = {
@@ -105,7 +106,7 @@ class _NewtonSchulz(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In bfloat16, as inside an autocast region, the iteration's derivative would grow for ever.
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with no_autocast(grads[0]):
             return backward(grads[0], *ctx.saved_tensors, *ctx.options), None, None, None
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.chunks import Read, Write, cut
 from atlas_blocks.functional.groups import Group, Groups
 from atlas_blocks.functional.omega_rule import pieces, prepare
-from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.functional.walk import (
     ChunkMemory,
     MuonChunk,
@@ -44,7 +45,7 @@ def omega_rule_backward(
     only a few chunks' intermediates exist at a time.
     """
     pairs: Pairs = []
-    with torch.autocast(a.q.device.type, enabled=False), torch.enable_grad():
+    with no_autocast(a.q), torch.enable_grad():
         groups, (grad_y, *of_state) = Groups.of(a), grads
         grads_y = groups.streams(grad_y)
         for i, (group, part) in enumerate(zip(groups.groups, groups.arguments(a), strict=True)):
@@ -64,9 +65,9 @@ def _one_group(
     """What the rule computes before any memory and what comes of it: each with its gradient."""
     tokens, before, history = prepare(a, group.position)
     grad_y, after, grads_of_history = _split(a, grads)
-    pairs = list(zip(history, grads_of_history, strict=True))
+    pairs = list(zip(history.values(), grads_of_history, strict=True))
     cuts, chunk, slots = [], 0, group.places(a.q)
-    for piece in pieces(a.q.shape[1], group.position % a.rule.chunk_size, a.rule.chunk_size):
+    for piece in pieces(a.q.shape[1], a.rule.place(group.position), a.rule.chunk_size):
         cuts.append((piece, chunk, *cut(a.rule, a.feature_map, tokens, piece)))
         chunk += piece.count
     together = TOGETHER[a.rule.update]
@@ -92,8 +93,14 @@ def _one_group(
                 muon,
             )
             found.append(gradients)
-        whole = [torch.cat(parts) for parts in zip(*reversed(found), strict=True)]
-        pairs += zip(write.tensors() + read.tensors(), whole, strict=True)
+        for t, parts in zip(
+            write.tensors() + read.tensors(), zip(*reversed(found), strict=True), strict=True
+        ):
+            # What no chunk has looked at, as Muon at phi(q) . phi(k), has no gradient.
+            there = [g for g in parts if g is not None]
+            if there:
+                zero = torch.zeros_like(there[0])
+                pairs.append((t, torch.cat([zero if g is None else g for g in parts])))
     return pairs + list(zip(before.tensors(), after.tensors(), strict=True))
 
 
@@ -101,11 +108,19 @@ def _split(a: Arguments, grads: Sequence[Tensor]) -> tuple[Tensor, ChunkMemory, 
     """Gradients of y [G, T, Dv], of the memory after the call, and of the state's last tokens."""
     parts = iter(grads)
     grad_y = next(parts).transpose(1, 2).flatten(0, 1)
-    count = len(a.weights)
-    sizes = (count, 0 if a.theta is None else count, count)
-    weights, momentum, start = ([next(parts).flatten(0, 1) for _ in range(n)] for n in sizes)
+    groups = [
+        [next(parts).flatten(0, 1) for _ in a.weights] if there else []
+        for there in OmegaState.groups(a.rule, a.theta is not None).values()
+    ]
     *history, scale = parts
-    after = ChunkMemory(weights, momentum, start, scale.flatten())
+    zero, scale = torch.zeros_like(scale).flatten(), scale.flatten()
+    weights, momentum, start, momentum_start = groups
+    if a.rule.update == "gd" and not start:  # the walk has them, the state has not
+        start, momentum_start = ([torch.zeros_like(t) for t in ts] for ts in (weights, momentum))
+    scales = (zero, scale) if a.rule.rewinds else (scale, zero)
+    # M_0 comes out of the walk as it went in.
+    initial = [torch.zeros_like(t) for t in weights if a.rule.decay_to == "initial"]
+    after = ChunkMemory(weights, momentum, start, momentum_start, *scales, initial)
     return grad_y.to(scale.dtype), after, history
 
 
@@ -113,8 +128,8 @@ def _at(starts: Sequence[Tensor], slots: Tensor, before: ChunkMemory) -> ChunkMe
     """The memory at the start of one chunk of every row; M^(0) of a chunk that an earlier call
     began is `before`'s."""
     *tensors, scale = (t.flatten(0, 1).index_select(0, slots).flatten(0, 1) for t in starts)
-    count = len(before.weights)
-    return ChunkMemory(tensors[:count], tensors[count:], before.chunk_start, scale)
+    weights, momentum = tensors[: len(before.weights)], tensors[len(before.weights) :]
+    return before._replace(weights=weights, momentum=momentum, scale=scale, scale_start=scale)
 
 
 def _chunks(
@@ -126,8 +141,9 @@ def _chunks(
     grad_y: Tensor,
     after: ChunkMemory,
     muon: MuonChunk | None,
-) -> tuple[list[Tensor], ChunkMemory]:
-    """Gradients of a few chunks' write and read and of the memory before them.
+) -> tuple[list[Tensor | None], ChunkMemory]:
+    """Gradients of a few chunks' write and read, None of what is not used, and of the memory before
+    them.
 
     grad_y [G, N L, Dv] and `after`: gradients of what they return.
     """
@@ -146,13 +162,24 @@ def _chunks(
         (chunk,) = zip(write.unbind(), read.unbind(), strict=True)
         y, result = (muon or muon_chunk)(rule, *chunk, start, place)
     outputs = [(y, grad_y), *zip(result.tensors(), after.tensors(), strict=True)]
-    floats = iter(_gradients(outputs, [t for t in leaves if t.requires_grad]))
-    found = iter([next(floats) if t.requires_grad else torch.zeros_like(t) for t in leaves])
+    floats = iter(_used(outputs, [t for t in leaves if t.requires_grad]))
+    found = iter([next(floats) if t.requires_grad else None for t in leaves])
     of_cut = [next(found) for _ in write.tensors() + read.tensors()]
-    return of_cut, memory.map(lambda _: next(found))
+
+    def of_memory(t: Tensor) -> Tensor:
+        one = next(found)
+        return torch.zeros_like(t) if one is None else one
+
+    return of_cut, memory.map(of_memory)
 
 
 def _gradients(outputs: Pairs, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """`_used`, with zeros for what is not used."""
+    found = zip(_used(outputs, inputs), inputs, strict=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in found]
+
+
+def _used(outputs: Pairs, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of `inputs` for those of the outputs, each given with its output.
 
     Outputs whose gradient is zero, as that of a state nobody goes on from, are left out: what led
@@ -162,6 +189,6 @@ def _gradients(outputs: Pairs, inputs: Sequence[Tensor]) -> list[Tensor]:
         (t, g) for t, g in outputs if t.requires_grad and (g.device.type != "cpu" or g.any())
     ]
     if not outputs:
-        return [torch.zeros_like(t) for t in inputs]
+        return [None for _ in inputs]
     results, gradients = zip(*outputs, strict=True)
-    return list(torch.autograd.grad(results, inputs, gradients, materialize_grads=True))
+    return list(torch.autograd.grad(results, inputs, gradients, allow_unused=True))

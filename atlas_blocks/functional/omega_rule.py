@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.chunks import Piece, Tokens, cut
 from atlas_blocks.functional.features import FeatureMap, features_of
 from atlas_blocks.functional.groups import Groups
@@ -22,7 +24,6 @@ from atlas_blocks.functional.rule import (
     first_state,
     state_dtype,
     validate,
-    write_mass,
 )
 from atlas_blocks.functional.walk import ChunkMemory, MuonChunk, walk_gradient, walk_muon
 
@@ -44,7 +45,8 @@ def omega_rule(
     ns_steps: int = 5,
     ns_every: int = 1,
     chunk_size: int = 64,
-    write_discount: bool = False,
+    errors: str = "chunk",
+    decay_to: str = "zero",
     state: OmegaState | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, OmegaState]:
@@ -70,9 +72,14 @@ def omega_rule(
     feature_map: phi, a PolynomialMap or SketchMap; None is the identity.
     update: "gd" U(S) = S, or "muon" U(S) = Newton-Schulz of `ns_steps` steps; taken only at every
     `ns_every`-th token of the chunk and at its last.
-    write_discount: weaken each write by what its chunk has written in its direction already,
-    against divergence on repetitive input (specification 9b). Measured, not proven: |M| stays
-    below 2 with "gd" over 100,000 tokens at extreme gates.
+    errors: "chunk" takes every key's error at M^(0), as the paper writes it; equal or similar keys
+    of a chunk then add up their steps, and the memory may diverge. "online", for "gd", corrects
+    each error for what the chunk has written before and limits a token's own step, so that the
+    rule is close to that of chunks of one token, or equal to it (a matrix memory, c = 1), and
+    bounded (specification 9b).
+    decay_to: what retention below 1 leaves: "zero", as in the paper, or "initial", M_0:
+    M_t = alpha_t M_{t-1} + (1 - alpha_t) M_0 - eta_t U(S_t), so that hidden units of a deep memory
+    that nothing writes to do not fade away.
     state: what an earlier call returned, to go on from there; None begins a sequence.
     cu_seqlens: int [N + 1], bounds 0 = c_0 < ... < c_N = T of documents packed along T, with B = 1:
     each runs as if alone, and the state, in and out, has a batch of N.
@@ -81,7 +88,7 @@ def omega_rule(
     graph. Differentiable in every tensor argument. Raises ValueError naming a bad argument.
     """
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
-    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
+    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, errors, window, decay_to)
     a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens)
     validate(*a)
     return run(a)
@@ -94,19 +101,19 @@ def run(
 ) -> tuple[Tensor, OmegaState]:
     """`omega_rule` on validated arguments; muon: who does a chunk where the update is that.
 
-    starts: zeros to write the memory at every chunk's start to (for a chunk that an earlier call
-    began: at this call's): each weight [B, N, H, dout, din], each momentum likewise, then the
-    discount's scale [B, N, H]; N from `chunk_count`. Those of packed documents follow each other
+    starts: zeros to write the memory at every chunk's start to (with Muon, for a chunk that an
+    earlier call began: at this call's): each weight [B, N, H, dout, din], each momentum likewise,
+    then the scale [B, N, H]; N from `chunk_count`. Those of packed documents follow each other
     without a gap.
     """
     if a.cu_seqlens is None and 0 in a.q.shape[:2]:
         return a.q.new_zeros(a.v.shape), a.state or first_state(a)
     groups, outputs, states = Groups.of(a), [], []
-    with torch.autocast(a.q.device.type, enabled=False):
+    with no_autocast(a.q):
         for group, part in zip(groups.groups, groups.arguments(a), strict=True):
             kept: list[ChunkMemory] | None = None if starts is None else []
             at = group.position
-            y, state = run_at(part, at, at % a.rule.chunk_size, kept, muon)
+            y, state = run_at(part, at, a.rule.place(at), kept, muon)
             outputs.append(y)
             states.append(state)
             for n, memory in enumerate(kept or ()):
@@ -125,7 +132,7 @@ def run_at(
 ) -> tuple[Tensor, OmegaState]:
     """`run` for rows that are all at this place of their chunk; chunk starts to `kept`.
 
-    position: of the first token, for all rows or [B, 1].
+    position: of the first token, for all rows or [B, 1]. place: see `Rule.place`.
     """
     tokens, memory, history = prepare(a, position)
     walk = walk_gradient if a.rule.update == "gd" else partial(walk_muon, step=muon)
@@ -135,58 +142,93 @@ def run_at(
         y, memory = walk(a.rule, write, read, memory, piece.place, kept)
         outputs.append(y)
 
-    def rows(t: Tensor) -> Tensor:
-        """[G, ...] -> [B, H, ...]."""
-        return t.unflatten(0, (a.q.shape[0], a.q.shape[2]))
-
-    y = rows(torch.cat(outputs, 1)).transpose(1, 2).to(a.q.dtype)
-    *groups, scale = memory
-    weights, momentum, start = (tuple(rows(w) for w in group) for group in groups)
-    assert a.state is not None
-    keys, values, writes = history
-    after = a.state.position + a.q.shape[1]
-    return y, OmegaState(weights, momentum, start, keys, values, writes, rows(scale).clone(), after)
+    y = torch.cat(outputs, 1).unflatten(0, (a.q.shape[0], a.q.shape[2]))
+    y = y.transpose(1, 2).to(a.q.dtype)
+    return y, next_state(a, memory, history)
 
 
-def prepare(a: Arguments, position: int | Tensor) -> tuple[Tokens, ChunkMemory, list[Tensor]]:
+def next_state(a: Arguments, memory: ChunkMemory, history: dict[str, Tensor]) -> OmegaState:
+    """The state that this memory and these last tokens make, after the call's."""
+    rule, state, size = a.rule, a.state, (a.q.shape[0], a.q.shape[2])
+    assert state is not None
+    there = OmegaState.groups(rule, a.theta is not None)
+    groups = {
+        name: tuple(w.unflatten(0, size) for w in group) if there[name] else ()
+        for name, group in zip(there, memory[:4], strict=True)
+    }
+    scale = memory.scale_start if rule.rewinds else memory.scale
+    # Cloned: a view of the gates would keep the whole call's tokens alive.
+    scale = scale.unflatten(0, size).clone()
+    position = state.position + a.q.shape[1]
+    fields: dict[str, Any] = {**groups, **history}
+    return OmegaState(**fields, scale=scale, position=position)
+
+
+def prepare(a: Arguments, position: int | Tensor) -> tuple[Tokens, ChunkMemory, dict[str, Tensor]]:
     """What the chunks are cut from, the memory before them, and the next state's last tokens.
 
     position: of the first token, for all rows or [B, 1].
     """
-    q, k, v, alpha, eta, theta, gamma, _, feature_map, rule, state, _ = a
+    q, k, v, alpha, eta, theta, gamma, first, feature_map, rule, state, _ = a
     assert state is not None
     dtype = state_dtype(q, v, *state.weights)
+    n = state.alpha.shape[1]
+
+    def with_past(past: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([past, t.to(dtype)], 1)
+
+    gamma = with_past(state.gamma, gamma)
     # The window does not reach back over the start of the sequence.
     lags = torch.arange(rule.window, device=q.device)
-    times = position + torch.arange(q.shape[1], device=q.device)
-    gamma = gamma.to(dtype) * (lags <= times[..., None])[..., None, :]
-    eta, theta = eta.to(dtype), None if theta is None else theta.to(dtype)
-    writes = state.writes
-    if rule.write_discount:
-        writes = torch.cat([writes, write_mass(eta, theta, gamma)], 1)
-    q, k = q.to(dtype), torch.cat([state.keys, k.to(dtype)], 1)
+    times = position - n + torch.arange(n + q.shape[1], device=q.device)
+    seen = gamma * (lags <= times[..., None])[..., None, :]
+    q, k = q.to(dtype), with_past(state.keys, k)
     phi_q, phi_k = features_of(feature_map, q, k)
     tokens = Tokens(
         q_raw=q,
         k_raw=k,
         q=phi_q,
         k=phi_k,
-        v=torch.cat([state.values, v.to(dtype)], 1),
-        alpha=alpha.to(dtype),
-        eta=eta,
-        theta=theta,
+        v=with_past(state.values, v),
+        alpha=with_past(state.alpha, alpha),
+        eta=with_past(state.eta, eta),
+        theta=None if theta is None else with_past(state.theta, theta),
         gamma=gamma,
-        writes=writes if rule.write_discount else None,
+        seen=seen,
+        initial=None,
     )
+    initial = []
+    if rule.decay_to == "initial":
+        first = [w.to(dtype) for w in first]
+        initial = [w.expand(q.shape[0], *w.shape).flatten(0, 1) for w in first]
+        if rule.corrects:
+            read = MEMORIES[rule.memory].forward(
+                lambda i, z: z @ first[i].mT, phi_k.transpose(1, 2)
+            )
+            tokens = tokens._replace(initial=read.transpose(1, 2))
     groups = (state.weights, state.momentum, state.chunk_start)
     weights, momentum, start = ([w.flatten(0, 1) for w in group] for group in groups)
-    memory = ChunkMemory(weights, momentum, start, state.scale.flatten())
+    scale = state.scale.flatten()
+    if rule.rewinds:
+        momentum = [w.flatten(0, 1) for w in state.momentum_start]
+        memory = ChunkMemory.begin(start, momentum, scale, initial)
+    elif rule.update == "gd":
+        memory = ChunkMemory.begin(weights, momentum, scale, initial)
+    else:
+        memory = ChunkMemory(weights, momentum, start, [], scale, scale, initial)
 
-    def last(t: Tensor) -> Tensor:
+    def last(t: Tensor, count: int) -> Tensor:
         # Cloned: a view would keep the whole call's tokens alive.
-        return t[:, t.shape[1] - rule.history :].clone()
+        return t[:, t.shape[1] - count :].clone()
 
-    history = [last(k), last(tokens.v), last(writes) if rule.write_discount else writes]
+    history = {
+        "keys": last(k, rule.history),
+        "values": last(tokens.v, rule.history),
+        "alpha": last(tokens.alpha, n),
+        "eta": last(tokens.eta, n),
+        "theta": state.theta if tokens.theta is None else last(tokens.theta, n),
+        "gamma": last(gamma, n),
+    }
     return tokens, memory, history
 
 
@@ -216,7 +258,7 @@ def read_memory(
     """
     structure = MEMORIES[memory]
     x = q.transpose(1, 2).to(weights[0].dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         phi = x if feature_map is None else feature_map(x)
         y = structure.forward(lambda i, z: z @ weights[i].mT, phi)
         if structure.residual and x.shape[-1] == y.shape[-1]:

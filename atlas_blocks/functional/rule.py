@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,6 @@ from atlas_blocks.functional.documents import check_packed
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.state import State
-
-# A momentum decay above this counts as this in the write discount, whose 1 / (1 - theta) it keeps
-# finite (specification 9b).
-MAX_DISCOUNT_THETA = 0.999
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,9 @@ class Rule:
     ns_steps: int
     ns_every: int
     chunk_size: int
-    write_discount: bool
+    errors: str
     window: int
+    decay_to: str = "zero"
 
     def __post_init__(self) -> None:
         check.choice("memory", self.memory, MEMORIES)
@@ -44,12 +41,46 @@ class Rule:
         check.at_least("ns_steps", self.ns_steps, 0)
         check.at_least("ns_every", self.ns_every, 1)
         check.at_least("chunk_size", self.chunk_size, 1)
+        check.choice("errors", self.errors, ("chunk", "online"))
         check.at_least("window", self.window, 1)
+        check.choice("decay_to", self.decay_to, ("zero", "initial"))
+        if self.errors == "online" and self.update != "gd":
+            check.fail("errors", f'"chunk" with update={self.update!r}', "'online'")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether errors are corrected for what the chunk has written: those of "dot" cannot be."""
+        return self.errors == "online" and self.objective == "l2"
+
+    @property
+    def limits(self) -> bool:
+        """Whether a token's own step is limited: a matrix memory's gradient of "dot" never sees
+        the memory, so that no step of it feeds back."""
+        return self.errors == "online" and (self.objective == "l2" or self.memory != "matrix")
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether a call that begins inside a chunk does that chunk again from its start.
+
+        Muon goes on from where it stands instead, as the steps of a chunk are dear; what does not
+        depend on where its chunks lie begins one at every call.
+        """
+        free = self.objective == "dot" or (self.corrects and self.window == 1)
+        return self.update == "gd" and not (self.memory == "matrix" and free)
 
     @property
     def history(self) -> int:
-        """How many past tokens the rule looks at again: the window's halo, the discount's chunk."""
-        return max(self.window - 1, self.chunk_size - 1 if self.write_discount else 0)
+        """How many past tokens the rule looks at again: the window's halo, a begun chunk's."""
+        return self.window - 1 + (self.chunk_size - 1 if self.rewinds else 0)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the state holds the memory at the chunk's start."""
+        return self.rewinds or self.update == "muon"
+
+    def place(self, position: int) -> int:
+        """Where in its chunk a call at this position begins."""
+        return position % self.chunk_size if self.keeps_start else 0
 
     def steps_at(self, position: int) -> bool:
         """Whether a Muon step is taken at this position of the chunk (specification section 7)."""
@@ -61,21 +92,41 @@ class OmegaState(State):
     """The rule's state after some tokens (specification section 11); its size never grows.
 
     weights: M, a tuple of [B, H, dout, din]. momentum: S of the same shapes, () without momentum.
-    chunk_start: M^(0) of the current chunk. keys, values: the last tokens [B, n, H, Dk | Dv], zero
-    before the sequence begins, n = c - 1, or b - 1 if that is more and writes are discounted.
-    writes: m_s of those tokens [B, n, H] for the discount, n = 0 without it. scale: [B, H], the
-    largest kappa of what S holds, for the discount of a deep memory (else 0). position: int64 [B],
-    on the device of the inputs that began the sequence.
+    chunk_start: M^(0) of the chunk that the next token belongs to, () where the rule does not
+    depend on where chunks lie; momentum_start: S^(0) likewise, where the rule rewinds.
+    keys, values: the last n = `Rule.history` tokens [B, n, H, Dk | Dv], zero before the sequence
+    begins. alpha, eta, theta [B, n, H], gamma [B, n, H, c]: their gates where the rule rewinds,
+    else n = 0 (theta also without momentum). scale: [B, H], scale_t of specification 9b at the
+    start of that chunk where the rule rewinds, else after the last token. position: int64 [B], on
+    the device of the inputs that began the sequence.
     """
+
+    REST: ClassVar[tuple[str, ...]] = (
+        "keys", "values", "alpha", "eta", "theta", "gamma", "scale", "position",
+    )  # fmt: skip
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
     chunk_start: tuple[Tensor, ...]
+    momentum_start: tuple[Tensor, ...]
     keys: Tensor
     values: Tensor
-    writes: Tensor
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor
+    gamma: Tensor
     scale: Tensor
     position: Tensor
+
+    @staticmethod
+    def groups(rule: Rule, momentum: bool) -> dict[str, bool]:
+        """Which of the four groups of weights a state of this rule has."""
+        return {
+            "weights": True,
+            "momentum": momentum,
+            "chunk_start": rule.keeps_start,
+            "momentum_start": momentum and rule.rewinds,
+        }
 
     @classmethod
     def aligned(cls, states: Sequence[OmegaState]) -> Sequence[OmegaState]:
@@ -160,18 +211,19 @@ def validate(
         check.fail("state", "an OmegaState or None", type(state).__name__)
     batch = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shapes = [(batch, *w.shape) for w in weights]
-    for name, group in (
-        ("weights", state.weights),
-        ("chunk_start", state.chunk_start),
-        ("momentum", state.momentum),
-    ):
-        wanted = [] if name == "momentum" and theta is None else shapes
+    for name, there in OmegaState.groups(rule, theta is not None).items():
+        group, wanted = getattr(state, name), shapes if there else []
         if [tuple(t.shape) for t in group] != wanted:
             check.fail(f"state.{name}", f"shapes {wanted}", [list(t.shape) for t in group])
-    past, writes = rule.history, rule.history if rule.write_discount else 0
-    check.tensor("state.keys", state.keys, "[B, n, H, Dk]", (batch, past, heads, dk))
-    check.tensor("state.values", state.values, "[B, n, H, Dv]", (batch, past, heads, dv))
-    check.tensor("state.writes", state.writes, "[B, n, H]", (batch, writes, heads))
+    n, window = rule.history, rule.window
+    gates = n if rule.rewinds else 0
+    decays = gates if theta is not None else 0
+    check.tensor("state.keys", state.keys, "[B, n, H, Dk]", (batch, n, heads, dk))
+    check.tensor("state.values", state.values, "[B, n, H, Dv]", (batch, n, heads, dv))
+    check.tensor("state.alpha", state.alpha, "[B, n, H]", (batch, gates, heads))
+    check.tensor("state.eta", state.eta, "[B, n, H]", (batch, gates, heads))
+    check.tensor("state.theta", state.theta, "[B, n, H]", (batch, decays, heads))
+    check.tensor("state.gamma", state.gamma, "[B, n, H, c]", (batch, gates, heads, window))
     check.tensor("state.scale", state.scale, "[B, H]", (batch, heads))
     check.tensor("state.position", state.position, "[B]", (batch,), (torch.int64,))
 
@@ -190,14 +242,25 @@ def initial_state(
     batch = batch if sequences is None else sequences
     dtype = state_dtype(q, v, *weights)
     start = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
-    writes = rule.history if rule.write_discount else 0
+    zero = tuple(torch.zeros_like(w) for w in start)
+    there = OmegaState.groups(rule, momentum)
+    n = rule.history
+    gates = n if rule.rewinds else 0
+
+    def past(length: int, *width: int) -> Tensor:
+        return q.new_zeros(batch, length, heads, *width, dtype=dtype)
+
     return OmegaState(
         weights=start,
-        momentum=tuple(torch.zeros_like(w) for w in start) if momentum else (),
-        chunk_start=start,
-        keys=q.new_zeros(batch, rule.history, heads, dk, dtype=dtype),
-        values=q.new_zeros(batch, rule.history, heads, v.shape[-1], dtype=dtype),
-        writes=q.new_zeros(batch, writes, heads, dtype=dtype),
+        momentum=zero if momentum else (),
+        chunk_start=start if there["chunk_start"] else (),
+        momentum_start=zero if there["momentum_start"] else (),
+        keys=past(n, dk),
+        values=past(n, v.shape[-1]),
+        alpha=past(gates),
+        eta=past(gates),
+        theta=past(gates if momentum else 0),
+        gamma=past(gates, rule.window),
         scale=q.new_zeros(batch, heads, dtype=dtype),
         position=torch.zeros(batch, dtype=torch.int64, device=q.device),
     )
@@ -212,9 +275,3 @@ def state_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any tensor is, else float32: state and decays are never below float32."""
     double = any(t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
-
-
-def write_mass(eta: Tensor, theta: Tensor | None, gamma: Tensor) -> Tensor:
-    """m_s = eta_s sum_j gamma[s, j] / (1 - theta_s), what a token will have written in all (9b)."""
-    mass = eta * gamma.sum(-1)
-    return mass if theta is None else mass / (1 - theta.clamp(max=MAX_DISCOUNT_THETA))

@@ -12,31 +12,50 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atlas_blocks.functional.chunks import Read, Write, discounted, running_scale
-from atlas_blocks.functional.memories import MEMORIES, Factor
+from atlas_blocks.functional.chunks import Read, Write
+from atlas_blocks.functional.memories import MEMORIES, Factor, Linearised, tangent_kernel
 from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import Rule
+from atlas_blocks.omega import online
 
 # S [..., m, n] and the number of steps -> U(S), differentiable in S.
 Orthogonalise = Callable[[Tensor, int], Tensor]
 
 
 class ChunkMemory(NamedTuple):
-    """M, S and M^(0), each a list of [G, dout, din]; S is empty without momentum."""
+    """M and S now and at the chunk's start, each a list of [G, dout, din]; no S without momentum.
+    initial: M_0, where decay leads there, else empty."""
 
     weights: list[Tensor]
     momentum: list[Tensor]
     chunk_start: list[Tensor]
-    scale: Tensor  # [G], see `running_scale`
+    momentum_start: list[Tensor]
+    scale: Tensor  # [G], see `online.running_scale`
+    scale_start: Tensor  # [G]
+    initial: list[Tensor]
+
+    @staticmethod
+    def begin(
+        weights: list[Tensor], momentum: list[Tensor], scale: Tensor, initial: list[Tensor]
+    ) -> ChunkMemory:
+        """At a chunk's first token, where M^(0) is M."""
+        return ChunkMemory(weights, momentum, weights, momentum, scale, scale, initial)
+
+    def begun(self) -> ChunkMemory:
+        """The same at a chunk's first token."""
+        return ChunkMemory.begin(self.weights, self.momentum, self.scale, self.initial)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ChunkMemory:
         """The same with `fn` applied to every tensor, in the order of `tensors`."""
-        weights, momentum, start = ([fn(t) for t in group] for group in self[:3])
-        return ChunkMemory(weights, momentum, start, fn(self.scale))
+        weights, momentum, start, momentum_start = ([fn(t) for t in ts] for ts in self[:4])
+        scale, scale_start = fn(self.scale), fn(self.scale_start)
+        initial = [fn(t) for t in self.initial]
+        return ChunkMemory(weights, momentum, start, momentum_start, scale, scale_start, initial)
 
     def tensors(self) -> list[Tensor]:
         """All of them, in field order."""
-        return [*self.weights, *self.momentum, *self.chunk_start, self.scale]
+        groups = [t for group in self[:4] for t in group]
+        return [*groups, self.scale, self.scale_start, *self.initial]
 
     def start(self) -> list[Tensor]:
         """What a whole chunk starts from: there M^(0) is M."""
@@ -45,7 +64,7 @@ class ChunkMemory(NamedTuple):
 
 # `muon_chunk` with one Newton-Schulz or another, or compiled.
 MuonChunk = Callable[[Rule, Write, Read, ChunkMemory, int], tuple[Tensor, ChunkMemory]]
-Step = Callable[[Rule, Write, ChunkMemory], tuple[list[Factor], Tensor, Tensor, ChunkMemory]]
+Step = Callable[[Rule, Write, ChunkMemory], tuple[list[Factor], Tensor, ChunkMemory]]
 
 
 class Ends(NamedTuple):
@@ -53,8 +72,7 @@ class Ends(NamedTuple):
 
     starts: list[Tensor]  # what each starts from: W and S [N, G, dout, din], the scale [N, G]
     factors: list[Factor]  # of every weight, [N, G, E, dout] and [N, G, E, din]
-    eta: Tensor  # write strengths  [N, G, L]
-    scales: Tensor  # the discount's scale after every token  [N, G, L]
+    eta: Tensor  # limited write strengths  [N, G, L]
 
 
 def walk_gradient(
@@ -67,30 +85,31 @@ def walk_gradient(
 ) -> tuple[Tensor, ChunkMemory]:
     """U = identity: only the weights at the chunks' ends are sequential; then all reads at once.
 
-    Returns y [G, N L, Dv] and the memory after the chunks.
+    memory: at the first chunk's start, wherever in it the call begins. Returns y [G, N R, Dv] and
+    the memory after the chunks, whose M^(0) is the last one's unless that is whole.
     """
-    ends, after = walk_ends(rule, write.unbind(), memory, place, kept)
-    return read_chunks(rule, write, read, ends), _leave(rule, after, place, write.eta.shape[-1])
+    ends, after = walk_ends(rule, write.unbind(), memory, kept)
+    if write.eta.shape[-1] == rule.chunk_size:
+        after = after.begun()
+    return read_chunks(rule, write, read, ends, memory.initial), after
 
 
 def walk_ends(
     rule: Rule,
     chunks: Iterable[Write],
     memory: ChunkMemory,
-    place: int,
     kept: list[ChunkMemory] | None,
     step: Step | None = None,
 ) -> tuple[Ends, ChunkMemory]:
     """From each chunk's start to its end, and the memory there. step: `chunk_end`, or that
     compiled."""
-    starts, all_factors, strengths, scales = [], [], [], []
+    starts, all_factors, strengths = [], [], []
     for x in chunks:
-        memory = _enter(memory, place)
+        memory = memory.begun()
         starts.append(memory)
-        factors, eta, scale, memory = (step or chunk_end)(rule, x, memory)
+        factors, eta, memory = (step or chunk_end)(rule, x, memory)
         all_factors.append(factors)
         strengths.append(eta)
-        scales.append(scale)
     if kept is not None:
         kept.extend(starts)
 
@@ -102,27 +121,52 @@ def walk_ends(
         (stacked(left for left, _ in ends), stacked(right for _, right in ends))
         for ends in zip(*all_factors, strict=True)
     ]
-    return Ends(tensors, factors, stacked(strengths), stacked(scales)), memory
+    return Ends(tensors, factors, stacked(strengths)), memory
 
 
 def chunk_end(
     rule: Rule, x: Write, memory: ChunkMemory
-) -> tuple[list[Factor], Tensor, Tensor, ChunkMemory]:
-    """One chunk's gradient factors, write strengths, scales, and the memory at its end."""
+) -> tuple[list[Factor], Tensor, ChunkMemory]:
+    """One chunk's gradient factors, its limited write strengths, and the memory at its end."""
     factors, eta, scale = _gradients(rule, x, memory)
     last = x.last or x.last_coefficients(eta)
     weights = []
     for i, (left, right) in enumerate(factors):
         now = x.abar * memory.weights[i]
+        if memory.initial:
+            now.addcmul_(1 - x.abar, memory.initial[i])
         if last.carried is not None:
             now.addcmul_(last.carried, memory.momentum[i], value=-1)
         weights.append(now.baddbmm((left * last.written).mT, right, alpha=-1))
     momentum = _next_momentum(x, memory, factors)
-    return factors, eta, scale, ChunkMemory(weights, momentum, memory.chunk_start, scale[:, -1])
+    return factors, eta, memory._replace(weights=weights, momentum=momentum, scale=scale)
 
 
-def read_chunks(rule: Rule, write: Write, read: Read, ends: Ends) -> Tensor:
-    """y [G, N L, Dv] of all chunks at once."""
+def _gradients(rule: Rule, x: Write, memory: ChunkMemory) -> tuple[list[Factor], Tensor, Tensor]:
+    """A chunk's gradient factors at M^(0), its write strengths and the scale after it."""
+    at = MEMORIES[rule.memory].linearise(memory.chunk_start, x.k)
+    errors = _errors(rule, x, at)
+    factors, eta, scale, correction = at.factors(errors), x.eta, memory.scale, x.correction
+    if x.online is not None:
+        kappa, own = tangent_kernel(factors, errors, x.online.squares, x.online.gram)
+        scales = online.running_scale(own, x.online, x.thbar, scale)
+        eta = online.limited(eta, x.online, scales)
+        scale = scale if x.thbar is None else scales[..., -1]
+        if kappa is not None:
+            correction = online.correction(x.online, kappa, own, eta, x.window, x.thbar)
+    if correction is not None:
+        along = at.along(memory.momentum) if correction.carried is not None else None
+        factors = at.factors(online.corrected(correction, at.read, along, x.initial, x.target))
+    return factors, eta, scale
+
+
+def _errors(rule: Rule, x: Write, at: Linearised) -> Tensor:
+    """dl/dM(k) at M^(0) for every key: M(k) - v, or -v."""
+    return at.read - x.target if rule.objective == "l2" else -x.target
+
+
+def read_chunks(rule: Rule, write: Write, read: Read, ends: Ends, initial: list[Tensor]) -> Tensor:
+    """y [G, N R, Dv] of all chunks at once. initial: M_0 [G, dout, din] if decay leads there."""
     count, groups = ends.eta.shape[:2]
     starts = [t.flatten(0, 1) for t in ends.starts]
     factors = [(left.flatten(0, 1), right.flatten(0, 1)) for left, right in ends.factors]
@@ -132,9 +176,13 @@ def read_chunks(rule: Rule, write: Write, read: Read, ends: Ends) -> Tensor:
     carried = None if write.thbar is None else step @ write.thbar.flatten(0, 1)  # P thbar
 
     def linear(i: int, z: Tensor) -> Tensor:
-        """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i."""
+        """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i, and
+        (1 - abar_t) M_0 z_t where decay leads there."""
         left, right = factors[i]
         y = x.abar * (z @ starts[i].mT)
+        if initial:
+            back = z.unflatten(0, (count, groups)) @ initial[i].mT
+            y.addcmul_(1 - x.abar, back.flatten(0, 1))
         if carried is not None:
             y.addcmul_(carried, z @ starts[len(factors) + i].mT, value=-1)
         dots = x.dots if z is x.q else z @ right.mT
@@ -184,9 +232,11 @@ def muon_chunk(
 ) -> tuple[Tensor, ChunkMemory]:
     """One chunk of `walk_muon`: S_t is formed where a step is taken, and orthogonalised; W_t is
     formed for every token."""
-    memory = _enter(memory, place)
-    factors, eta, scale = _gradients(rule, write, memory)
-    step = read.decay * eta.unsqueeze(-2)  # P
+    if place == 0:  # at a chunk's first token M^(0) is the memory so far
+        memory = memory._replace(chunk_start=memory.weights)
+    at = MEMORIES[rule.memory].linearise(memory.chunk_start, write.k)
+    factors = at.factors(_errors(rule, write, at))
+    step = read.decay * write.eta.unsqueeze(-2)  # P
     span = step.shape[-1]
     taken = [t for t in range(span) if rule.steps_at(place + t)]
     rows = slice(None) if len(taken) == span else taken
@@ -194,6 +244,8 @@ def muon_chunk(
     for i, (left, right) in enumerate(factors):
         weight = memory.weights[i]
         now = read.abar.unsqueeze(-1) * weight.unsqueeze(1)
+        if memory.initial:
+            now = now + (1 - read.abar).unsqueeze(-1) * memory.initial[i].unsqueeze(1)
         if taken:
             # S_t = thbar_t S + sum_i C[t, i] L_i R_i^T, all t in one product.
             gradients = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(2)
@@ -214,40 +266,10 @@ def muon_chunk(
     # Cloned: a view would keep the weights of every token alive.
     weights = [w[:, -1].clone() for w in per_token]
     momentum = _next_momentum(write, memory, factors)
-    memory = ChunkMemory(weights, momentum, memory.chunk_start, scale[:, -1])
-    return y, _leave(rule, memory, place, span)
-
-
-def _enter(memory: ChunkMemory, place: int) -> ChunkMemory:
-    """At a chunk's first token M^(0) is the memory so far."""
-    return memory._replace(chunk_start=memory.weights) if place == 0 else memory
-
-
-def _leave(rule: Rule, memory: ChunkMemory, place: int, span: int) -> ChunkMemory:
-    """The state after a whole chunk already has the next chunk's M^(0)."""
+    memory = memory._replace(weights=weights, momentum=momentum)
+    # The state after a whole chunk already has the next chunk's M^(0).
     whole = place + span == rule.chunk_size
-    return memory._replace(chunk_start=memory.weights) if whole else memory
-
-
-def _gradients(rule: Rule, x: Write, memory: ChunkMemory) -> tuple[list[Factor], Tensor, Tensor]:
-    """The chunk's gradient factors at M^(0), its write strengths eta and scales [G, L]."""
-    structure = MEMORIES[rule.memory]
-
-    def error(y: Tensor) -> Tensor:
-        """dl/dM(k) for every key: M(k) - v, or -v."""
-        return y - x.target if rule.objective == "l2" else -x.target
-
-    factors = structure.factors(memory.chunk_start, x.k, error)
-    if x.discount is None or structure.tangent is None:
-        return factors, x.eta, memory.scale.unsqueeze(-1).expand_as(x.eta)
-    similarity, squares, held, writes, momentum = vars(x.discount).values()
-    h = factors[0][1]
-    f = structure.tangent(memory.chunk_start, x.k, factors[0])
-    own = h.square().sum(-1) + f.square().sum(-1) * squares
-    scale = running_scale(own, held, momentum, x.thbar, memory.scale)
-    h, f = (t[:, -writes.shape[-1] :] for t in (h, f))
-    kappa = (h @ h.mT).abs() + (f @ f.mT) * similarity
-    return factors, discounted(x.eta, writes, kappa, scale), scale
+    return y, memory._replace(chunk_start=weights) if whole else memory
 
 
 def _next_momentum(x: Write, memory: ChunkMemory, factors: list[Factor]) -> list[Tensor]:

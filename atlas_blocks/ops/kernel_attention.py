@@ -41,11 +41,11 @@ def kernel_attention(
     scale: float | None = None,
     normalise: bool = True,
     chunk_size: int = 64,
-    write_discount: bool = False,
+    errors: str = "chunk",
     state: KernelState | None = None,
 ) -> tuple[Tensor, KernelState]:
     """`functional.kernel_attention`: same arguments, results and errors; one node when compiled."""
-    s = settings(q, gamma, objective, scale, normalise, chunk_size, write_discount)
+    s = settings(q, gamma, objective, scale, normalise, chunk_size, errors)
     validate(s, q, k, v, alpha, eta, gamma, state)
     if is_softmax(s, alpha, eta, gamma, state):
         return softmax_attention(s, q, k, v)
@@ -61,8 +61,8 @@ def kernel_attention(
 
 
 def _state(tensors: Sequence[Tensor]) -> KernelState:
-    keys, coefficients, *start, values, writes, position = tensors
-    return KernelState(keys, coefficients, tuple(start), values, writes, position)
+    keys, coefficients, *start, values, alpha, pending, errors, position = tensors
+    return KernelState(keys, coefficients, tuple(start), values, alpha, pending, errors, position)
 
 
 def _run(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -93,7 +93,7 @@ def _fake(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 # tensors: q, k, v, alpha, eta, gamma, the state's. -> y, the state's after T tokens.
 _node = recomputed.define(
     "kernel_attention",
-    "str objective, float scale, bool normalise, int chunk_size, int window, bool write_discount",
+    "str objective, float scale, bool normalise, int chunk_size, int window, str errors",
     _run,
     _fake,
 )

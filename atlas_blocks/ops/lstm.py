@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.ops import recomputed
 from atlas_blocks.ops.contract import own_empty
 
@@ -33,7 +34,7 @@ def definition(tensors: Sequence[Tensor]) -> list[Tensor]:
     if x.numel() == 0:  # torch's takes no empty sequence
         return [x, hidden, cell]
     before = [hidden[None], cell[None]]
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         y, hidden, cell = torch.lstm(
             x,
             before,

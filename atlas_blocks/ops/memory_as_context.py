@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.ops import compiled, kept, providers
@@ -303,7 +304,7 @@ def _backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     *saved, key = saved
-    with torch.autocast(x.device.type, enabled=False), recording():  # as a backward is run
+    with no_autocast(x), recording():  # as a backward is run
         found = kept.gradients(key, grads)
     if found is None and kept.serves(x):
         # Nothing was saved where all of it was to be kept.
@@ -311,7 +312,7 @@ def _backward(
         sizes, common = (len(parameters), len(buffers)), (description, autocast, provider)
         with recording(), torch.enable_grad():
             outputs = _segments(sizes, common, [], inputs)
-            with torch.autocast(x.device.type, enabled=False):
+            with no_autocast(x):
                 found = kept.differentiate(outputs, inputs, grads)
     if found is not None:
         return [own(g) for g in found]
@@ -339,7 +340,7 @@ def _backward(
                 pairs = [(y, grad_y[rows, first : first + span]), *zip(ends, after, strict=True)]
                 pairs = [(t, g.to(t.dtype)) for t, g in pairs if t.requires_grad]
                 floats = [t for t in here.tensors() if t.is_floating_point()]
-                with torch.autocast(x.device.type, enabled=False):  # as a backward is run
+                with no_autocast(x):  # as a backward is run
                     found = torch.autograd.grad(
                         [t for t, _ in pairs],
                         [part, *learned, *floats],

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas_blocks import check
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.newton_schulz import backward as iteration_backward
 from atlas_blocks.functional.newton_schulz import forward as iteration
 from atlas_blocks.functional.newton_schulz import newton_schulz as definition
@@ -112,13 +113,13 @@ def _definition_backward(grad: Tensor, s: Tensor, steps: int, coefficients: str)
 
 def _forward(s: Tensor, steps: int, coefficients: str, provider: str) -> Tensor:
     serve = providers.find("newton_schulz", provider).forward
-    with torch.autocast(s.device.type, enabled=False):
+    with no_autocast(s):
         return serve(s, steps, coefficients)
 
 
 def _backward(grad: Tensor, s: Tensor, steps: int, coefficients: str, provider: str) -> Tensor:
     serve = providers.find("newton_schulz", provider).backward
-    with torch.autocast(s.device.type, enabled=False):
+    with no_autocast(s):
         return serve(grad, s, steps, coefficients)
 
 

@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional import walk
-from atlas_blocks.functional.chunks import Discount, Last, Piece, Tokens, Write, cut
+from atlas_blocks.functional.chunks import Last, Piece, Tokens, Write, cut
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.omega_rule import prepare, run_at
+from atlas_blocks.functional.omega_rule import next_state, prepare, run_at
 from atlas_blocks.functional.one_token import one_token
 from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, first_state
 from atlas_blocks.functional.walk import ChunkMemory, Ends, Step
+from atlas_blocks.omega import online
 from atlas_blocks.ops import compiled, recomputed
 from atlas_blocks.ops.contract import recording
 from atlas_blocks.ops.polynomial_features import as_node
@@ -61,6 +63,8 @@ def chunks_of(a: Arguments, place: int | None) -> str:
     """
     if a.state is None:
         return "whole"
+    if not a.rule.keeps_start:  # chunks begin with the call
+        return "token" if a.q.shape[1] == 1 else "whole"
     if place is None:
         return "token" if a.q.shape[1] == 1 else "any"
     if place + operator.index(a.q.shape[1]) <= a.rule.chunk_size:
@@ -73,108 +77,122 @@ def run(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
     rule, (batch, length, heads, _) = a.rule, a.q.shape
     a = a._replace(feature_map=as_node(a.feature_map))
     if chunks_of(a, place) == "token":
-        with torch.autocast(a.q.device.type, enabled=False):
+        with no_autocast(a.q):
             return one_token(a)
     if place is not None and chunks_of(a, place) == "one":
         assert a.state is not None
-        with torch.autocast(a.q.device.type, enabled=False):
+        with no_autocast(a.q):
             return run_at(a, a.state.position[:, None], place)
     chunk, state = rule.chunk_size, a.state or first_state(a)
     position = 0 if a.state is None else state.position[:, None]
-    with torch.autocast(a.q.device.type, enabled=False):
-        tokens, memory, history = prepare(a._replace(state=state), position)
+    a = a._replace(state=state)
+    with no_autocast(a.q):
+        tokens, memory, history = prepare(a, position)
         count = (length + chunk - 1) // chunk
         piece = Piece(0, chunk, count, 0)
         write, read = cut(rule, a.feature_map, _whole_chunks(tokens, rule, count), piece)
-        discount = write.discount is not None
         found = iter(
             _walk(
-                [*write.tensors(), *memory.start()],
-                rule.memory, rule.objective, a.theta is not None, discount,
+                [*write.tensors(), *memory.start(), *memory.initial],
+                rule.memory, rule.objective, rule.errors, rule.window, rule.decay_to,
+                a.theta is not None,
             )
         )  # fmt: skip
         ends, after = _unflatten_ends(found, rule.memory, a.theta is not None)
-        y = walk.read_chunks(rule, write, read, ends)
-
-    def rows(t: Tensor) -> Tensor:
-        """[G, ...] -> [B, H, ...]."""
-        return t.unflatten(0, (batch, heads))
+        y = walk.read_chunks(rule, write, read, ends, memory.initial)
 
     # A chunk longer than it can be: whether the cut leaves it contiguous would be a guard.
-    y = rows(F.pad(y, [0, 0, 0, chunk]))[:, :, :length].transpose(1, 2)
+    y = F.pad(y.unflatten(0, (batch, heads)), [0, 0, 0, chunk])[:, :, :length].transpose(1, 2)
 
-    # M^(0) of the token that comes next: of the last chunk, or M after a whole one.
+    # What the next token's chunk starts from: what the last one did, or M after a whole one.
     newest = length // chunk
-    starts = tuple(
+    *starts, scale = (
         torch.cat([start, end.unsqueeze(0)])[newest]
-        for start, end in zip(ends.starts, after.weights, strict=False)
+        for start, end in zip(ends.starts, after.start(), strict=True)
     )
-    # Without momentum the tokens filled in would leave none.
-    scale = ends.scales.transpose(1, 2).flatten(0, 1)[length - 1]
-    keys, values, writes = history
-    state = OmegaState(
-        weights=tuple(map(rows, after.weights)),
-        momentum=tuple(map(rows, after.momentum)),
-        chunk_start=tuple(map(rows, starts)),
-        keys=keys,
-        values=values,
-        writes=writes,
-        scale=rows(scale),
-        position=state.position + length,
-    )
-    return y.to(a.q.dtype), state
+    start, momentum = starts[: len(a.weights)], starts[len(a.weights) :]
+    after = after._replace(chunk_start=start, momentum_start=momentum, scale_start=scale)
+    return y.to(a.q.dtype), next_state(a, after, history)
 
 
 def _whole_chunks(x: Tokens, rule: Rule, count: int) -> Tokens:
     """With tokens that change no memory after the last, up to whole chunks."""
-    length, past = count * rule.chunk_size, rule.history
+    length, n, n_g = count * rule.chunk_size, rule.history, x.alpha.shape[1] - x.q.shape[1]
 
-    def more(t: Tensor, value: float = 0.0, past: int = 0) -> Tensor:
+    def more(t: Tensor, past: int, value: float = 0.0) -> Tensor:
         # A whole chunk, then cut: nothing here may depend on how far the last one is filled.
         whole = F.pad(t, [*(t.ndim - 2) * (0, 0), 0, rule.chunk_size], value=value)
         return whole[:, : past + length]
 
     return Tokens(
-        q_raw=more(x.q_raw),
-        k_raw=more(x.k_raw, past=past),
-        q=more(x.q),
-        k=more(x.k, past=past),
-        v=more(x.v, past=past),
-        alpha=more(x.alpha, 1.0),
-        eta=more(x.eta),
-        theta=None if x.theta is None else more(x.theta, 1.0),
-        gamma=more(x.gamma),
-        writes=None if x.writes is None else more(x.writes, past=past),
+        q_raw=more(x.q_raw, 0),
+        k_raw=more(x.k_raw, n),
+        q=more(x.q, 0),
+        k=more(x.k, n),
+        v=more(x.v, n),
+        alpha=more(x.alpha, n_g, 1.0),
+        eta=more(x.eta, n_g),
+        theta=None if x.theta is None else more(x.theta, n_g, 1.0),
+        gamma=more(x.gamma, n_g),
+        seen=more(x.seen, n_g),
+        initial=None if x.initial is None else more(x.initial, n),
     )
 
 
-# --- the op: tensors are those of `Write`, then of `ChunkMemory.start()` ------------------------
+# --- the op: tensors of `Write`, of `ChunkMemory.start()`, and M_0 if decay leads there ----------
 
 
-def _unflatten(
-    tensors: Sequence[Tensor], memory: str, momentum: bool, discount: bool
-) -> tuple[Write, ChunkMemory]:
+def _rule(
+    tensors: Sequence[Tensor], memory: str, objective: str, errors: str, window: int, decay_to: str
+) -> Rule:
+    """The walk's rule: its chunks are whole, the length of eta, the third of `Write`'s tensors."""
+    chunk = operator.index(tensors[2].shape[-1])  # a graph serves one, where sizes are symbolic
+    return Rule(memory, objective, "gd", 0, 1, chunk, errors, window, decay_to)
+
+
+def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkMemory]:
+    """The op's rule and records, given its tensors and settings."""
+    *settings, momentum = how
+    rule = _rule(tensors, *settings)
     parts = iter(tensors)
 
     def several(count: int) -> list[Tensor]:
         return [next(parts) for _ in range(count)]
 
+    def optional(there: bool) -> Tensor | None:
+        return next(parts) if there else None
+
     k, target, eta, abar, decay = several(5)
-    thbar, thbar_last = several(2) if momentum else (None, None)
+    thbar, thbar_last = optional(momentum), optional(momentum)
     window, window_last = several(2)
-    of_discount = last = None
-    if discount:
-        similarity, squares, held, writes = several(4)
-        decays = next(parts) if momentum else None
-        of_discount = Discount(similarity, squares, held, writes, decays)
-    else:
-        last = Last(next(parts), next(parts) if momentum else None)
+    waits = correction = last = None
+    ahead = rule.memory == "matrix" and not momentum
+    if rule.limits and not ahead:
+        waits = online.Chunk(
+            mass=next(parts),
+            held=next(parts),
+            momentum=optional(momentum),
+            squares=next(parts),
+            gram=optional(rule.corrects),
+            pending=optional(rule.corrects and rule.window > 1),
+            decay=optional(rule.corrects),
+            abar=optional(rule.corrects),
+        )
+    elif rule.limits:
+        correction = online.Correction(next(parts), next(parts), None)
+    if waits is None:
+        last = Last(next(parts), optional(momentum))
+    towards = rule.decay_to == "initial"
+    initial = optional(towards and rule.corrects)
     write = Write(
-        k, target, eta, abar, decay, thbar, thbar_last, window, window_last, of_discount, last
-    )
-    count = MEMORIES[memory].weights
+        k, target, eta, abar, decay, thbar, thbar_last, window, window_last, waits, correction,
+        last, initial,
+    )  # fmt: skip
+    count = MEMORIES[rule.memory].weights
     weights, s = several(count), several(count if momentum else 0)
-    return write, ChunkMemory(weights, s, weights, next(parts))
+    scale = next(parts)
+    start = ChunkMemory.begin(weights, s, scale, several(count if towards else 0))
+    return rule, write, start
 
 
 def _unflatten_ends(
@@ -184,23 +202,19 @@ def _unflatten_ends(
     both = count * (2 if momentum else 1)
     starts = [next(parts) for _ in range(both + 1)]
     factors = [(next(parts), next(parts)) for _ in range(count)]
-    eta, scales = next(parts), next(parts)
+    eta = next(parts)
     weights, s = ([next(parts) for _ in range(n)] for n in (count, both - count))
-    return Ends(starts, factors, eta, scales), ChunkMemory(weights, s, weights, next(parts))
+    return Ends(starts, factors, eta), ChunkMemory.begin(weights, s, next(parts), [])
 
 
-def _outputs(ends: Ends, after: ChunkMemory) -> list[Tensor]:
+def outputs(ends: Ends, after: ChunkMemory) -> list[Tensor]:
     """What the op returns."""
     factors = [t for factor in ends.factors for t in factor]
-    return [*ends.starts, *factors, ends.eta, ends.scales, *after.start()]
+    return [*ends.starts, *factors, ends.eta, *after.start()]
 
 
-def _prepare(
-    tensors: Sequence[Tensor], memory: str, objective: str, momentum: bool, discount: bool
-) -> tuple[Rule, Write, ChunkMemory, Step]:
-    write, start = _unflatten(tensors, memory, momentum, discount)
-    span, keys = write.window.shape[-2:]
-    rule = Rule(memory, objective, "gd", 0, 1, span, discount, keys - span + 1)
+def _prepare(tensors: Sequence[Tensor], *settings: Any) -> tuple[Rule, Write, ChunkMemory, Step]:
+    rule, write, start = unflatten(tensors, *settings)
     start = start.map(compiled.alike)
     sizes = (t.shape[2:] for t in (*write.tensors(), *start.weights))
     return rule, write, start, _compiled_step(compiled.key(rule, write, sizes))
@@ -209,7 +223,7 @@ def _prepare(
 def _run(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
     rule, write, start, step = _prepare(tensors, *settings)
     with recording():  # the first call comes under a dispatch mode; a guard would tell them apart
-        return _outputs(*walk.walk_ends(rule, write.unbind(), start, 0, None, step))
+        return outputs(*walk.walk_ends(rule, write.unbind(), start, None, step))
 
 
 def _differentiate(
@@ -219,9 +233,10 @@ def _differentiate(
     with: one by one they would take longer to set out than to compute."""
     rule, write, start, step = _prepare(tensors, *settings)
     weights, count = len(start.weights), len(start.start())
-    # As `_outputs` lists them: the chunks' starts first, the memory at the end last.
+    # As `outputs` lists them: the chunks' starts first, the memory at the end last.
     starts, of_ends, after = results[:count], grads[:-count], list(grads[-count:])
     found, several = [], max(1, TOKENS // rule.chunk_size)
+    towards = [torch.zeros_like(t) for t in start.initial]
 
     def leaf(t: Tensor) -> Tensor:
         return t.detach().requires_grad_(t.is_floating_point())
@@ -230,18 +245,20 @@ def _differentiate(
         part = slice(first, first + several)
         xs = write.map(lambda t, part=part: leaf(t[part]))
         begin = [leaf(t[first]) for t in starts]
-        w = begin[:weights]
-        memory = ChunkMemory(w, begin[weights:-1], w, begin[-1])
-        walked = _outputs(*walk.walk_ends(rule, xs.unbind(), memory, 0, None, step))
+        initial = [leaf(t) for t in start.initial]
+        memory = ChunkMemory.begin(begin[:weights], begin[weights:-1], begin[-1], initial)
+        walked = outputs(*walk.walk_ends(rule, xs.unbind(), memory, None, step))
         pairs = zip(walked, [*(t[part] for t in of_ends), *after], strict=True)
-        outputs, gradients = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
-        leaves = [t for t in (*xs.tensors(), *begin) if t.requires_grad]
+        ends, gradients = zip(*(p for p in pairs if p[0].requires_grad), strict=True)
+        leaves = [t for t in (*xs.tensors(), *begin, *initial) if t.requires_grad]
         one = torch.autograd.grad(
-            outputs, leaves, gradients, allow_unused=True, materialize_grads=True
+            ends, leaves, gradients, allow_unused=True, materialize_grads=True
         )
-        found.append(one[:-count])
-        after = list(one[-count:])
-    return [*(torch.cat(gs) for gs in zip(*reversed(found), strict=True)), *after]
+        cuts = len(one) - count - len(initial)
+        found.append(one[:cuts])
+        after = list(one[cuts : cuts + count])
+        towards = [t + g for t, g in zip(towards, one[cuts + count :], strict=True)]
+    return [*(torch.cat(gs) for gs in zip(*reversed(found), strict=True)), *after, *towards]
 
 
 @functools.cache
@@ -252,17 +269,15 @@ def _compiled_step(key: compiled.Key) -> Step:
         return walk.chunk_end
 
     def step(rule: Rule, x: Write, memory: ChunkMemory) -> Any:
-        factors, eta, scales, end = walk.chunk_end(rule, x, memory)
+        factors, eta, end = walk.chunk_end(rule, x, memory)
         # Laid out as the memory it began with, so that the next chunk is served by what serves it.
-        return factors, eta, scales, end.map(Tensor.contiguous)
+        return factors, eta, end.map(Tensor.contiguous)
 
     return compiled.once(step)
 
 
-def _fake(
-    tensors: Sequence[Tensor], memory: str, objective: str, momentum: bool, discount: bool
-) -> list[Tensor]:
-    write, start = _unflatten(tensors, memory, momentum, discount)
+def _fake(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
+    _, write, start = unflatten(tensors, *settings)
     count = write.k.shape[0]
     begin = [t.new_empty(count, *t.shape) for t in start.start()]
     factors = [
@@ -271,11 +286,13 @@ def _fake(
         for width in w.shape[1:]
     ]
     end = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in start.start()]
-    tokens = [write.eta.new_empty(write.eta.shape) for _ in range(2)]
-    return [*begin, *factors, *tokens, *end]
+    return [*begin, *factors, write.eta.new_empty(write.eta.shape), *end]
 
 
 _walk = recomputed.define(
-    "omega_walk", "str memory, str objective, bool momentum, bool discount", _run, _fake,
+    "omega_walk",
+    "str memory, str objective, str errors, int window, str decay_to, bool momentum",
+    _run,
+    _fake,
     _differentiate,
-)  # fmt: skip
+)

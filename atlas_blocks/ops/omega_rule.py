@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
 from atlas_blocks.functional.groups import chunk_count
@@ -55,13 +56,14 @@ class Settings(NamedTuple):
     ns_steps: int
     ns_every: int
     chunk_size: int
-    write_discount: bool
+    errors: str
+    decay_to: str
     packed: bool = False  # whether there is cu_seqlens
 
 
 SETTINGS = (
     "bool momentum, str memory, str objective, str feature_map, int sketch_width, str update, "
-    "int ns_steps, int ns_every, int chunk_size, bool write_discount, bool packed"
+    "int ns_steps, int ns_every, int chunk_size, str errors, str decay_to, bool packed"
 )
 # tensors: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state, [cu_seqlens] (see
 # `unflatten`). The bounds are read and checked in the op's body.
@@ -116,7 +118,8 @@ def omega_rule(
     ns_steps: int = 5,
     ns_every: int = 1,
     chunk_size: int = 64,
-    write_discount: bool = False,
+    errors: str = "chunk",
+    decay_to: str = "zero",
     state: OmegaState | None = None,
     cu_seqlens: Tensor | None = None,
     place: int | None = None,
@@ -133,7 +136,7 @@ def omega_rule(
     it runs, which on a GPU waits for them: they may be on the CPU instead.
     """
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
-    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
+    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, errors, window, decay_to)
     a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens)
     rules.validate(*a)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
@@ -146,10 +149,13 @@ def omega_rule(
         chosen = providers.DEFINITION  # of no token there is nothing to inline
     tensors, settings = flatten(a)
     if needs_grad:
-        y, *after = _OmegaRule.apply(settings, chosen, *distinct(tensors))
+        momentum = theta is not None
+        results = 1 + len(weights) * sum(OmegaState.groups(rule, momentum).values())
+        results += len(OmegaState.REST)
+        y, *after = _OmegaRule.apply(settings, chosen, results, *distinct(tensors))
     else:
         y, *after = torch.ops.atlas.omega_rule.default(tensors, *settings, chosen, False)
-    return y, _state(after, len(weights), theta is not None)
+    return y, _state(after, rule, theta is not None)
 
 
 def describe(a: Arguments, needs_grad: bool) -> Call:
@@ -175,7 +181,7 @@ def facts_of(
         sizes(a.q.shape[2], a.q.shape[3], a.v.shape[3]),
         tuple(sizes(*w.shape[1:]) for w in a.weights),
         (rule.memory, rule.objective, rule.update, rule.ns_steps, rule.ns_every),
-        (rule.chunk_size, rule.write_discount, operator.index(rule.window)),
+        (rule.chunk_size, rule.errors, operator.index(rule.window), rule.decay_to),
         _kind(phi),
         0 if phi is None else operator.index(phi.coefficients.shape[0]) - 1,
         a.theta is not None,
@@ -193,7 +199,7 @@ def call_of(
     widths: tuple[int, int, int],
     shapes: tuple[tuple[int, int], ...],
     how: tuple[str, str, str, int, int],
-    size: tuple[int, bool, int],
+    size: tuple[int, str, int, str],
     feature_map: str,
     degree: int,
     momentum: bool,
@@ -259,8 +265,12 @@ def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
     """The arguments as the ops take them."""
     if a.state is not None:
         # Cloned: M^(0) may be M itself, and one tensor may not stand for two inputs.
-        start = tuple(w.clone() for w in a.state.chunk_start)
-        a = a._replace(state=dataclasses.replace(a.state, chunk_start=start))
+        start, s = (
+            tuple(w.clone() for w in group)
+            for group in (a.state.chunk_start, a.state.momentum_start)
+        )
+        state = dataclasses.replace(a.state, chunk_start=start, momentum_start=s)
+        a = a._replace(state=state)
     rule, phi = a.rule, a.feature_map
     return _tensors(a), Settings(
         momentum=a.theta is not None,
@@ -272,7 +282,8 @@ def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
         ns_steps=rule.ns_steps,
         ns_every=rule.ns_every,
         chunk_size=rule.chunk_size,
-        write_discount=rule.write_discount,
+        errors=rule.errors,
+        decay_to=rule.decay_to,
         packed=a.cu_seqlens is not None,
     )
 
@@ -291,7 +302,6 @@ def unflatten(tensors: Sequence[Tensor], settings: Settings) -> Arguments:
         feature_map = SketchMap(next(parts), next(parts), next(parts), s.sketch_width)
     rest = list(parts)
     cu_seqlens = rest.pop() if s.packed else None
-    state = _state(rest, count, s.momentum) if rest else None
     rule = Rule(
         memory=s.memory,
         objective=s.objective,
@@ -299,24 +309,25 @@ def unflatten(tensors: Sequence[Tensor], settings: Settings) -> Arguments:
         ns_steps=s.ns_steps,
         ns_every=s.ns_every,
         chunk_size=s.chunk_size,
-        write_discount=s.write_discount,
+        errors=s.errors,
+        decay_to=s.decay_to,
         window=operator.index(gamma.shape[-1]),
     )
+    state = _state(rest, rule, s.momentum) if rest else None
     return Arguments(
         q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens
     )
 
 
-def _state(tensors: Sequence[Tensor], count: int, momentum: bool) -> OmegaState:
-    """The state whose `tensors()` these are; `count` weights."""
-    parts = iter(tensors)
-
-    def group(size: int) -> tuple[Tensor, ...]:
-        return tuple(next(parts) for _ in range(size))
-
-    weights, momenta, starts = group(count), group(count if momentum else 0), group(count)
-    keys, values, writes, scale, position = parts
-    return OmegaState(weights, momenta, starts, keys, values, writes, scale, position)
+def _state(tensors: Sequence[Tensor], rule: Rule, momentum: bool) -> OmegaState:
+    """The state whose `tensors()` these are."""
+    parts, count = iter(tensors), MEMORIES[rule.memory].weights
+    groups: dict[str, Any] = {
+        name: tuple(next(parts) for _ in range(count if there else 0))
+        for name, there in OmegaState.groups(rule, momentum).items()
+    }
+    groups.update(zip(OmegaState.REST, parts, strict=True))
+    return OmegaState(**groups)
 
 
 class _OmegaRule(torch.autograd.Function):
@@ -324,12 +335,10 @@ class _OmegaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: Settings, provider: str, *tensors: Tensor
+        ctx: Any, settings: Settings, provider: str, results: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        # results: how many outputs are y and the state; what follows is saved.
         outputs = torch.ops.atlas.omega_rule.default(list(tensors), *settings, provider, True)
-        count = MEMORIES[settings.memory].weights
-        # y, the state (M, S, M^(0) of every weight, then five tensors), chunk starts.
-        results = 1 + count * (3 if settings.momentum else 2) + 5
         ctx.settings, ctx.provider, ctx.inputs = settings, provider, len(tensors)
         ctx.save_for_backward(*tensors, *outputs[results:])
         ctx.mark_non_differentiable(outputs[results - 1])  # the position
@@ -344,7 +353,7 @@ class _OmegaRule(torch.autograd.Function):
         )
         gradients = iter(found)
         inputs = (next(gradients) if t.is_floating_point() else None for t in tensors)
-        return None, None, *inputs
+        return None, None, None, *inputs
 
 
 # --- the ops: what each provider does, and what a fake tensor becomes -------------------------
@@ -427,7 +436,7 @@ def _muon_on(device: torch.device) -> MuonChunk | None:
 def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, provider, save = rest
     serve = providers.find("omega_rule", provider).forward
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with no_autocast(tensors[0]):
         return serve(tensors, Settings(*settings), save)
 
 
@@ -436,7 +445,7 @@ def _backward(
 ) -> list[Tensor]:
     *settings, provider = rest
     serve = providers.find("omega_rule", provider).backward
-    with torch.autocast(tensors[0].device.type, enabled=False), recording():
+    with no_autocast(tensors[0]), recording():
         return serve(grads, tensors, saved, Settings(*settings))
 
 

@@ -8,7 +8,7 @@ B batch, H heads, Dk, Dv key and value width, c window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks import check
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap
 from atlas_blocks.functional.memories import MEMORIES
@@ -35,7 +36,8 @@ from atlas_blocks.ops.omega_rule import (
     unflatten,
 )
 
-# tensors: q, k, v, alpha, eta, gamma, [theta], feature tensors, without the axis of tokens.
+# tensors: q, k, v, alpha, eta, gamma, [theta], without the axis of tokens, [M_0 where decay leads
+# there], feature tensors.
 # state: `OmegaState.tensors()`. -> y.
 LIBRARY.define(
     f"omega_rule_step(Tensor[] tensors, Tensor(a!)[] state, {SETTINGS}, str provider) -> Tensor"
@@ -66,14 +68,17 @@ def omega_rule_step(
     ns_steps: int = 5,
     ns_every: int = 1,
     chunk_size: int = 64,
-    write_discount: bool = False,
+    errors: str = "chunk",
+    decay_to: str = "zero",
+    weights: Sequence[Tensor] | None = None,
     state: OmegaState,
     provider: str = "auto",
 ) -> Tensor:
     """`functional.omega_rule` for one token of every row, with the state updated in place.
 
     q, k: [B, H, Dk]; v: [B, H, Dv]; alpha, eta, theta: [B, H]; gamma: [B, H, c]: one token of those
-    of `functional.omega_rule`, whose other arguments these are. M_0 is in the state.
+    of `functional.omega_rule`, whose other arguments these are. weights: M_0, which only
+    decay_to="initial" looks at; what the memory begins with is in the state.
     state: of an earlier call or `functional.rule.initial_state`; every one of its tensors is
     written. Rows may stand at different positions. Its tensors must be contiguous, share no memory
     and have the dtype in which the rule computes. What `omega_rule` and `initial_state` return
@@ -94,9 +99,11 @@ def omega_rule_step(
             check.tensor(name, gate, "[B, H]", (batch, heads), device=q.device)
     check.tensor("gamma", gamma, "[B, H, c]", (batch, heads, None), device=q.device)
     window = gamma.shape[-1]
-    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, write_discount, window)
+    rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, errors, window, decay_to)
     if not isinstance(state, OmegaState):
         check.fail("state", "an OmegaState", type(state).__name__)
+    if decay_to == "initial" and weights is None:
+        check.fail("weights", 'M_0, with decay_to="initial"', None)
     count = MEMORIES[memory].weights
     if len(state.weights) != count:
         expected = f"{count} tensors for memory={memory!r}"
@@ -109,7 +116,7 @@ def omega_rule_step(
         eta=eta.unsqueeze(1),
         theta=None if theta is None else theta.unsqueeze(1),
         gamma=gamma.unsqueeze(1),
-        weights=_shapes(state.weights),
+        weights=_shapes(state.weights) if weights is None else weights,
         feature_map=feature_map,
         rule=rule,
         state=state,
@@ -130,7 +137,8 @@ def omega_rule_step(
             return y.squeeze(1)
         chosen = providers.DEFINITION  # of no row there is nothing to inline
     first = 6 + settings.momentum
-    tensors = [t.squeeze(1) for t in tensors[:first]] + tensors[first + count :]
+    rest = tensors[first if decay_to == "initial" else first + count :]
+    tensors = [t.squeeze(1) for t in tensors[:first]] + rest
     return torch.ops.atlas.omega_rule_step.default(tensors, state.tensors(), *settings, chosen)
 
 
@@ -138,7 +146,7 @@ def arguments(tensors: list[Tensor], state: list[Tensor], settings: Settings) ->
     """The op's arguments as those of `omega_rule`, T = 1."""
     first, count = 6 + settings.momentum, MEMORIES[settings.memory].weights
     streams = [t.unsqueeze(1) for t in tensors[:first]]
-    weights = _shapes(state[:count])
+    weights = _shapes(state[:count]) if settings.decay_to == "zero" else []
     return unflatten([*streams, *weights, *tensors[first:], *state], settings)
 
 
@@ -172,10 +180,10 @@ def _choose(provider: str, context: str, devices: tuple[str, str], *facts: Any) 
 
 
 def _named(state: OmegaState) -> Iterator[tuple[str, Tensor]]:
-    for name in ("weights", "momentum", "chunk_start"):
+    for name in ("weights", "momentum", "chunk_start", "momentum_start"):
         for i, t in enumerate(getattr(state, name)):
             yield f"state.{name}[{i}]", t
-    for name in ("keys", "values", "writes", "scale", "position"):
+    for name in OmegaState.REST:
         yield f"state.{name}", getattr(state, name)
 
 
@@ -209,6 +217,7 @@ def _check_state(a: Arguments, state: OmegaState) -> None:
 def _check_gradients(a: Arguments, state: OmegaState) -> None:
     names = ("q", "k", "v", "alpha", "eta", "theta", "gamma")
     named = [(name, getattr(a, name)) for name in names]
+    named += [(f"weights[{i}]", w) for i, w in enumerate(a.weights)]
     if a.feature_map is not None:
         named.append(("feature_map.coefficients", a.feature_map.coefficients))
     for name, t in (*named, *_named(state)):
@@ -234,7 +243,7 @@ def _definition(tensors: list[Tensor], state: list[Tensor], settings: Settings) 
 
 def _step(tensors: list[Tensor], state: list[Tensor], *rest: Any) -> Tensor:
     *settings, provider = rest
-    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+    with torch.no_grad(), no_autocast(tensors[0]):
         # A kernel's writes are not seen otherwise.
         torch.autograd.graph.increment_version(state)
         serve = providers.find("omega_rule_step", provider).forward

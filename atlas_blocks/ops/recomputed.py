@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas_blocks.autocast import no_autocast
 from atlas_blocks.ops import kept
 from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 
@@ -41,7 +42,7 @@ def define(
 
     def forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
         *settings, wanted = rest
-        with _no_autocast(tensors):
+        with no_autocast(tensors[0]):
             if wanted and kept.serves(tensors[0]):
                 results, key = kept.keep(lambda leaves: run(leaves, *settings), tensors, wanted)
                 return [*results, key]
@@ -58,7 +59,7 @@ def define(
         grads: list[Tensor], tensors: list[Tensor], results: list[Tensor], key: Tensor, *rest: Any
     ) -> list[Tensor]:
         *settings, wanted = rest
-        with _no_autocast(tensors), recording(), torch.enable_grad():
+        with no_autocast(tensors[0]), recording(), torch.enable_grad():
             found = kept.gradients(key, grads)
             if found is None and differentiate is not None:
                 found = differentiate(grads, tensors, results, *settings)
@@ -84,10 +85,6 @@ def define(
         return getattr(torch.ops.atlas, name).default(tensors, *settings, [])
 
     return call
-
-
-def _no_autocast(tensors: Sequence[Tensor]) -> torch.autocast:
-    return torch.autocast(tensors[0].device.type, enabled=False)
 
 
 class _Recomputed(torch.autograd.Function):

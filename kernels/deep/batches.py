@@ -52,8 +52,8 @@ class Batch:
 
     def call(self, call: Call) -> Call:
         """The call for these documents."""
-        w, s, m = ([x[self.rows] for x in part] for part in (call.w, call.s, call.m))
-        return replace(call, w=w, s=s, m=m, at=self.at)
+        w, s = ([x[self.rows] for x in part] for part in (call.w, call.s))
+        return replace(call, w=w, s=s, at=self.at)
 
     def starts(self, x: Tensor) -> Tensor:
         """[slots of the call, ...] -> [slots of the batch, ...], zero where there is no chunk."""
@@ -113,34 +113,41 @@ def backward(
     dw: list[Tensor],
     ds: list[Tensor],
     dm: list[Tensor],
+    dn: list[Tensor],
     d_scale: Tensor,
+    d_start: Tensor,
     parts: list[Batch],
 ) -> Gradients:
     """`backward.backward` of all batches; of the call itself where there are none."""
+    of_rows = (dw, ds, dm, dn, [d_scale], [d_start])
     if not parts:
-        return deep_backward.backward(call, starts_w, starts_s, scales, dy, dw, ds, dm, d_scale)
-    rows = [[torch.empty_like(x) for x in group] for group in (dw, ds, dm, [d_scale])]
+        return deep_backward.backward(
+            call, starts_w, starts_s, scales, dy, dw, ds, dm, dn, d_scale, d_start
+        )
+    rows = [[torch.empty_like(x) for x in group] for group in (dw, ds, [d_scale])]
     total: Gradients | None = None
     for part in parts:
         of_starts = ([part.starts(x) for x in group] for group in (starts_w, starts_s, [scales]))
         part_w, part_s, (part_scales,) = of_starts
-        of_ends = ([x[part.rows] for x in group] for group in (dw, ds, dm, [d_scale]))
-        part_dw, part_ds, part_dm, (part_d_scale,) = of_ends
+        of_ends = ([x[part.rows] for x in group] for group in of_rows)
+        part_dw, part_ds, part_dm, part_dn, (part_scale,), (part_start,) = of_ends
         found = deep_backward.backward(
-            part.call(call), part_w, part_s, part_scales, dy, part_dw, part_ds, part_dm,
-            part_d_scale,
+            part.call(call), part_w, part_s, part_scales, dy, part_dw, part_ds, part_dm, part_dn,
+            part_scale, part_start,
         )  # fmt: skip
-        for group, news in zip(rows, (found.w, found.s, found.m, [found.scale]), strict=True):
+        for group, news in zip(rows, (found.w, found.s, [found.scale]), strict=True):
             for x, new in zip(group, news, strict=True):
                 x[part.rows] = new
         if total is None:
             total = found
             continue
         # Of tokens: zero at those of other batches.
-        streams = (total.q, total.k, total.target, *total.gates, total.mass)
-        news = (found.q, found.k, found.target, *found.gates, found.mass)
+        streams = (total.q, total.k, total.target, *total.gates, total.masses, total.anchored)
+        news = (found.q, found.k, found.target, *found.gates, found.masses, found.anchored)
         for x, new in zip(streams, news, strict=True):
             if x is not None and new is not None:
                 x += new
+        for x, new in zip(total.anchors, found.anchors, strict=True):
+            x += new
     assert total is not None
-    return total._replace(w=rows[0], s=rows[1], m=rows[2], scale=rows[3][0])
+    return total._replace(w=rows[0], s=rows[1], scale=rows[2][0])

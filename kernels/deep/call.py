@@ -3,7 +3,7 @@ memory that stages hand over through, and how widths are cut."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from atlas_blocks.kernels import coefficients
 from atlas_blocks.kernels.coefficients import Coefficients, Spans
 from atlas_blocks.kernels.deep.cutter import Cutter
-from atlas_blocks.kernels.deep.discount import FEATURES
 from atlas_blocks.kernels.tiles import ALL_REGISTERS, Layout, ceil_div, chip, padded
 
 GROUP = 4  # chunks at a time
 LEAST_HALO = 32  # so that keys come in tiles of 32
+FEATURES = 8  # numbers of every key, see online.py
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # launch settings that are no kernel's argument
 
 
 @dataclass(frozen=True)
@@ -43,42 +44,26 @@ def groups(at: Layout, spans: Spans) -> list[Group]:
 
 
 @dataclass(frozen=True)
-class Rooms:
-    """What the programs of a group hand from one stage to the next, float32."""
-
-    hidden: Tensor  # [names, lines, KEYS * HIDDEN]
-    errors: Tensor  # e [lines, KEYS, V]
-    features: Tensor  # of the discount [lines, 13, KEYS]
-    grams: Tensor  # W_1 W_1^T [lines, V, V]
-
-    @staticmethod
-    def of(names: int, at: Layout, spans: Spans, w: list[Tensor]) -> Rooms:
-        batch, heads, v, hidden = w[0].shape
-        lines, keys = batch * GROUP * heads, spans.span + spans.halo
-        return Rooms(
-            w[0].new_empty(names, lines, keys * hidden), w[0].new_empty(lines, keys, v),
-            w[0].new_empty(lines, FEATURES, keys), w[0].new_empty(lines, v, v),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Call:
-    """The arguments of `forward`."""
+    """The arguments of `forward`. All but q begin every row with HIST tokens of history."""
 
     q: Tensor  # [B, T, H, D], and B = 1 where the rows are packed documents
     k: Tensor  # [B, HIST + T, H, D]
     target: Tensor  # [B, HIST + T, H, V]
-    alpha: Tensor  # [B T, H], and so the other gates
+    alpha: Tensor  # [B (HIST + T), H], and so the other gates
     eta: Tensor
     theta: Tensor | None
-    gamma: Tensor  # [B T, H, c]
-    mass: Tensor | None  # [B, HIST + T, H] where writes are discounted
-    w: list[Tensor]  # [B, H, dout, din]
+    gamma: Tensor  # [B (HIST + T), H, c]
+    masses: Tensor | None  # m_i(j) of specification 9b, of gamma's shape, where writes are limited
+    w: list[Tensor]  # [B, H, dout, din], at the start of the first chunk
     s: list[Tensor]  # empty without momentum
-    m: list[Tensor]  # M^(0), empty where no chunk is begun
     at: Layout
     spans: Spans
     l2: bool
+    limits: bool  # whether write strengths are limited
+    corrects: bool  # whether errors are online
+    anchors: list[Tensor] = field(default_factory=list)  # A [H, dout, din], empty where it is 0
+    anchored: Tensor | None = None  # what A reads of every key [B, HIST + T, H, V], if it corrects
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -86,23 +71,70 @@ class Call:
         v, hidden = self.w[0].shape[-2:]
         return self.q.shape[2], self.q.shape[3], v, hidden
 
+    @property
+    def lines(self) -> int:
+        """Chunks of a group, of all rows and heads."""
+        return self.at.batch * GROUP * self.shape[0]
+
+    @property
+    def keys(self) -> int:
+        """Rows of a chunk's keys."""
+        return self.spans.span + self.spans.halo
+
     def settings(self, widest: int = 32) -> dict[str, Any]:
         """The compile-time settings that all kernels share; widest: tile of hidden units."""
         _, d, v, hidden = self.shape
-        spans = self.spans
-        keys = {"SPAN": spans.span, "KEYS": spans.span + spans.halo, "GROUP": GROUP}
+        keys = {"SPAN": self.spans.span, "KEYS": self.keys, "GROUP": GROUP}
         kinds = {"GATED": len(self.w) == 3, "MOMENTUM": self.theta is not None}
-        return keys | kinds | tiles(d, v, hidden, spans, widest)
+        return keys | kinds | tiles(d, v, hidden, self.spans, widest)
 
     def window(self, group: Group) -> Coefficients:
         """C, and thbar where P thbar would be: with alpha = 0 and eta = 1 P is the identity."""
         none, one = torch.zeros_like(self.alpha), torch.ones_like(self.eta)
         return coefficients.forward(none, one, self.theta, self.gamma, group.at, self.spans)
 
-    def coefficients(self, group: Group, strengths: Tensor) -> Coefficients:
-        """All of the dual form's coefficients for these write strengths."""
+    def coefficients(self, group: Group) -> Coefficients:
+        """All of the dual form's coefficients, where write strengths are not limited."""
         return coefficients.forward(
-            self.alpha, strengths, self.theta, self.gamma, group.at, self.spans
+            self.alpha, self.eta, self.theta, self.gamma, group.at, self.spans
+        )
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What the programs of a group hand from one stage to the next, float32."""
+
+    hidden: Tensor  # [names, lines, KEYS * HIDDEN]
+    errors: Tensor  # those that the factors are of [lines, KEYS, V]
+    bare: Tensor  # those at M^(0); `errors` itself where they are not corrected
+    along: Tensor  # the derivative along S of what M^(0) reads [lines, SPAN, V]
+    features: Tensor  # [lines, FEATURES, KEYS]
+    gram: Tensor  # x x^T [lines, KEYS, KEYS]
+    kappa: Tensor  # [lines, KEYS, KEYS]
+    before: Tensor  # N [lines, KEYS, KEYS]
+    inverses: Tensor  # of the system's blocks of 16 on its diagonal [lines, KEYS, 16]
+    decays: Tensor  # A [lines, SPAN, SPAN]
+
+    @staticmethod
+    def of(names: int, call: Call) -> Rooms:
+        _, _, v, hidden = call.shape
+        lines, keys, span = call.lines, call.keys, call.spans.span
+
+        def new(there: bool, *shape: int) -> Tensor:
+            return call.eta.new_empty(lines if there else 0, *shape)
+
+        errors, corrects = new(True, keys, v), call.corrects
+        return Rooms(
+            call.eta.new_empty(names, lines, keys * hidden),
+            errors,
+            new(True, keys, v) if corrects else errors,
+            new(corrects and call.theta is not None, span, v),
+            new(call.limits, FEATURES, keys),
+            new(corrects, keys, keys),
+            new(corrects, keys, keys),
+            new(corrects, keys, keys),
+            new(corrects, keys, 16),
+            new(corrects, span, span),
         )
 
 

@@ -20,14 +20,12 @@ class Cutter:
     """The tokens of some slots.
 
     tokens: int32 [slots, SPAN], where a chunk's own lie in a stream [tokens, ...], -1 for none of
-    this call's; keys: int32 [slots, SPAN + HALO], where its own and then its halo's lie in a key
-    stream, whose rows begin with HIST tokens; filled: int32 [slots], how many tokens a chunk has by
-    the end of this call.
+    this call's; keys: int32 [slots, SPAN + HALO], where its own and then its halo's lie in a stream
+    whose rows begin with HIST tokens, as those of keys and gates do.
     """
 
     tokens: Tensor
     keys: Tensor
-    filled: Tensor
 
     @staticmethod
     def of(at: Layout, spans: Spans) -> Cutter:
@@ -42,11 +40,9 @@ class Cutter:
         shift = (row + 1) * history
         own = torch.where(inside & (token >= low - history), token + shift, -1)
         halo = torch.where(near & (past >= low - history), past + shift, -1)
-        filled = torch.where(used, high - first, 0).clamp(max=spans.chunk)
         return Cutter(
             torch.where(inside & (token >= low), token, -1).int(),
             torch.cat([own, halo], 1).int(),
-            filled.squeeze(1).int(),
         )
 
 

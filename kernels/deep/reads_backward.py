@@ -8,36 +8,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_blocks.kernels.deep.forward import (
-    hidden_of,
-    project,
-    read_hidden,
-    room,
-    two_rooms,
-    weighed_scores,
-)
 from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
+from atlas_blocks.kernels.deep.reads import hidden_of, read_hidden, weighed_scores
+from atlas_blocks.kernels.deep.rooms import place, project, room, two_rooms
 from atlas_blocks.kernels.tiles import dot, load_block, store_block
-
-
-@triton.jit
-def place(rows, START, OFFSET, PER_ROW, line, H: tl.constexpr, GROUP: tl.constexpr):
-    """Where one row's and head's chunk START + OFFSET lies: whether it is there, among the programs
-    of its group, and among all chunks."""
-    row, head = line // H, line % H
-    there = tl.load(rows + row * 2 + 1) > START + OFFSET
-    mine = (row * GROUP + OFFSET) * H + head
-    return there, mine, ((row * PER_ROW + START + OFFSET) * H + head).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["START", "PER_ROW", "LINES"])
 def scores_backward(
-    q, x, dy, f, abar, carried, rows, w2, w3, s2, s3, rooms, errors, scores, spread, de, df,
+    q, x, dy, f, abar, carried, rows, w2, w3, s2, s3, a2, a3, rooms, errors, scores, spread, de, df,
     START, PER_ROW, LINES, H: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
+    ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """F o Q, z_t and u_t again; F o G, de, and the part of dF that comes from W_1."""
     line, n = tl.program_id(0), tl.program_id(1)
@@ -56,9 +41,10 @@ def scores_backward(
     )
     tl.debug_barrier()
     read_hidden(
-        at_q, w2 + here * size, w3 + here * size, s2 + here * size, s3 + here * size, p2, p3,
-        scores + square, abar + key * SPAN, carried + key * SPAN, z_t, u_t,
-        D, HIDDEN, SPAN, KEYS, BK, BD, BH, TILES, BLOCKS, GATED, MOMENTUM,
+        at_q, w2 + here * size, w3 + here * size, s2 + here * size, s3 + here * size,
+        a2 + line % H * size, a3 + line % H * size, p2, p3, scores + square, abar + key * SPAN,
+        carried + key * SPAN, z_t, u_t,
+        D, HIDDEN, SPAN, KEYS, BK, BD, BH, TILES, BLOCKS, GATED, MOMENTUM, ANCHOR,
     )  # fmt: skip
     tl.debug_barrier()
     t, v = tl.arange(0, SPAN), tl.arange(0, BV)
@@ -79,12 +65,13 @@ def scores_backward(
 
 @triton.jit(do_not_specialize=["START", "PER_ROW", "LINES"])
 def read_backward(
-    dy, abar, carried, rows, w1, s1, rooms, spread, d_abar, d_carried, rw1, rs1,
+    dy, abar, carried, rows, w1, s1, a1, rooms, spread, d_abar, d_carried, rw1, rs1, ra1,
     START, PER_ROW, LINES, H: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
+    ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """Some hidden units of the reads of W_1: dz_t, du_t and dh, and what they add to dW_1, dS_1.
 
@@ -110,12 +97,20 @@ def read_backward(
         keep = tl.load(carried + key * SPAN + t)[:, None]
         found = load_block(at_dy, t, SPAN, v, V).to(tl.float32) * keep
         store_block(rs1 + key * size, -dot(tl.trans(found), h_t), v, V, j, HIDDEN)
+    if ANCHOR:
+        less = 1.0 - tl.load(abar + key * SPAN + t)[:, None]
+        found = load_block(at_dy, t, SPAN, v, V).to(tl.float32) * less
+        store_block(ra1 + key * size, dot(tl.trans(found), h_t), v, V, j, HIDDEN)
     tl.debug_barrier()
     h_t = hidden_of(z_t, u_t, t, SPAN, j, HIDDEN, GATED)
     g = load_block(at_dy, t, SPAN, v, V).to(tl.float32)
     back = dot(g, load_block(w1 + here * size, v, V, j, HIDDEN))
-    tl.store(d_abar + part + t, tl.sum(back * h_t, 1))
     found = tl.load(abar + key * SPAN + t)[:, None] * back
+    if ANCHOR:
+        other = dot(g, load_block(a1 + line % H * size, v, V, j, HIDDEN))
+        found += (1.0 - tl.load(abar + key * SPAN + t))[:, None] * other
+        back -= other
+    tl.store(d_abar + part + t, tl.sum(back * h_t, 1))
     if MOMENTUM:
         back = dot(g, load_block(s1 + here * size, v, V, j, HIDDEN))
         tl.store(d_carried + part + t, -tl.sum(back * h_t, 1))
@@ -174,14 +169,12 @@ def left_backward(
 
 @triton.jit
 def _through(
-    g, w, s, abar, carried, q, rw, rs, t, d,
-    D: tl.constexpr, HIDDEN: tl.constexpr, SPAN: tl.constexpr, BD: tl.constexpr,
-    BH: tl.constexpr, BLOCKS: tl.constexpr, MOMENTUM: tl.constexpr,
+    g, w, s, a, abar, carried, q, rw, rs, ra, t, d, into_w, into_s, into_a,
+    D: tl.constexpr, HIDDEN: tl.constexpr, SPAN: tl.constexpr, BH: tl.constexpr,
+    BLOCKS: tl.constexpr, MOMENTUM: tl.constexpr, ANCHOR: tl.constexpr,
 ):  # fmt: skip
-    """One block of D of a read of W_2 or W_3, g its gradient: g W and g S, and what it adds to the
-    gradients of W and S."""
-    into_w = tl.zeros([SPAN, BD], tl.float32)
-    into_s = into_w
+    """One block of D of a read of W_2 or W_3, g its gradient: g W, g S and g A more, and what it
+    adds to the gradients of W, S and A."""
     for m in tl.range(BLOCKS, disable_licm=True):
         j = m * BH + tl.arange(0, BH)
         some = load_block(g, t, SPAN, j, HIDDEN)
@@ -193,24 +186,29 @@ def _through(
             into_s += dot(some, load_block(s, j, HIDDEN, d, D))
             found = -dot(tl.trans(some * tl.load(carried + t)[:, None]), x)
             store_block(rs, found, j, HIDDEN, d, D)
-    return into_w, into_s
+        if ANCHOR:
+            into_a += dot(some, load_block(a, j, HIDDEN, d, D))
+            found = dot(tl.trans(some * (1.0 - tl.load(abar + t))[:, None]), x)
+            store_block(ra, found, j, HIDDEN, d, D)
+    return into_w, into_s, into_a
 
 
 @triton.jit(do_not_specialize=["START", "PER_ROW", "LINES"])
 def query_backward(
-    q, x, abar, carried, rows, w2, w3, s2, s3, rooms, spread, dq, dx, d_abar, d_carried,
-    rw2, rw3, rs2, rs3, START, PER_ROW, LINES, H: tl.constexpr,
+    q, x, abar, carried, rows, w2, w3, s2, s3, a2, a3, rooms, spread, dq, dx, d_abar, d_carried,
+    rw2, rw3, rs2, rs3, ra2, ra3, START, PER_ROW, LINES, H: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, HIDDEN: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr, MOMENTUM: tl.constexpr,
+    ANCHOR: tl.constexpr,
 ):  # fmt: skip
-    """One block of D of the reads of W_2 and W_3: dq, dx, and what they add to dW and dS."""
+    """One block of D of the reads of W_2 and W_3: dq, dx, and what they add to dW, dS and dA."""
     line, n, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     there, mine, here = place(rows, START, n, PER_ROW, line, H, GROUP)
     if there == 0:
         return
-    key, size = mine.to(tl.int64), HIDDEN * D
+    key, head, size = mine.to(tl.int64), line % H, HIDDEN * D
     part = ((BLOCKS + m) * LINES + mine).to(tl.int64) * SPAN
     ROOM: tl.constexpr = KEYS * HIDDEN
     dz_t, du_t = two_rooms(rooms, 10, mine, LINES, ROOM)
@@ -218,20 +216,25 @@ def query_backward(
     abar += key * SPAN
     carried += key * SPAN
     t, d = tl.arange(0, SPAN), m * BD + tl.arange(0, BD)
-    into_w, into_s = _through(
-        dz_t, w2 + here * size, s2 + here * size, abar, carried, at_q, rw2 + key * size,
-        rs2 + key * size, t, d, D, HIDDEN, SPAN, BD, BH, BLOCKS, MOMENTUM,
+    into_w = tl.zeros([SPAN, BD], tl.float32)
+    into_s, into_a = into_w, into_w
+    into_w, into_s, into_a = _through(
+        dz_t, w2 + here * size, s2 + here * size, a2 + head * size, abar, carried, at_q,
+        rw2 + key * size, rs2 + key * size, ra2 + key * size, t, d, into_w, into_s, into_a,
+        D, HIDDEN, SPAN, BH, BLOCKS, MOMENTUM, ANCHOR,
     )  # fmt: skip
     if GATED:
-        more_w, more_s = _through(
-            du_t, w3 + here * size, s3 + here * size, abar, carried, at_q, rw3 + key * size,
-            rs3 + key * size, t, d, D, HIDDEN, SPAN, BD, BH, BLOCKS, MOMENTUM,
+        into_w, into_s, into_a = _through(
+            du_t, w3 + here * size, s3 + here * size, a3 + head * size, abar, carried, at_q,
+            rw3 + key * size, rs3 + key * size, ra3 + key * size, t, d, into_w, into_s, into_a,
+            D, HIDDEN, SPAN, BH, BLOCKS, MOMENTUM, ANCHOR,
         )  # fmt: skip
-        into_w += more_w
-        into_s += more_s
     some = load_block(at_q, t, SPAN, d, D).to(tl.float32)
-    tl.store(d_abar + part + t, tl.sum(into_w * some, 1))
     found = tl.load(abar + t)[:, None] * into_w
+    if ANCHOR:
+        found += (1.0 - tl.load(abar + t))[:, None] * into_a
+        into_w -= into_a
+    tl.store(d_abar + part + t, tl.sum(into_w * some, 1))
     if MOMENTUM:
         tl.store(d_carried + part + t, -tl.sum(into_s * some, 1))
         found -= tl.load(carried + t)[:, None] * into_s

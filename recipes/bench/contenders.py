@@ -83,7 +83,7 @@ class Variant:
     memory: str = "matrix"
     update: str = "gd"
     momentum: bool = True
-    discount: bool = True
+    errors: str = "online"
     window: int = WINDOW
     ns_every: int = 1
 
@@ -91,8 +91,13 @@ class Variant:
         name = f"{self.memory} x{EXPANSION}" if self.memory != "matrix" else self.memory
         window = "" if self.window == WINDOW else f", window {self.window}"
         momentum = "" if self.momentum else ", no momentum"
+        errors = (
+            ", errors at the chunk's start"
+            if self.update == "gd" and self.errors == "chunk"
+            else ""
+        )
         window += "" if self.ns_every == 1 else f" every {self.ns_every} tokens"
-        return f"{name}, {self.update}{window}{momentum}{'' if self.discount else ', no discount'}"
+        return f"{name}, {self.update}{window}{momentum}{errors}"
 
     def arguments(
         self, shape: Shape, device: torch.device, dtype: torch.dtype, gates: torch.dtype
@@ -129,7 +134,7 @@ class Variant:
                 ns_steps=NS_STEPS,
                 ns_every=self.ns_every,
                 chunk_size=CHUNK,
-                write_discount=self.discount,
+                errors=self.errors if self.update == "gd" else "chunk",
                 window=self.window,
             ),
             state=None,
@@ -170,7 +175,8 @@ def served_by(provider: str) -> Implementation:
             ns_steps=a.rule.ns_steps,
             ns_every=a.rule.ns_every,
             chunk_size=a.rule.chunk_size,
-            write_discount=a.rule.write_discount,
+            errors=a.rule.errors,
+            decay_to=a.rule.decay_to,
             provider=provider,
         )
         return y, [*state.weights, *state.momentum]
@@ -240,7 +246,7 @@ def rule_flops(a: Arguments, both: bool) -> int:
     The arithmetic of the dual form: what a provider computes twice to save memory is not work done.
     """
     tensors, settings = flatten(a)
-    shapes = [t.shape for t in tensors]
+    shapes = tuple(tuple(t.shape) for t in tensors)
     total = formulas.forward_flops(shapes, settings)
     return total + formulas.backward_flops(shapes, settings) if both else total
 
@@ -249,10 +255,10 @@ def rule_flops(a: Arguments, both: bool) -> int:
 # line here: every provider is asked for every variant.
 VARIANTS: tuple[tuple[Variant, bool], ...] = (
     (Variant(), False),
-    (Variant(discount=False), True),
+    (Variant(errors="chunk"), True),
     (Variant(momentum=False), True),
-    (Variant(momentum=False, discount=False), False),
-    (Variant(window=1, momentum=False, discount=False), True),
+    (Variant(momentum=False, errors="chunk"), False),
+    (Variant(window=1, momentum=False, errors="chunk"), True),
     (Variant(memory="mlp"), False),
     (Variant(update="muon"), False),
     (Variant(memory="mlp", update="muon"), False),

@@ -79,7 +79,8 @@ def test_wrong_configs_are_named() -> None:
         ({"conv_width": 0}, "conv_width: expected an int >= 1"),
         ({"normalise": "yes"}, "normalise: expected True or False"),
         ({"eta_max": 3.0}, r"eta_max: expected a number in \[1e-06, 2.0\]"),
-        ({"eta_max": 2.0, "objective": "l2"}, "eta_max: expected at most 1 where"),
+        ({"errors": "late"}, "errors: expected one of chunk, online, got 'late'"),
+        ({"eta_max": 2.0, "objective": "l2"}, 'eta_max: expected at most 1 with errors="online"'),
         ({"rope_base": 0.0}, "rope_base: expected a number"),
     ):
         with pytest.raises(ValueError, match=message):

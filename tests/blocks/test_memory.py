@@ -65,7 +65,8 @@ def test_the_layer_is_its_formula(memory: str, update: str, features: str, momen
         feature_map=phi,
         update=update,
         chunk_size=8,
-        write_discount=update == "gd",
+        errors="online" if update == "gd" else "chunk",
+        decay_to="initial" if update == "gd" and memory != "matrix" else "zero",
     )
     square = read.square().mean(-1, keepdim=True)
     read = read / (square + torch.finfo(torch.float64).eps).sqrt() * block.norm.weight
@@ -111,16 +112,24 @@ def test_gates_are_float32_under_autocast() -> None:
         }
 
 
-def test_the_discount_is_on_for_gradient_descent_alone() -> None:
-    x = draw(1, 8, 1).expand(1, 8, DIM).contiguous()  # tokens of one direction
-    for update, default in (("gd", True), ("muon", False)):
+def test_gradient_descent_corrects_its_errors_and_keeps_deep_memories_alive() -> None:
+    """errors and decay_to of None are what the layer's docstring says."""
+    x = torch.randn(1, 20, DIM, dtype=torch.float64)
+    for memory in ("matrix", "mlp"):
         found = {}
-        for discount in (None, False, True):
+        for errors, decay_to in ((None, None), ("online", "zero"), ("online", "initial")):
             torch.manual_seed(0)
-            config = small_memory(update=update, write_discount=discount, eta_init=0.5)
-            found[discount] = AtlasMemory(DIM, HEADS, config).double()(x)[0]
+            config = small_memory(
+                memory=memory, update="gd", errors=errors, decay_to=decay_to, eta_init=0.5
+            )
+            found[decay_to] = AtlasMemory(DIM, HEADS, config).double()(x)[0]
+        default = "zero" if memory == "matrix" else "initial"
         assert torch.equal(found[None], found[default])
-        assert difference([found[None]], [found[not default]]) > 1e-4
+        assert difference([found["zero"]], [found["initial"]]) > 1e-4
+    muon = small_memory(update="muon")
+    assert (muon.rule_errors, muon.rule_decay_to) == ("chunk", "zero")
+    with pytest.raises(ValueError, match="errors"):
+        small_memory(update="muon", errors="online")
 
 
 def test_the_shortest_use_runs() -> None:

@@ -135,11 +135,11 @@ def test_a_write_is_limited_by_everything_it_writes() -> None:
     assert_bounded(largest_along_the_stream(block, 20_000, 10), "gd")
 
 
-def test_without_the_discount_repetition_does_diverge() -> None:
-    """The discount is what bounds it: the bare rule blows up on the same stream."""
+def test_errors_at_the_chunk_s_start_do_diverge_on_repetition() -> None:
+    """Online errors are what bounds it: the bare rule blows up on the same stream."""
     torch.manual_seed(0)
     config = AtlasMemoryConfig(
-        memory="matrix", update="gd", gate_rank=4, write_discount=False, eta_init=0.9
+        memory="matrix", update="gd", gate_rank=4, errors="chunk", eta_init=0.9
     )
     block = AtlasMemory(2 * WIDTH, 2, config)
     nn.init.constant_(block.alpha[1].bias, 7.0)

@@ -120,8 +120,8 @@ def test_ops_providers_passes_work_and_recompiles():
         (work,) = [w for w in report.work if (w.graph, w.op) == (graph.number, "atlas.omega_rule")]
         shapes = [t.shape for t in (*3 * [torch.empty(1, length, 2, 4)], *whole_inputs(length))]
         shapes = [*shapes[:3], shapes[4], shapes[4], shapes[5], (2, 4, 4)]
-        settings = Settings(False, "matrix", "l2", "identity", 0, "gd", 5, 1, 8, False)
-        assert work.flops == forward_flops(shapes, settings)
+        settings = Settings(False, "matrix", "l2", "identity", 0, "gd", 5, 1, 8, "chunk", "zero")
+        assert work.flops == forward_flops(tuple(tuple(s) for s in shapes), settings)
         assert work.bytes >= 4 * sum(torch.Size(s).numel() for s in shapes)
         assert work.bound in ("compute", "memory")
 

@@ -37,7 +37,7 @@ def memory() -> AtlasMemory:
     """One that the kernels serve, on a CPU by Triton's interpreter."""
     torch.manual_seed(0)
     config = small_memory(memory="matrix", update="gd", feature_map="identity", chunk_size=16)
-    return AtlasMemory(32, 2, config.replace(write_discount=False))
+    return AtlasMemory(32, 2, config.replace(errors="chunk"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for a CPU")

@@ -1,5 +1,6 @@
 """Every bad argument of the rule: one ValueError with its name, what was expected, what came."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ def state_of(length: int = 4, **changes: Any) -> Any:
     return omega_rule(**x, **options)[1]
 
 
-OPTIONS = ("memory", "write_discount", "chunk_size")
+OPTIONS = ("memory", "objective", "errors", "chunk_size")
 
 # name: (changed arguments, text). Plain: batch 2, 5 tokens, 2 heads, Dk = Dv = 3, c = 3, matrix.
 CASES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
@@ -116,11 +117,39 @@ CASES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "state is of another window": (
         lambda: {"state": state_of(window=2)},
-        r"state.keys: expected shape \[B, n, H, Dk\] = \[2, 2, 2, 3\], got \[2, 1, 2, 3\]",
+        r"state.keys: expected shape \[B, n, H, Dk\] = \[2, 5, 2, 3\], got \[2, 4, 2, 3\]",
     ),
-    "state has no writes": (
-        lambda: {"write_discount": True, "state": state_of()},
-        r"state.(keys|writes): expected shape",
+    "errors are no word": (
+        lambda: {"errors": True},
+        "errors: expected one of chunk, online, got True",
+    ),
+    "online errors with Muon": (
+        lambda: {"errors": "online", "update": "muon"},
+        "errors: expected \"chunk\" with update='muon', got 'online'",
+    ),
+    "state of a rule that does no chunk again": (
+        lambda: {"memory": "matrix", "objective": "l2", "state": state_of(objective="dot")},
+        r"state.chunk_start: expected shapes \[\(2, 2, 3, 3\)\], got \[\]",
+    ),
+    "state of a rule that does chunks again": (
+        lambda: {"objective": "dot", "state": state_of()},
+        r"state.chunk_start: expected shapes \[\], got",
+    ),
+    "state is of another chunk": (
+        lambda: {"state": state_of(chunk_size=5)},
+        r"state.keys: expected shape \[B, n, H, Dk\] = \[2, 5, 2, 3\], got \[2, 6, 2, 3\]",
+    ),
+    "state has other gates": (
+        lambda: {"state": dataclasses.replace(state_of(), eta=ZEROS(2, 0, 2))},
+        r"state.eta: expected shape \[B, n, H\] = \[2, 5, 2\], got \[2, 0, 2\]",
+    ),
+    "state has the gamma of another window": (
+        lambda: {"state": dataclasses.replace(state_of(), gamma=ZEROS(2, 5, 2, 2))},
+        r"state.gamma: expected shape \[B, n, H, c\] = \[2, 5, 2, 3\], got \[2, 5, 2, 2\]",
+    ),
+    "state has no scale of a head": (
+        lambda: {"state": dataclasses.replace(state_of(), scale=ZEROS(2))},
+        r"state.scale: expected shape \[B, H\] = \[2, 2\], got \[2\]",
     ),
 }
 

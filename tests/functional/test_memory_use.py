@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MEMORIES, UPDATES, draw, leaves, rule_inputs
+from helpers import ERRORS, MEMORIES, STEPS, UPDATES, draw, leaves, rule_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas_blocks.functional import kernel_attention, omega_rule
@@ -55,9 +55,9 @@ def forward_and_backward(inputs: dict[str, Any], **options: Any) -> Callable[[],
     return call
 
 
-@pytest.mark.parametrize("discount", [False, True])
+@pytest.mark.parametrize("errors", ERRORS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_gradient_descent_never_forms_a_weight_per_token(memory: str, discount: bool) -> None:
+def test_gradient_descent_never_forms_a_weight_per_token(memory: str, errors: str) -> None:
     chunk, window, heads, width = 16, 4, 2, 24
     largest = []
     for length in (128, 256):
@@ -71,7 +71,7 @@ def test_gradient_descent_never_forms_a_weight_per_token(memory: str, discount: 
             features="polynomial",
         )
         with LargestTensor() as mode:
-            forward_and_backward(x, memory=memory, chunk_size=chunk, write_discount=discount)()
+            forward_and_backward(x, memory=memory, chunk_size=chunk, errors=errors)()
         largest.append(mode.numel)
         features = 28  # C(6 + 2, 2)
         # A token's largest rows: features, or scores of all keys that its chunk sees, with some
@@ -158,13 +158,10 @@ def test_exact_phi_star_takes_quadratic_time_and_linear_memory(objective: str, w
     assert peaks[1] < 0.8 * 1024**2 * 8
 
 
-@pytest.mark.parametrize("discount", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_state_has_one_size_and_owns_its_memory(
-    memory: str, update: str, discount: bool
-) -> None:
-    options = {"memory": memory, "update": update, "chunk_size": 16, "write_discount": discount}
+def test_the_state_has_one_size_and_owns_its_memory(memory: str, update: str, errors: str) -> None:
+    options = {"memory": memory, "update": update, "chunk_size": 16, "errors": errors}
     sizes = set()
     for length in (0, 1, 15, 16, 40, 160, 3000 if update == "gd" else 161):
         x = rule_inputs(memory, length=length, heads=1, window=5, update=update)

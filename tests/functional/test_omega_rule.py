@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ERRORS,
     MEMORIES,
     OBJECTIVES,
+    STEPS,
     STREAMS,
     UPDATES,
     assert_close,
     difference,
+    errors_for,
     everything,
     feature_map,
     leaves,
@@ -28,19 +31,29 @@ LENGTHS = (0, 1, 5, 64, 200)
 KINDS = tuple(itertools.product(MEMORIES, OBJECTIVES, UPDATES))
 SHAPES = tuple(itertools.product(WINDOWS, CHUNKS, LENGTHS))
 
+# With online errors the reference takes the square of what a chunk sees for every token.
+ONLINE_KINDS = tuple(itertools.product(MEMORIES, OBJECTIVES))
+ONLINE_SHAPES = tuple(itertools.product((1, 5, 16), ((1, 5), (7, 11), (64, 96))))
+FEATURES = ("identity", "polynomial", "sketch")
+
 
 def options(i: int) -> dict[str, Any]:
     """The remaining settings of the i-th case: each is on and off, in every combination."""
     return {
         "momentum": i % 2 == 0,
-        "write_discount": i // 2 % 2 == 0,
         "ns_every": (1, 3, 1)[i % 3],
         "features": ("identity", "polynomial", "sketch", "identity")[i // 4 % 4],
         "value_width": 3 if i % 5 else 2,  # with and without the memory's residual
     }
 
 
-def assert_equals_reference(
+def assert_equals_reference(inputs: dict[str, Any], **settings: Any) -> None:
+    with torch.no_grad():
+        ours = omega_rule(**inputs, **settings)
+        assert_close(ours, omega_rule_reference(**inputs, **settings), 1e-10)
+
+
+def check(
     memory: str, objective: str, update: str, window: int, chunk: int, length: int, case: int
 ) -> None:
     o = options(case)
@@ -55,18 +68,14 @@ def assert_equals_reference(
         value_width=o["value_width"],
         seed=case,
     )
-    settings = {
-        "memory": memory,
-        "objective": objective,
-        "update": update,
-        "chunk_size": chunk,
-        "write_discount": o["write_discount"],
-        "ns_every": o["ns_every"],
-    }
-    with torch.no_grad():
-        assert_close(
-            omega_rule(**inputs, **settings), omega_rule_reference(**inputs, **settings), 1e-10
-        )
+    assert_equals_reference(
+        inputs,
+        memory=memory,
+        objective=objective,
+        update=update,
+        chunk_size=chunk,
+        ns_every=o["ns_every"],
+    )
 
 
 def default_cases() -> list[tuple]:
@@ -93,7 +102,7 @@ def test_the_default_cases_cover_every_shape_and_every_value_for_every_kind() ->
 
 @pytest.mark.parametrize("case", default_cases(), ids=lambda c: "-".join(map(str, c)))
 def test_chunked_equals_token_by_token(case: tuple) -> None:
-    assert_equals_reference(*case)
+    check(*case)
 
 
 @pytest.mark.slow
@@ -103,20 +112,71 @@ def test_chunked_equals_token_by_token_on_the_full_grid(
     kind: tuple[str, str, str], window: int
 ) -> None:
     for i, (chunk, length) in enumerate(itertools.product(CHUNKS, LENGTHS)):
-        # Momentum and discount in all four combinations; long sequences take one or two in turn.
-        chosen = {200: (i % 4,), 64: (i % 2, 3 - i % 2)}.get(length, (0, 1, 2, 3))
+        # With momentum and without; long sequences take one of the two in turn.
+        chosen = {200: (i % 2,), 64: (i % 2,)}.get(length, (0, 1, 2, 3))
         for j in chosen:
-            assert_equals_reference(*kind, window, chunk, length, j + 4 * i)
+            check(*kind, window, chunk, length, j + 4 * i)
+
+
+def check_online(
+    kind: tuple[str, str],
+    shape: tuple[int, tuple[int, int]],
+    momentum: bool,
+    features: str,
+    value_width: int,
+) -> None:
+    """Strengths such that own steps are limited at some tokens and not at others."""
+    (memory, objective), (window, (chunk, length)) = kind, shape
+    inputs = rule_inputs(
+        memory,
+        batch=1 if chunk > 7 else 2,
+        length=length,
+        heads=1 if chunk > 7 else 2,
+        window=window,
+        features=features,
+        momentum=momentum,
+        value_width=value_width,
+    )
+    inputs["eta"] = 8 * inputs["eta"]
+    assert_equals_reference(
+        inputs, memory=memory, objective=objective, chunk_size=chunk, errors="online"
+    )
+
+
+@pytest.mark.parametrize("kind", ONLINE_KINDS, ids="-".join)
+def test_online_errors_by_chunks_are_those_token_by_token(kind: tuple[str, str]) -> None:
+    """Every shape for every kind; pairs of the rest in turn."""
+    for i, shape in enumerate(ONLINE_SHAPES, start=ONLINE_KINDS.index(kind)):
+        check_online(kind, shape, i % 2 == 0, FEATURES[i // 2 % 3], 2 + (i % 3 > 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ONLINE_KINDS, ids="-".join)
+@pytest.mark.parametrize("shape", ONLINE_SHAPES, ids=str)
+def test_online_errors_by_chunks_are_those_token_by_token_on_the_full_grid(
+    kind: tuple[str, str], shape: tuple[int, tuple[int, int]]
+) -> None:
+    for momentum, features, width in itertools.product((True, False), FEATURES, (2, 3)):
+        check_online(kind, shape, momentum, features, width)
+
+
+def test_online_errors_are_for_gradient_descent_alone() -> None:
+    for rule in (omega_rule, omega_rule_reference):
+        with pytest.raises(ValueError, match="errors: expected \"chunk\" with update='muon'"):
+            rule(**rule_inputs(update="muon"), update="muon", errors="online")
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("gate", ["alpha", "eta", "theta", "gamma"])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_gate_that_is_0_or_1_everywhere_is_exact(memory: str, gate: str, value: float) -> None:
-    inputs = rule_inputs(memory, batch=2, length=23, window=3)
+@pytest.mark.parametrize("errors", ERRORS)
+def test_a_gate_that_is_0_or_1_everywhere_is_exact(
+    memory: str, gate: str, value: float, errors: str
+) -> None:
+    inputs = rule_inputs(memory, batch=2, length=16, window=3)
     inputs[gate] = torch.full_like(inputs[gate], value)
-    settings = {"memory": memory, "chunk_size": 7, "write_discount": gate == "eta"}
-    assert_close(omega_rule(**inputs, **settings), omega_rule_reference(**inputs, **settings))
+    settings = {"memory": memory, "chunk_size": 7, "errors": errors}
+    assert_equals_reference(inputs, **settings)
 
 
 def gradients(rule: Any, inputs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Tensor]:
@@ -141,12 +201,14 @@ def gradients(rule: Any, inputs: dict[str, Any], settings: dict[str, Any]) -> di
 
 
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
-@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 def test_gradients_equal_those_through_the_reference(
-    kind: tuple[str, str, str], features: str
+    memory: str, objective: str, update: str, errors: str, features: str
 ) -> None:
-    memory, objective, update = kind
-    number = KINDS.index(kind) + ("identity", "polynomial", "sketch").index(features)
+    number = KINDS.index((memory, objective, update))
+    number += ("identity", "polynomial", "sketch").index(features)
     inputs = rule_inputs(
         memory,
         batch=2,
@@ -157,12 +219,14 @@ def test_gradients_equal_those_through_the_reference(
         update=update,
         seed=number,
     )
+    if errors == "online":
+        untie(inputs)
     settings = {
         "memory": memory,
         "objective": objective,
         "update": update,
         "chunk_size": 4,
-        "write_discount": number % 2 == 0,
+        "errors": errors,
         "ns_every": 1 + number % 2,
     }
     ours = gradients(omega_rule, inputs, settings)
@@ -172,12 +236,21 @@ def test_gradients_equal_those_through_the_reference(
         assert gap <= 1e-9, f"{name}: {gap:.3g}"
 
 
+def untie(inputs: dict[str, Any]) -> None:
+    """Keys of different lengths and no momentum of 1: where several keys are the largest, what of
+    the scale's gradient each gets is anybody's choice."""
+    lengths = torch.rand(inputs["k"].shape[:-1], dtype=torch.float64)
+    inputs["k"] = inputs["k"] * (0.5 + lengths)[..., None]
+    if inputs["theta"] is not None:
+        inputs["theta"] = inputs["theta"].clamp(max=0.95)
+
+
 def test_every_argument_gets_a_gradient() -> None:
     inputs = rule_inputs("mlp", batch=1, length=11, window=3, features="polynomial")
     found = gradients(omega_rule, inputs, {"memory": "mlp", "chunk_size": 4})
     without = {name for name, gradient in found.items() if gradient.numel() and not gradient.any()}
-    # The state of the initial weights only serves the first call.
-    assert without <= {"weights[0]", "weights[1]"}
+    # M_0 only serves the first call, and a begun chunk is done again from its start.
+    assert without == {"weights[0]", "weights[1]", *(f"state {i}" for i in range(4))}
     assert set(STREAMS) | {"coefficients"} <= set(found) - without
 
 
@@ -211,7 +284,7 @@ def test_gradcheck(memory: str, update: str) -> None:
             memory=memory,
             update=update,
             chunk_size=3,
-            write_discount=update == "gd",
+            errors=errors_for(update),
             # The check's own step of 1e-6 meets the gain of five Newton-Schulz steps otherwise.
             ns_steps=2,
         )

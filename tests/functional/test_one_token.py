@@ -13,17 +13,20 @@ from atlas_blocks.state import State
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(
-    ("update", "objective", "momentum", "discount", "window", "every"),
+    ("update", "objective", "momentum", "errors", "window", "every"),
     [
-        ("gd", "l2", True, True, 2, 1),
-        ("gd", "dot", False, True, 5, 1),
-        ("gd", "l2", True, False, 5, 1),
-        ("muon", "l2", True, True, 3, 1),
-        ("muon", "l2", False, False, 2, 3),
+        ("gd", "l2", True, "online", 2, 1),
+        ("gd", "l2", False, "online", 1, 1),
+        ("gd", "l2", False, "online", 5, 1),
+        ("gd", "dot", True, "online", 1, 1),
+        ("gd", "dot", False, "online", 5, 1),
+        ("gd", "l2", True, "chunk", 5, 1),
+        ("muon", "l2", True, "chunk", 3, 1),
+        ("muon", "l2", False, "chunk", 2, 3),
     ],
 )
 def test_token_by_token_it_is_the_rule(
-    memory, features, update, objective, momentum, discount, window, every
+    memory, features, update, objective, momentum, errors, window, every
 ):
     """Over two chunks and a half, in rows of which one is three tokens ahead."""
     inputs = rule_inputs(
@@ -36,11 +39,11 @@ def test_token_by_token_it_is_the_rule(
         update=update,
     )
     options = {"memory": memory, "objective": objective, "update": update, "ns_every": every}
-    options |= {"chunk_size": 4, "write_discount": discount}
+    options |= {"chunk_size": 4, "errors": errors}
     none = omega_rule(**tokens(inputs, 0, 0), **options)[1]
     ahead = omega_rule(**tokens(inputs, 0, 3), **options)[1]
     state = State.cat([none[:1], ahead[1:]])
-    rule = Rule(memory, objective, update, 5, every, 4, discount, window)
+    rule = Rule(memory, objective, update, 5, every, 4, errors, window)
     with torch.no_grad():
         for t in range(3, 13):
             one = tokens(inputs, t, t + 1)

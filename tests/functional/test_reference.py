@@ -1,6 +1,5 @@
 """The reference itself, against loops written here from section 2's four lines, by other means."""
 
-import math
 from typing import Any
 
 import pytest
@@ -87,24 +86,22 @@ def test_equals_the_loop_written_by_hand(memory: str, objective: str, update: st
             assert gap < 1e-11, (rule.__name__, chunk, window)
 
 
-def test_equals_the_write_discount_by_hand() -> None:
-    """Section 9b's three lines for a matrix memory, where kappa is |k_s . k_t|."""
-    x = rule_inputs("matrix", length=13, heads=1, window=2)
-    chunk = 5
-    _, k = x["q"], x["k"][0, :, 0]
-    eta, theta = x["eta"][0, :, 0], x["theta"][0, :, 0]
-    gamma = x["gamma"][0, :, 0].clone()
-    gamma[0, 1] = 0  # nothing before the first token
-    mass = [eta[t] * gamma[t].sum() / (1 - min(theta[t].item(), 0.999)) for t in range(len(k))]
-    weaker = eta.clone()
-    for t in range(len(k)):
-        rho = sum((mass[s] * (k[s] @ k[t]).abs() for s in range(t - t % chunk, t)), start=0.0)
-        own = mass[t] * (k[t] @ k[t])
-        weaker[t] = eta[t] * math.exp(-rho) / max(1.0, own)
-    y, _ = omega_rule_reference(**x, chunk_size=chunk, write_discount=True)
-    plain, _ = omega_rule_reference(**x | {"eta": weaker[None, :, None]}, chunk_size=chunk)
-    assert difference([y], [plain]) < 1e-13
-    assert difference([y], [omega_rule_reference(**x, chunk_size=chunk)[0]]) > 1e-3
+def test_online_errors_of_a_matrix_are_those_of_the_newest_memory() -> None:
+    """b = 1 by hand, a chunk of 5 by the reference; no own step is cut."""
+    x = rule_inputs("matrix", length=13, heads=1, window=1, momentum=False)
+    x["eta"] = x["eta"] / x["k"].square().sum(-1).clamp(min=1)
+    y, state = omega_rule_reference(**x, chunk_size=5, errors="online")
+    w = x["weights"][0][0].expand(x["q"].shape[0], -1, -1)
+    outputs = []
+    for t in range(13):
+        q, k, v = (x[n][:, t, 0] for n in ("q", "k", "v"))
+        alpha, eta, gamma = x["alpha"][:, t], x["eta"][:, t], x["gamma"][:, t, 0]
+        error = torch.einsum("bij,bj->bi", w, k) - v
+        step = (eta * gamma)[..., None] * error.unsqueeze(-1) * k.unsqueeze(-2)
+        w = alpha[..., None] * w - step
+        outputs.append(torch.einsum("bij,bj->bi", w, q))
+    assert difference([y[:, :, 0]], [torch.stack(outputs, 1)]) < 1e-12
+    assert difference([state.weights[0][:, 0]], [w]) < 1e-12
 
 
 def test_matrix_with_a_window_of_one_is_the_delta_rule() -> None:
@@ -180,7 +177,7 @@ def test_muon_steps_only_where_ns_every_says(memory: str) -> None:
 
 def test_the_reference_streams() -> None:
     x = rule_inputs("mlp", batch=2, length=9, window=4)
-    settings = {"memory": "mlp", "chunk_size": 4, "write_discount": True}
+    settings = {"memory": "mlp", "chunk_size": 4, "errors": "online"}
     whole = omega_rule_reference(**x, **settings)
     state, outputs = None, []
     for a, b in ((0, 1), (1, 6), (6, 6), (6, 9)):

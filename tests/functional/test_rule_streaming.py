@@ -7,8 +7,10 @@ import torch
 from helpers import (
     MEMORIES,
     OBJECTIVES,
+    STEPS,
     UPDATES,
     assert_close,
+    errors_for,
     rows,
     rule_in_pieces,
     rule_inputs,
@@ -28,16 +30,15 @@ TOLERANCE = {"gd": 1e-12, "muon": 1e-10}
     pieces=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     window=st.sampled_from([1, 2, 5, 16, 100]),
     chunk=st.sampled_from([1, 2, 7, 16, 64]),
-    kind=st.sampled_from(list(itertools.product(MEMORIES, OBJECTIVES, UPDATES))),
+    kind=st.sampled_from(list(itertools.product(MEMORIES, OBJECTIVES, STEPS))),
     features=st.sampled_from(["identity", "polynomial", "sketch"]),
     momentum=st.booleans(),
-    discount=st.booleans(),
     ns_every=st.sampled_from([1, 3, 7]),
 )
 def test_any_split_equals_the_whole(
-    pieces, window, chunk, kind, features, momentum, discount, ns_every
+    pieces, window, chunk, kind, features, momentum, ns_every
 ) -> None:
-    memory, objective, update = kind
+    memory, objective, (update, errors) = kind
     x = rule_inputs(
         memory,
         batch=2,
@@ -53,7 +54,7 @@ def test_any_split_equals_the_whole(
         "objective": objective,
         "update": update,
         "chunk_size": chunk,
-        "write_discount": discount,
+        "errors": errors,
         "ns_every": ns_every,
     }
     whole = omega_rule(**x, **options)
@@ -70,33 +71,29 @@ def test_gates_drawn_from_0_and_1_alone_split_exactly(data, memory, window) -> N
         bits = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
         drawn = torch.tensor(bits, dtype=torch.float64).reshape(1, length, 1)
         x[gate] = drawn if gate != "gamma" else drawn.unsqueeze(-1).expand_as(x[gate])
-    # Everything is kept and nothing damped: small steps keep the numbers small as well.
-    x["eta"] = 0.01 * x["eta"]
-    options = {"memory": memory, "chunk_size": 6, "write_discount": True}
+    options = {"memory": memory, "chunk_size": 6, "errors": "online"}
     whole = omega_rule(**x, **options)
     assert all(t.isfinite().all() for t in whole[1].tensors())
     cut = data.draw(st.integers(0, length))
     assert_close(rule_in_pieces(x, [cut, length - cut], **options), whole, 1e-11)
 
 
-@pytest.mark.parametrize("discount", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_token_by_token_equals_the_whole(memory: str, update: str, discount: bool) -> None:
+def test_token_by_token_equals_the_whole(memory: str, update: str, errors: str) -> None:
     x = rule_inputs(memory, batch=2, length=25, window=5, update=update)
-    options = {"memory": memory, "update": update, "chunk_size": 7, "write_discount": discount}
+    options = {"memory": memory, "update": update, "chunk_size": 7, "errors": errors}
     assert_close(
         rule_in_pieces(x, 25 * [1], **options), omega_rule(**x, **options), TOLERANCE[update]
     )
 
 
-@pytest.mark.parametrize("discount", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_rows_at_different_positions_equal_each_alone(
-    memory: str, update: str, discount: bool
+    memory: str, update: str, errors: str
 ) -> None:
-    options = {"memory": memory, "update": update, "chunk_size": 7, "write_discount": discount}
+    options = {"memory": memory, "update": update, "chunk_size": 7, "errors": errors}
     lengths = (0, 3, 12, 7, 3)  # two rows at one position, one at a chunk's end
     x = rule_inputs(memory, batch=len(lengths), length=40, window=5, update=update)
     states = []
@@ -129,7 +126,7 @@ def test_a_row_does_not_depend_on_its_batch(memory: str, update: str) -> None:
 def test_a_token_never_changes_what_came_before_it(memory: str, update: str) -> None:
     """Chunks look ahead in nothing: outputs before t are the same to the last bit."""
     x = rule_inputs(memory, length=30, window=5, update=update)
-    options = {"memory": memory, "update": update, "chunk_size": 7, "write_discount": True}
+    options = {"memory": memory, "update": update, "chunk_size": 7, "errors": errors_for(update)}
     y, _ = omega_rule(**x, **options)
     for t in (1, 6, 7, 20, 29):
         changed = dict(x)
@@ -143,7 +140,7 @@ def test_a_token_never_changes_what_came_before_it(memory: str, update: str) -> 
 
 def test_the_state_of_a_call_is_not_changed_by_the_next() -> None:
     x = rule_inputs("mlp", batch=2, length=20, window=5)
-    options = {"memory": "mlp", "chunk_size": 7, "write_discount": True}
+    options = {"memory": "mlp", "chunk_size": 7, "errors": "online"}
     _, state = omega_rule(**tokens(x, 0, 9), **options)
     copy = state.map(torch.Tensor.clone)
     omega_rule(**tokens(x, 9, 20), **options, state=state)

@@ -10,7 +10,6 @@ import helpers
 import pytest
 import torch
 from helpers import (
-    OBJECTIVES,
     STREAMS,
     UPDATES,
     HostData,
@@ -46,9 +45,7 @@ def begun(inputs: dict[str, Any], places: tuple[int, ...], options: dict[str, An
 
 def token(inputs: dict[str, Any], t: int) -> dict[str, Any]:
     """The step's arguments for one token."""
-    chosen = {n: x[:, t] if n in STREAMS and x is not None else x for n, x in inputs.items()}
-    del chosen["weights"]
-    return chosen
+    return {n: x[:, t] if n in STREAMS and x is not None else x for n, x in inputs.items()}
 
 
 def steps(
@@ -86,68 +83,84 @@ def assert_steps_are_the_definition(
         assert gap <= allowed, f"{'y' if i == 0 else f'state {i}'}: {gap:.2g} > {allowed:.2g}"
 
 
+# What a step in place serves: no error waits for a chunk.
+ONLINE = {"errors": "online", "chunk_size": 7}
+SERVED = {
+    "dot": (5, {"objective": "dot", "errors": "online", "chunk_size": 7}),
+    "online": (1, ONLINE),
+    "each token": (5, {"errors": "chunk", "chunk_size": 1}),
+}
+
+
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
-@pytest.mark.parametrize("discount", [False, True])
 @pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_forty_steps_are_the_definition(
-    objective: str, momentum: bool, discount: bool, features: str
-) -> None:
-    """Over chunks of 7 and a window of 5; gates are 0 and 1 at some tokens."""
-    inputs = rule_inputs(length=40, window=5, features=features, momentum=momentum)
-    assert_steps_are_the_definition(
-        inputs, (0,), torch.float32, objective=objective, chunk_size=7, write_discount=discount
-    )
+@pytest.mark.parametrize("served", SERVED)
+def test_twenty_steps_are_the_definition(served: str, momentum: bool, features: str) -> None:
+    """Gates are 0 and 1 at some tokens."""
+    window, options = SERVED[served]
+    inputs = rule_inputs(length=20, window=window, features=features, momentum=momentum)
+    assert_steps_are_the_definition(inputs, (0,), torch.float32, **options)
 
 
-@pytest.mark.parametrize("discount", [False, True])
-@pytest.mark.parametrize(("chunk", "window"), [(1, 1), (1, 3), (4, 20), (8, 1)])
-def test_windows_longer_and_shorter_than_chunks(chunk: int, window: int, discount: bool) -> None:
-    inputs = rule_inputs(length=25, heads=1, window=window, features="polynomial")
-    assert_steps_are_the_definition(
-        inputs, (0,), torch.float32, chunk_size=chunk, write_discount=discount
-    )
+@pytest.mark.parametrize("momentum", [False, True])
+def test_steps_that_are_limited(momentum: bool) -> None:
+    """Strong writes of long keys, which the largest key that S holds limits."""
+    inputs = rule_inputs(length=40, window=1, momentum=momentum)
+    lengths = 1 + torch.rand(40, 1, 1, generator=torch.Generator().manual_seed(1))
+    inputs["k"], inputs["eta"] = lengths * inputs["k"], 8 * inputs["eta"]
+    assert_steps_are_the_definition(inputs, (0,), torch.float32, **ONLINE)
+
+
+@pytest.mark.parametrize("served", SERVED)
+def test_retention_towards_the_initial_memory(served: str) -> None:
+    window, options = SERVED[served]
+    inputs = rule_inputs(length=20, window=window)
+    assert_steps_are_the_definition(inputs, (0,), torch.float32, decay_to="initial", **options)
 
 
 @pytest.mark.parametrize("streams", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("features", ["identity", "polynomial"])
-def test_rows_at_different_positions(features: str, streams: torch.dtype) -> None:
-    """Before, at and after the start of a chunk, and before a whole window has been seen."""
-    inputs = rule_inputs(batch=4, length=28, window=4, features=features)
-    assert_steps_are_the_definition(
-        inputs, (0, 3, 8, 17), streams, chunk_size=8, write_discount=True
-    )
+@pytest.mark.parametrize("served", SERVED)
+def test_rows_at_different_positions(served: str, streams: torch.dtype) -> None:
+    """At the sequence's start, before a whole window has been seen, and later."""
+    window, options = SERVED[served]
+    inputs = rule_inputs(batch=4, length=23, window=window, features="polynomial")
+    assert_steps_are_the_definition(inputs, (0, 3, 8, 17), streams, **options)
 
 
-@pytest.mark.parametrize("discount", [False, True])
-def test_wide_memories_are_tiled(discount: bool) -> None:
+@pytest.mark.parametrize("served", SERVED)
+def test_wide_memories_are_tiled(served: str) -> None:
     """300 features are three blocks, 40 and 13 values are five and two."""
+    window, options = SERVED[served]
     for value_width in (40, 13):
-        inputs = rule_inputs(length=10, heads=1, window=2, key_width=300, value_width=value_width)
-        assert_steps_are_the_definition(
-            inputs, (0,), torch.float32, chunk_size=4, write_discount=discount
+        inputs = rule_inputs(
+            length=6, heads=1, window=window, key_width=300, value_width=value_width
         )
+        assert_steps_are_the_definition(inputs, (0,), torch.float32, **options)
 
 
 def test_a_batch_of_none() -> None:
-    inputs = cast(rule_inputs(batch=1, length=2), torch.float32, torch.float32)
-    state = begun(inputs, (0,), {"chunk_size": 4})[:0].map(torch.clone)
-    y, _ = steps(rows(inputs, []), 0, state, {"chunk_size": 4})
+    inputs = cast(rule_inputs(batch=1, length=2, window=1), torch.float32, torch.float32)
+    state = begun(inputs, (0,), ONLINE)[:0].map(torch.clone)
+    y, _ = steps(rows(inputs, []), 0, state, ONLINE)
     assert y.shape == (0, 2, 2, 3)
 
 
+@pytest.mark.parametrize("served", SERVED)
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
-def test_a_step_asks_nothing_of_the_host(features: str) -> None:
+def test_a_step_asks_nothing_of_the_host(features: str, served: str) -> None:
     """What a CUDA graph cannot hold: values read back, shapes from data, data from the host.
 
     On tensors without storage, the kernel only noted. The second call is looked at: the first one
     may still fill what is kept.
     """
-    x = cast(rule_inputs(length=1, window=3, features=features), torch.float32, torch.bfloat16)
-    rule = Rule("matrix", "l2", "gd", 5, 1, 4, True, 3)
+    window, options = SERVED[served]
+    inputs = rule_inputs(length=1, window=window, features=features)
+    x = cast(inputs, torch.float32, torch.bfloat16)
+    how = {"objective": "l2"} | options
+    rule = Rule("matrix", update="gd", ns_steps=5, ns_every=1, window=window, **how)
     streams = [x[n] for n in ("q", "k", "v", "alpha", "eta", "theta", "gamma")]
     tensors, settings = flatten(Arguments(*streams, x["weights"], x["feature_map"], rule, None))
-    state = begun(x, (0,), {"chunk_size": 4, "write_discount": True}).tensors()
+    state = begun(x, (0,), options).tensors()
     tensors = [t.to("meta") for t in [*(t[:, 0] for t in tensors[:7]), *tensors[8:]]]  # no M_0
     state = [t.to("meta") for t in state]
     with recorded(90) as launches, HostData() as host:
@@ -159,33 +172,32 @@ def test_a_step_asks_nothing_of_the_host(features: str) -> None:
     assert len(launches) == 2
 
 
+def assert_refused(words: str, inputs: dict[str, Any], **options: Any) -> None:
+    state = begun(inputs, (0,), options)
+    with pytest.raises(ValueError, match=words):
+        omega_rule_step(**token(inputs, 0), **options, state=state, provider="triton")
+
+
 def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
-    inputs = cast(rule_inputs(length=1), torch.float32, torch.float32)
-    state = begun(inputs, (0,), {})
-    with pytest.raises(ValueError, match=f"update {UPDATES[1]} has no kernel"):
-        omega_rule_step(**token(inputs, 0), update="muon", state=state, provider="triton")
-    deep = cast(rule_inputs("mlp", length=1), torch.float32, torch.float32)
-    with pytest.raises(ValueError, match="memory mlp has no kernel"):
-        omega_rule_step(
-            **token(deep, 0),
-            memory="mlp",
-            state=begun(deep, (0,), {"memory": "mlp"}),
-            provider="triton",
-        )
-    wide = cast(rule_inputs(length=1, window=65), torch.float32, torch.float32)
-    with pytest.raises(ValueError, match="window 65 is beyond the kernels' 64"):
-        omega_rule_step(**token(wide, 0), state=begun(wide, (0,), {}), provider="triton")
-    double = cast(inputs, torch.float64, torch.float64)
-    with pytest.raises(ValueError, match="float64"):
-        omega_rule_step(**token(double, 0), state=begun(double, (0,), {}), provider="triton")
+    def inputs(memory: str = "matrix", window: int = 1) -> dict[str, Any]:
+        x = rule_inputs(memory, length=1, window=window)
+        return cast(x, torch.float32, torch.float32)
+
+    assert_refused(f"update {UPDATES[1]} has no kernel", inputs(), update="muon")
+    assert_refused("memory mlp has no kernel", inputs("mlp"), memory="mlp")
+    assert_refused("window 65 is beyond the kernels' 64", inputs(window=65), objective="dot")
+    assert_refused("the start of chunks of 64 it needs the whole chunk", inputs())
+    online = {"errors": "online", "chunk_size": 1}
+    assert_refused("with a window of 2, online errors need the whole", inputs(window=2), **online)
+    assert_refused("float64", cast(inputs(), torch.float64, torch.float64), **ONLINE)
 
 
 def test_a_position_elsewhere_is_refused() -> None:
-    inputs = cast(rule_inputs(length=1), torch.float32, torch.float32)
-    state = begun(inputs, (0,), {})
+    inputs = cast(rule_inputs(length=1, window=1), torch.float32, torch.float32)
+    state = begun(inputs, (0,), ONLINE)
     elsewhere = OmegaState(**{**vars(state), "position": state.position.to("meta")})
     with pytest.raises(ValueError, match=r"reads state\.position on .*, not meta"):
-        omega_rule_step(**token(inputs, 0), state=elsewhere, provider="triton")
+        omega_rule_step(**token(inputs, 0), **ONLINE, state=elsewhere, provider="triton")
 
 
 @pytest.mark.gpu
@@ -193,10 +205,8 @@ def test_a_position_elsewhere_is_refused() -> None:
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
 def test_a_cuda_graph_replays_the_step(features: str) -> None:
     """One step captured, then twenty tokens through it; rows at different positions."""
-    options = {"chunk_size": 8, "write_discount": True}
-    inputs = cast(
-        rule_inputs(batch=2, length=25, window=4, features=features), torch.float32, torch.bfloat16
-    )
+    inputs = rule_inputs(batch=2, length=25, window=1, features=features)
+    inputs, options = cast(inputs, torch.float32, torch.bfloat16), ONLINE
     state = begun(inputs, (0, 4), options)
     kept = state.map(torch.clone)
     true, _ = steps(inputs, 5, state.map(torch.clone), options)

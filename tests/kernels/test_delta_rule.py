@@ -21,7 +21,7 @@ from helpers import (
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.functional.rule import Arguments, Rule
+from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.omega_rule import Call, describe, flatten
 
@@ -34,7 +34,9 @@ pytest.importorskip("triton")
 from atlas_blocks.kernels import delta_rule
 
 TOKENWISE = {"chunk_size": 1}
-RULE = Rule("matrix", "l2", "gd", 5, 1, 1, False, 1)
+RULE = Rule("matrix", "l2", "gd", 5, 1, 1, "chunk", 1)
+# Online errors are those of the memory before each token whatever the chunk.
+FORMS = (TOKENWISE, {"chunk_size": 5, "errors": "online"})
 ARGUMENTS = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "feature_map")
 
 
@@ -84,12 +86,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
     ops.register_provider("omega_rule", mine, automatic_on=())
 
 
-def run(inputs: dict[str, Any], provider: str, pieces: tuple[int, ...]) -> tuple[Any, Any, Any]:
+def run(
+    inputs: dict[str, Any],
+    provider: str,
+    pieces: tuple[int, ...],
+    form: dict[str, Any] = TOKENWISE,
+) -> tuple[Any, Any, Any]:
     """y and the state after these pieces, and the gradients of a loss that weighs all of them."""
     x, state, outputs, first = leaves(inputs), None, [], 0
     for length in pieces:
         piece = tokens(x, first, first + length)
-        y, state = ops.omega_rule(**piece, **TOKENWISE, state=state, provider=provider)
+        y, state = ops.omega_rule(**piece, **form, state=state, provider=provider)
         outputs.append(y)
         first += length
     assert state is not None
@@ -101,21 +108,28 @@ def run(inputs: dict[str, Any], provider: str, pieces: tuple[int, ...]) -> tuple
     return y.detach(), state.detach(), dict(zip(named, gradients, strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pieces", [(9,), (4, 0, 1, 4), (0, 9)])
+@pytest.mark.parametrize("strength", [1, 15])
 @pytest.mark.usefixtures("served")
-def test_it_is_the_rule_token_by_token(pieces: tuple[int, ...]) -> None:
+def test_it_is_the_rule_token_by_token(
+    strength: int, pieces: tuple[int, ...], form: dict[str, Any]
+) -> None:
+    """strength: online errors limit some steps of the stronger."""
     inputs = inputs_of(batch=2, key_width=4, value_width=3)
+    inputs["eta"] *= strength
     inputs["alpha"][:, ::3], inputs["eta"][:, ::4], inputs["gamma"][:, ::5] = 1.0, 0.0, 1.0
-    *ours, our_gradients = run(inputs, "served", pieces)
-    *true, true_gradients = run(inputs, "definition", pieces)
+    *ours, our_gradients = run(inputs, "served", pieces, form)
+    *true, true_gradients = run(inputs, "definition", pieces, form)
     assert_close(tuple(ours), tuple(true))
     for name, gradient in true_gradients.items():
         gap = difference([our_gradients[name]], [gradient])
         assert gap < 1e-10, f"gradient of {name}: {gap:.3g}"
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("served")
-def test_packed_documents_are_each_alone() -> None:
+def test_packed_documents_are_each_alone(form: dict[str, Any]) -> None:
     inputs = inputs_of(length=18, key_width=4, value_width=3)
     found = []
     for provider in ("served", "definition"):
@@ -123,7 +137,7 @@ def test_packed_documents_are_each_alone() -> None:
         for first, bounds in ((0, [0, 4, 5, 9]), (9, [0, 2, 6, 9])):
             piece, cu_seqlens = tokens(x, first, first + 9), torch.tensor(bounds)
             y, state = ops.omega_rule(
-                **piece, **TOKENWISE, state=state, cu_seqlens=cu_seqlens, provider=provider
+                **piece, **form, state=state, cu_seqlens=cu_seqlens, provider=provider
             )
             outputs.append(y)
         assert state is not None
@@ -159,7 +173,7 @@ def test_opcheck_passes_and_nothing_is_saved(length: int) -> None:
     for save in (False, True):
         arguments = (tensors, *settings, "served", save)
         torch.library.opcheck(forward, arguments, {}, **checks)
-        assert len(forward(*arguments)) == 1 + 7  # y, M, M^(0), what every state has
+        assert len(forward(*arguments)) == 1 + 2 + len(OmegaState.REST)  # y, M, M^(0), the rest
     grads = [torch.ones_like(t) for t in forward(*arguments)[:-1]]
     torch.library.opcheck(backward, (grads, tensors, [], *settings, "served"), {}, **checks)
 
@@ -203,7 +217,7 @@ def test_what_it_refuses() -> None:
         (rule(memory="mlp"), "it is the delta rule, memory matrix, not mlp"),
         (rule(objective="dot"), "objective l2, not dot"),
         (rule(update="muon"), "update gd, not muon"),
-        (rule(write_discount=True), "write_discount False, not True"),
+        (rule(decay_to="initial"), "decay_to zero, not initial"),
         (rule(window=2), "window 1, not 2"),
         (rule(chunk_size=16), "chunk_size 1, not 16"),
         ({"feature_map": "polynomial"}, "feature map identity, not polynomial"),

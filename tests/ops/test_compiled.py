@@ -11,7 +11,7 @@ from atlas_blocks.ops import compiled, kept, omega_inline
 from atlas_blocks.ops.memory_as_context import _compiled_piece
 from atlas_blocks.ops.omega_rule import definition_backward, definition_forward, flatten
 
-SETTINGS = {"update": "muon", "chunk_size": 8, "write_discount": True}
+SETTINGS = {"update": "muon", "chunk_size": 8}
 
 
 @pytest.mark.usefixtures("nodes_compile")
@@ -27,7 +27,7 @@ def test_muon_chunks(memory, monkeypatch):
     compiled._whole_chunk.cache_clear()
     for batch, length in ((1, 19), (2, 24), (3, 8)):
         inputs = rule_inputs(memory, batch=batch, length=length, window=3, update="muon")
-        a = Arguments(**inputs, rule=Rule(memory, "l2", "muon", 5, 1, 8, True, 3), state=None)
+        a = Arguments(**inputs, rule=Rule(memory, "l2", "muon", 5, 1, 8, "chunk", 3), state=None)
         tensors, settings = flatten(a)
         for t in tensors:
             t.requires_grad_()

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from helpers import DIM, difference, draw, make_block, rule_inputs
+from helpers import DIM, difference, draw, errors_for, make_block, rule_inputs
 
 from atlas_blocks.functional import omega_rule
 from atlas_blocks.functional.rule import Arguments, Rule
@@ -95,9 +95,10 @@ def test_what_no_backward_comes_for_is_freed(work):
 def test_a_rule_s_chunk_starts_are_its_key_and_serve_without_it(update, work, monkeypatch):
     """From a state in the middle of a chunk, and with every gradient."""
     inputs = rule_inputs("mlp", batch=2, length=19, window=3, update=update)
-    rule = Rule("mlp", "l2", update, 5, 1, 8, True, 3)
+    errors = errors_for(update)
+    rule = Rule("mlp", "l2", update, 5, 1, 8, errors, 3)
     first = rule_inputs("mlp", batch=2, length=5, window=3, update=update)
-    _, state = omega_rule(**first, memory="mlp", update=update, chunk_size=8, write_discount=True)
+    _, state = omega_rule(**first, memory="mlp", update=update, chunk_size=8, errors=errors)
     tensors, settings = flatten(Arguments(**inputs, rule=rule, state=state.detach()))
     tensors = [t.detach() for t in tensors]
     found = []

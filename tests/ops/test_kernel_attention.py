@@ -32,17 +32,28 @@ def test_compiled_equals_eager_whatever_the_length(name: str) -> None:
         assert_close(compiled(more, end), block(more, end), 1e-12)
 
 
-@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize(
+    ("objective", "errors"), [("dot", "chunk"), ("l2", "chunk"), ("l2", "online")]
+)
 @pytest.mark.filterwarnings("ignore")  # opcheck warns of its own parts
-def test_the_op_keeps_its_contract(objective: str) -> None:
+def test_the_op_keeps_its_contract(objective: str, errors: str) -> None:
     q, k, v = (draw(1, 7, 2, 4, seed=i) for i in range(3))
     gate = torch.rand(1, 7, 2, dtype=torch.float64)
-    s = settings(q, gate[..., None], objective, 0.5, True, 3, False)
-    _, state = kernel_attention(q, k, v, eta=gate, objective=objective, scale=0.5, chunk_size=3)
-    gates, _ = complete(s, q, v, gate, gate, None, None)
-    start = tuple(t.clone() for t in state.chunk_start)
-    parts = [state.keys, state.coefficients, *start, state.values, state.writes, state.position]
-    tensors = [t.clone() for t in (q, k, v, *gates, *parts)]
+    gamma = torch.rand(1, 7, 2, 3, dtype=torch.float64)
+    s = settings(q, gamma, objective, 0.5, True, 3, errors)
+    _, state = kernel_attention(
+        q,
+        k,
+        v,
+        eta=gate,
+        gamma=gamma,
+        objective=objective,
+        scale=0.5,
+        chunk_size=3,
+        errors=errors,
+    )
+    gates, _ = complete(s, q, v, gate, gate, gamma, None)
+    tensors = [t.clone() for t in (q, k, v, *gates, *state.tensors())]
     wanted = [t.is_floating_point() for t in tensors]
     for w in ([], wanted):
         opcheck(torch.ops.atlas.kernel_attention.default, (tensors, *s, w))

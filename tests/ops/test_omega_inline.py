@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import MEMORIES, OBJECTIVES, difference, draw, rule_inputs, tokens
+from helpers import ERRORS, MEMORIES, OBJECTIVES, STEPS, difference, draw, rule_inputs, tokens
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +15,7 @@ from atlas_blocks.ops import kept, omega_inline
 from atlas_blocks.ops.omega_rule import describe
 
 CHUNK = 4
-VARIANTS = list(itertools.product((True, False), (True, False), (1, 3, 7), (1, 4, 10, 12)))
+VARIANTS = list(itertools.product((True, False), ERRORS, (1, 3, 7), (1, 4, 10, 12)))
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +26,13 @@ def _plain_step(monkeypatch):
     monkeypatch.setattr(omega_inline, "TOKENS", 2 * CHUNK)
 
 
-def make(memory: str, momentum: bool, discount: bool, window: int, length: int, **options):
+def make(memory: str, momentum: bool, errors: str, window: int, length: int, **options):
     objective = OBJECTIVES[length % 2]
     inputs = rule_inputs(
         memory, batch=2, length=length, window=window, momentum=momentum, update="gd", **options
     )
     settings = {"memory": memory, "objective": objective, "chunk_size": CHUNK}
-    return inputs, settings | {"write_discount": discount}
+    return inputs, settings | {"errors": errors}
 
 
 def arguments(inputs: dict, settings: dict, state: OmegaState | None = None) -> Arguments:
@@ -66,8 +66,8 @@ def with_gradients(call, inputs: dict) -> tuple[list, list]:
 def test_it_is_the_definition(memory, features, largest, monkeypatch):
     monkeypatch.setattr(kept, "LARGEST", largest)
     # Features are lifted before the chunks are cut: a few lengths will do for them.
-    for momentum, discount, window, length in VARIANTS if features == "identity" else VARIANTS[::5]:
-        inputs, settings = make(memory, momentum, discount, window, length, features=features)
+    for momentum, errors, window, length in VARIANTS if features == "identity" else VARIANTS[::5]:
+        inputs, settings = make(memory, momentum, errors, window, length, features=features)
         (ours, our_gradients), (true, true_gradients) = (
             with_gradients(call, inputs)
             for call in (
@@ -92,11 +92,11 @@ def from_state(run, inputs: dict, settings: dict, state: OmegaState) -> tuple[li
 
 
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
-@pytest.mark.parametrize("update", ["gd", "muon"])
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_one_token_is_the_definition_at_every_place(memory, update, features):
-    for before, momentum, discount in ((3, True, True), (4, True, False), (6, False, True)):
-        inputs, settings = make(memory, momentum, discount, 3, before + 1, features=features)
+def test_one_token_is_the_definition_at_every_place(memory, update, errors, features):
+    for before, momentum in ((3, True), (4, True), (6, False)):
+        inputs, settings = make(memory, momentum, errors, 3, before + 1, features=features)
         settings["update"] = update
         _, state = omega_rule(**tokens(inputs, 0, before), **settings)
         (ours, our_gradients), (true, true_gradients) = (
@@ -110,11 +110,11 @@ def test_one_token_is_the_definition_at_every_place(memory, update, features):
         assert difference(our_gradients, true_gradients) < 1e-7
 
 
-def walk_calls(memory: str, momentum: bool, discount: bool, length: int, monkeypatch):
+def walk_calls(memory: str, momentum: bool, errors: str, length: int, monkeypatch):
     """The op's arguments in a call of the rule, tensors that require gradients."""
     seen, run = [], omega_inline._walk
     monkeypatch.setattr(omega_inline, "_walk", lambda *a: seen.append(a) or run(*a))
-    omega_inline.run(arguments(*make(memory, momentum, discount, 3, length)))
+    omega_inline.run(arguments(*make(memory, momentum, errors, 3, length)))
     monkeypatch.setattr(omega_inline, "_walk", run)
     ((tensors, *settings),) = seen
     return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors], settings
@@ -122,8 +122,8 @@ def walk_calls(memory: str, momentum: bool, discount: bool, length: int, monkeyp
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_the_walk_is_an_op(memory, monkeypatch):
-    for momentum, discount in itertools.product((True, False), repeat=2):
-        tensors, settings = walk_calls(memory, momentum, discount, 6, monkeypatch)
+    for momentum, errors in itertools.product((True, False), ERRORS):
+        tensors, settings = walk_calls(memory, momentum, errors, 6, monkeypatch)
         plain = [t.detach() for t in tensors]
         every = [t.is_floating_point() for t in plain]
         for wanted in ([], every):
@@ -137,8 +137,8 @@ def test_the_walk_is_an_op(memory, monkeypatch):
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_the_formulas_count_what_the_walk_computes(memory, monkeypatch):
     ops.register_flop_formulas()
-    for momentum, discount, length in itertools.product((True, False), (True, False), (8, 11)):
-        tensors, settings = walk_calls(memory, momentum, discount, length, monkeypatch)
+    for momentum, errors, length in itertools.product((True, False), ERRORS, (8, 11)):
+        tensors, settings = walk_calls(memory, momentum, errors, length, monkeypatch)
 
         def counted(call):
             with FlopCounterMode(display=False) as counter:
@@ -159,12 +159,12 @@ def test_the_formulas_count_what_the_walk_computes(memory, monkeypatch):
 
 
 def test_where_it_cannot_serve_it_says_why():
-    inputs, settings = make("mlp", True, True, 3, 9)
+    inputs, settings = make("mlp", True, "online", 3, 9)
     with pytest.raises(ValueError, match=r"provider: 'inline' cannot serve .* traces the rule"):
         ops.omega_rule(**inputs, **settings, provider="inline")
     with use_provider("inline"):
         for changes, reason in (
-            ({"update": "muon"}, "update='muon'"),
+            ({"update": "muon", "errors": "chunk"}, "update='muon'"),
             ({}, "chunks are taken whole"),
         ):
             state = None if changes else omega_rule(**inputs, **settings)[1]

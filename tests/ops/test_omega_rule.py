@@ -15,9 +15,11 @@ from atlas_blocks.ops import kept
 from atlas_blocks.ops.omega_rule import flatten, unflatten
 from tests.helpers import (
     MEMORIES,
+    STEPS,
     UPDATES,
     assert_close,
     difference,
+    errors_for,
     everything,
     leaves,
     named_leaves,
@@ -41,9 +43,9 @@ def flat(inputs, rule, state=None):
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
-def test_opcheck_passes_forward_and_backward(memory, update, features):
+def test_opcheck_passes_forward_and_backward(memory, update, errors, features):
     """With and without a state and momentum; the chunk starts asked for and not."""
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     forward, backward = OPS.omega_rule.default, OPS.omega_rule_backward.default
@@ -51,8 +53,8 @@ def test_opcheck_passes_forward_and_backward(memory, update, features):
         inputs = rule_inputs(
             memory, batch=2, length=6, features=features, update=update, momentum=momentum
         )
-        rule = Rule(memory, "l2", update, 5, 1, 4, momentum, inputs["gamma"].shape[-1])
-        options = {n: getattr(rule, n) for n in ("memory", "update", "chunk_size")}
+        rule = Rule(memory, "l2", update, 5, 1, 4, errors, inputs["gamma"].shape[-1])
+        options = {n: getattr(rule, n) for n in ("memory", "update", "chunk_size", "errors")}
         state = begun(inputs, places, options)
         tensors, settings = flat(inputs, rule, state)
         for save in (False, True):
@@ -71,7 +73,7 @@ def test_opcheck_passes_forward_and_backward(memory, update, features):
 def test_compiled_equals_eager_in_one_graph(memory, update):
     torch._dynamo.reset()
     window = 3
-    options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": True}
+    options = {"memory": memory, "update": update, "chunk_size": 4, "errors": errors_for(update)}
 
     def two_calls(rule, inputs):
         y, state = rule(**tokens(inputs, 0, 5), **options)
@@ -119,16 +121,17 @@ def outputs_of(tensors, settings):
     return outputs[:-count], outputs[-count:]
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_chunk_starts_are_the_states_there(memory, update):
-    """Rows at positions 0, 3 and 4, chunks of 4, then 6 tokens more."""
-    options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": True}
+def test_chunk_starts_are_the_states_there(memory, update, errors):
+    """Rows at positions 0, 3 and 4, chunks of 4, then 6 tokens more. A begun chunk is done again
+    from its start, or with Muon goes on."""
+    options = {"memory": memory, "update": update, "chunk_size": 4, "errors": errors}
     places = (0, 3, 4)
     inputs = rule_inputs(memory, batch=3, length=10, update=update)
     state = begun(inputs, places, options)
     rest = tokens(inputs, 4, 10)
-    _, saved = outputs_of(*flat(rest, Rule(memory, "l2", update, 5, 1, 4, True, 2), state))
+    _, saved = outputs_of(*flat(rest, Rule(memory, "l2", update, 5, 1, 4, errors, 2), state))
     assert {t.shape[:3] for t in saved} == {(3, 3, 2)}  # ceil((6 + 3) / 4) chunks
     for row, place in enumerate(places):
         ends = [0, *(n for n in range(1, 6) if (place + n) % 4 == 0)]
@@ -139,17 +142,35 @@ def test_chunk_starts_are_the_states_there(memory, update):
                 continue
             piece = tokens(rows(rest, [row]), 0, ends[chunk])
             _, there = omega_rule(**piece, **options, state=state[[row]])
-            true = [t[0] for t in (*there.weights, *there.momentum, there.scale)]
+            true = [t[0] for t in starts_in(there)]
             assert difference(found, true) < 1e-10
 
 
+def starts_in(state):
+    """What the next token's chunk goes on from, of a rule with momentum."""
+    if state.momentum_start:
+        return [*state.chunk_start, *state.momentum_start, state.scale]
+    return [*state.weights, *state.momentum, state.scale]
+
+
+def test_where_chunks_lie_changes_nothing_they_begin_with_the_call():
+    options = {"chunk_size": 4, "errors": "online"}
+    inputs = rule_inputs(batch=2, length=10, window=1)
+    state = begun(inputs, (1, 3), options)
+    rest = tokens(inputs, 3, 10)
+    _, saved = outputs_of(*flat(rest, Rule("matrix", "l2", "gd", 5, 1, 4, "online", 1), state))
+    for chunk, end in enumerate((0, 4)):
+        _, there = omega_rule(**tokens(rest, 0, end), **options, state=state)
+        assert difference([t[:, chunk] for t in saved], starts_in(there)) < 1e-12
+    assert not any(t[:, 2:].any() for t in saved)
+
+
 @pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
-@pytest.mark.parametrize("discount", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_backward_from_chunk_starts_is_autograd_s(memory, update, discount, features):
+def test_the_backward_from_chunk_starts_is_autograd_s(memory, update, errors, features):
     """A new sequence, rows at one position, and rows at three; pieces that split chunks."""
-    options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": discount}
+    options = {"memory": memory, "update": update, "chunk_size": 4, "errors": errors}
     for places, momentum, together in (
         (None, True, 2),
         ((2, 2, 2), False, 8),
@@ -164,7 +185,7 @@ def test_the_backward_from_chunk_starts_is_autograd_s(memory, update, discount, 
             momentum=momentum,
             update=update,
         )
-        rule = Rule(memory, "l2", update, 5, 1, 4, discount, 3)
+        rule = Rule(memory, "l2", update, 5, 1, 4, errors, 3)
         state = begun(inputs, places, options)
         for last in (6, 17):
             tensors, settings = flat(tokens(inputs, 5, last), rule, state)
@@ -185,7 +206,9 @@ def test_the_backward_from_chunk_starts_is_autograd_s(memory, update, discount, 
 
 
 def test_the_backward_is_the_same_under_a_dispatch_mode():
-    tensors, settings = flat(rule_inputs(length=20), Rule("matrix", "l2", "gd", 5, 1, 4, True, 2))
+    tensors, settings = flat(
+        rule_inputs(length=20), Rule("matrix", "l2", "gd", 5, 1, 4, "online", 2)
+    )
     outputs, saved = outputs_of(tensors, settings)
     arguments = ([torch.ones_like(t) for t in outputs[:-1]], tensors, saved, *settings)
     true = OPS.omega_rule_backward.default(*arguments, "definition")

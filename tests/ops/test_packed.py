@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import (
     MEMORIES,
+    STEPS,
     STREAMS,
-    UPDATES,
     assert_close,
     difference,
     everything,
@@ -64,19 +64,16 @@ def gradients(result: tuple[Tensor, OmegaState], wanted: dict[str, Tensor]) -> l
     return list(torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True))
 
 
-@pytest.mark.parametrize("discount", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_packed_documents_equal_each_alone(
-    memory: str, update: str, with_state: bool, discount: bool
+    memory: str, update: str, with_state: bool, errors: str
 ) -> None:
     inputs = rule_inputs(
         memory, length=BOUNDS[-1], window=WINDOW, features="polynomial", update=update
     )
-    options = {
-        "memory": memory, "update": update, "chunk_size": CHUNK, "write_discount": discount
-    }  # fmt: skip
+    options = {"memory": memory, "update": update, "chunk_size": CHUNK, "errors": errors}
     state = begun(inputs, options) if with_state else None
     found = []
     for run_it in (omega_rule, apart):
@@ -97,30 +94,35 @@ def test_packed_documents_equal_each_alone(
 
 
 def packed_call(
-    memory: str, update: str, discount: bool, with_state: bool, bounds: list[int] = BOUNDS
+    memory: str,
+    update: str,
+    errors: str,
+    momentum: bool,
+    with_state: bool,
+    bounds: list[int] = BOUNDS,
 ) -> tuple[list[Tensor], Settings]:
     """The op's arguments."""
     inputs = rule_inputs(
         memory, length=BOUNDS[-1], window=WINDOW, features="sketch", update=update,
-        momentum=discount,
+        momentum=momentum,
     )  # fmt: skip
-    rule = Rule(memory, "l2", update, 5, 1, CHUNK, discount, WINDOW)
-    options = {
-        "memory": memory, "update": update, "chunk_size": CHUNK, "write_discount": discount
-    }  # fmt: skip
+    rule = Rule(memory, "l2", update, 5, 1, CHUNK, errors, WINDOW)
+    options = {"memory": memory, "update": update, "chunk_size": CHUNK, "errors": errors}
     state = begun(inputs, options) if with_state else None
     arguments = Arguments(*(inputs[n] for n in NAMES), rule, state, torch.tensor(bounds))
     return flatten(arguments)
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(("update", "errors"), STEPS)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_ops_are_the_rule_under_autograd(memory: str, update: str, with_state: bool) -> None:
+def test_the_ops_are_the_rule_under_autograd(
+    memory: str, update: str, errors: str, with_state: bool
+) -> None:
     """And torch's own checks of them pass; chunk starts have a size that no bound decides."""
     checks = {"test_utils": ("test_schema", "test_faketensor")}
-    for discount in (False, True):
-        tensors, settings = packed_call(memory, update, discount, with_state)
+    for momentum in (False, True):
+        tensors, settings = packed_call(memory, update, errors, momentum, with_state)
         for save in (False, True):
             arguments = (tensors, *settings, "definition", save)
             torch.library.opcheck(OPS.omega_rule.default, arguments, {}, **checks)
@@ -146,7 +148,7 @@ def test_the_ops_are_the_rule_under_autograd(memory: str, update: str, with_stat
 
 @pytest.mark.parametrize("with_state", [False, True])
 def test_chunk_starts_of_documents_follow_each_other(with_state: bool) -> None:
-    tensors, settings = packed_call("mlp", "gd", True, with_state)
+    tensors, settings = packed_call("mlp", "gd", "online", True, with_state)
     a = unflatten(tensors, settings)
     starts = OPS.omega_rule.default(tensors, *settings, "definition", True)[-5:]
     slot = 0
@@ -159,7 +161,7 @@ def test_chunk_starts_of_documents_follow_each_other(with_state: bool) -> None:
             streams = {name: getattr(a, name)[:, first : first + n] for name in STREAMS}
             alone = a._replace(**streams, state=before, cu_seqlens=None)
             _, there = run(alone)
-            true = (*there.weights, *there.momentum, there.scale)
+            true = (*there.chunk_start, *there.momentum_start, there.scale)
             assert difference([t[0, slot] for t in starts], [t[0] for t in true]) < 1e-10
             slot += 1
     assert not any(t[0, slot:].any() for t in starts)
@@ -171,7 +173,7 @@ def test_bounds_that_do_not_fit_are_refused() -> None:
     for bounds in ([0, 4], [1, 9], [0, 5, 5, 9], [0, 7, 5, 9], [9]):
         with pytest.raises(ValueError, match=message):
             omega_rule(**inputs, cu_seqlens=torch.tensor(bounds))
-        rule = Rule("matrix", "l2", "gd", 5, 1, CHUNK, False, 2)
+        rule = Rule("matrix", "l2", "gd", 5, 1, CHUNK, "chunk", 2)
         a = Arguments(*(inputs[n] for n in NAMES), rule, None, torch.tensor(bounds))
         tensors, settings = flatten(a)
         with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ from helpers import (
     UPDATES,
     assert_close,
     difference,
+    errors_for,
     leaves,
     named_leaves,
     rule_inputs,
@@ -68,7 +69,7 @@ def register(monkeypatch):
 
 def call_of(**changes):
     x = rule_inputs("mlp", features="sketch", **changes)
-    rule = Rule("mlp", "l2", "gd", 5, 1, 64, False, x["gamma"].shape[-1])
+    rule = Rule("mlp", "l2", "gd", 5, 1, 64, "online", x["gamma"].shape[-1])
     streams = (x[name] for name in ("q", "k", "v", "alpha", "eta", "theta", "gamma"))
     return describe(Arguments(*streams, x["weights"], x["feature_map"], rule, None), True)
 
@@ -123,7 +124,7 @@ def test_the_fastest_of_the_device_serves_forward_and_backward(register):
 def test_gradients_flow_through_states_in_and_out(register, memory, update, batch, length):
     """By a provider and by plain autograd, to every tensor of a state handed in."""
     register()
-    options = {"memory": memory, "update": update, "chunk_size": 4, "write_discount": True}
+    options = {"memory": memory, "update": update, "chunk_size": 4, "errors": errors_for(update)}
     inputs = rule_inputs(memory, batch=batch, length=6 + length, update=update)
     _, begun = ops.omega_rule(**tokens(inputs, 0, 6), **options)
     found = []

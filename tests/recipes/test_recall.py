@@ -1,4 +1,4 @@
-"""One-shot associations are still learnt although repeated writes are discounted."""
+"""One-shot associations are still learnt by a memory whose errors are online."""
 
 import pytest
 import torch

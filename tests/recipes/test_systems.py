@@ -86,8 +86,9 @@ def test_retnet_decays_by_head():
 
 
 def test_deltanet_is_the_delta_rule():
+    """In chunks: online errors are those of the newest memory."""
     layer = layer_of("deltanet")
-    assert layer.config.chunk_size == 1
+    assert layer.config.chunk_size == 64
 
     def recurrence(q, k, v, x):
         beta = layer.eta(x)[0]
@@ -165,7 +166,7 @@ def slopes(w: list[Tensor], loss: Callable[..., Tensor]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("chunk", [1, 8])
 def test_titans_is_its_long_term_memory_module(chunk):
     """Eq. 9 and 10 of Behrouz et al. 2024: surprise S = theta S - eta grad, M = alpha M + S."""
-    layer = layer_of("titans", chunk_size=chunk, write_discount=False)
+    layer = layer_of("titans", chunk_size=chunk, errors="chunk", decay_to="zero")
 
     @torch.no_grad()
     def recurrence(q, k, v, x):
@@ -191,7 +192,7 @@ def test_titans_is_its_long_term_memory_module(chunk):
 
 def test_ttt_steps_by_mini_batches():
     """Sun et al. 2024: W_t = W' - sum over the batch so far of eta grad(W'), W' before it."""
-    layer = layer_of("ttt", write_discount=False)
+    layer = layer_of("ttt", errors="chunk")
     assert layer.config.chunk_size == 16
 
     @torch.no_grad()
@@ -211,7 +212,8 @@ def test_ttt_steps_by_mini_batches():
 
 
 def test_dla_writes_values_into_a_deep_memory():
-    layer = layer_of("dla", chunk_size=1, write_discount=False, feature_map="polynomial")
+    bare = {"errors": "chunk", "decay_to": "zero"}
+    layer = layer_of("dla", chunk_size=1, feature_map="polynomial", **bare)
 
     @torch.no_grad()
     def recurrence(q, k, v, x):
@@ -248,7 +250,9 @@ MATRIX = ("gated-deltanet", "deltanet")
 @pytest.mark.parametrize("architecture", [*DEEP, *MATRIX])
 def test_repetition_leaves_every_memory_bounded(architecture, logit):
     """Gates as they start and wide open; rows of 1, 2 and 16 distinct tokens. A plain sum of outer
-    products grows with the text, as it must: it is not among these."""
+    products grows with the text, as it must: it is not among these. With retention wide open a
+    deep memory of "dot" is a sum too, whose steps its own size limits: it grows as the root of the
+    text's length, 12 after 800 tokens, 27 after 4,000, 122 after 80,000."""
     layer = layer_of(architecture).float()
     for gate in layer.modules():
         if isinstance(gate, Gate):
@@ -259,4 +263,5 @@ def test_repetition_leaves_every_memory_bounded(architecture, logit):
     with torch.no_grad():
         y, state = layer(x)
     assert y.abs().max() < 20
-    assert max(w.abs().max() for w in state.rule.weights) < 10
+    hebbian = layer.config.objective == "dot" and logit is not None
+    assert max(w.abs().max() for w in state.rule.weights) < (0.5 * 800**0.5 if hebbian else 10)

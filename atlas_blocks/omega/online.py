@@ -1,0 +1,129 @@
+"""Online errors: each key's error as the rule at b = 1 would have seen it (specification 9b).
+
+All errors of a chunk are taken at M^(0), so equal or similar keys would add up their steps. Here
+what the chunk has written of a key before, and what windows already begun will still write of it,
+is taken off its error: a unit-triangular system per chunk, the UT transform of the delta rule
+generalised to windows, momentum and deep memories.
+
+N chunks, G = B H, L tokens of a chunk, E = c - 1 + L keys that it sees, the halo's first; c window.
+Matrices are [..., key or token t, key s]. Leading axes may be left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atlas_blocks.omega.record import Record
+
+# A momentum decay above this counts as this in what a token will have written, to keep it finite.
+MAX_THETA = 0.999
+
+
+@dataclass(frozen=True)
+class Chunk(Record):
+    """What limits and corrects a chunk's writes, and needs no memory."""
+
+    mass: Tensor  # m_i, what key i will have been written in all  [N, G, E]
+    held: Tensor  # whether the window of t weighs key i  [N, G, L, E]
+    momentum: Tensor | None  # Theta  [N, G, L, L]
+    squares: Tensor  # |phi(k_i)|^2  [N, G, E]
+    gram: Tensor | None  # phi(k) . phi(k), where errors are corrected  [N, G, E, E]
+    # m_s(t - s) for 1 <= t - s < c, with a window; in the halo's rows of the first own token
+    pending: Tensor | None  # [N, G, E, E]
+    decay: Tensor | None  # A, where errors are corrected  [N, G, L, L]
+    abar: Tensor | None  # running product of alpha, likewise  [N, G, L, 1]
+
+
+@dataclass(frozen=True)
+class Correction(Record):
+    """What takes the errors at M^(0) to the online ones. Halo rows of `faded` and `carried` leave
+    the bare errors."""
+
+    system: Tensor  # kappa N below the diagonal  [N, G, E, E]
+    faded: Tensor  # abar before each key's token  [N, G, E, 1]
+    carried: Tensor | None  # P thbar before it  [N, G, E, 1]
+
+
+def masses(eta: Tensor, theta: Tensor | None, gamma: Tensor) -> Tensor:
+    """m_i(j) = eta_i sum_{l >= j} gamma[i, l] / (1 - theta_i), j = 0..c-1: what windows from the
+    j-th after key i on will write of it. eta, theta [..., E], gamma [..., E, c] -> [..., E, c]."""
+    tails = gamma.flip(-1).cumsum(-1).flip(-1)
+    strength = eta if theta is None else eta / (1 - theta.clamp(max=MAX_THETA))
+    return strength.unsqueeze(-1) * tails
+
+
+def pending_matrix(masses: Tensor) -> Tensor:
+    """[t, s] = m_s(t - s) for 1 <= t - s < c, else 0: [..., E, c] -> [..., E, E]."""
+    keys, window = masses.shape[-2:]
+    later = F.pad(masses[..., 1:], (1, 0))
+    # Rows one longer than the matrix, laid end to end: each starts one place further right.
+    width = keys + window - 1
+    rows = F.pad(later, (0, keys)).flatten(-2)[..., : keys * width]
+    return rows.unflatten(-1, (keys, width))[..., :keys].mT
+
+
+def running_scale(own: Tensor, x: Chunk, thbar: Tensor | None, before: Tensor) -> Tensor:
+    """scale_t = max(max_{i in the window of t} kappa(i, i), theta_t scale_{t-1}): the largest of
+    what S_t still holds. own: [..., E]; thbar: [..., L, 1]; before: [...]. -> [..., L]."""
+    # By index: amax looks for its value again in the backward, where a compiler may have computed
+    # it once more and rounded it otherwise.
+    scale = torch.where(x.held, own.unsqueeze(-2), 0.0).max(-1).values
+    if x.momentum is None or thbar is None:
+        return scale
+    scale = (x.momentum * scale.unsqueeze(-2)).max(-1).values
+    return torch.maximum(scale, thbar.squeeze(-1) * before.unsqueeze(-1))
+
+
+def limited(eta: Tensor, x: Chunk, scale: Tensor) -> Tensor:
+    """eta^_t = eta_t / max(1, m_t scale_t): no key is written more than whole. [..., L]."""
+    return eta / (x.mass[..., -eta.shape[-1] :] * scale).clamp(min=1)
+
+
+def correction(
+    x: Chunk, kappa: Tensor, own: Tensor, eta: Tensor, window: Tensor, thbar: Tensor | None
+) -> Correction:
+    """The chunk's system for the limited write strengths eta [..., L].
+
+    kappa: [..., E, E]; own: [..., E]; window: C [..., L, E].
+
+        N[t, s] = B[t-1, s] + A[t-1, s] pend(t, s),   B = P C
+    """
+    assert x.decay is not None
+    assert x.abar is not None
+    halo = kappa.shape[-1] - eta.shape[-1]
+    step = x.decay * eta.unsqueeze(-2)  # P
+    # Nothing has been written of the halo before the chunk, nor has anything faded.
+    written = F.pad(_before(step @ window), (0, 0, halo, 0))
+    faded = F.pad(_before(x.abar, first=1.0), (0, 0, halo, 0), value=1.0)
+    if x.pending is not None:
+        fading = F.pad(_before(x.decay), (0, 0, halo, 0))
+        if halo:
+            fading = torch.cat([faded.expand(*faded.shape[:-1], halo), fading], -1)
+        written = written + fading * x.pending / (x.mass * own).clamp(min=1).unsqueeze(-2)
+    carried = None
+    if thbar is not None:
+        carried = F.pad(_before(step @ thbar), (0, 0, halo, 0))
+    return Correction((kappa * written).tril(-1), faded, carried)
+
+
+def corrected(
+    x: Correction, read: Tensor, along: Tensor | None, initial: Tensor | None, target: Tensor
+) -> Tensor:
+    """E = (I + system)^{-1} e. Of each key [..., E, Dv]: read, what M^(0) reads; along, its
+    derivative along S^(0); initial, what M_0 reads, where decay leads there; target, what it
+    should be."""
+    e = x.faded * read - target
+    if initial is not None:
+        e = e + (1 - x.faded) * initial
+    if x.carried is not None and along is not None:
+        e = e - x.carried * along
+    return torch.linalg.solve_triangular(x.system, e, upper=False, unitriangular=True)
+
+
+def _before(x: Tensor, first: float = 0.0) -> Tensor:
+    """Row t - 1 in the place of row t, `first` in the first: [..., L, n]."""
+    return F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
