@@ -35,6 +35,7 @@ SHAPES = tuple(itertools.product(WINDOWS, CHUNKS, LENGTHS))
 ONLINE_KINDS = tuple(itertools.product(MEMORIES, OBJECTIVES))
 ONLINE_SHAPES = tuple(itertools.product((1, 5, 16), ((1, 5), (7, 11), (64, 96))))
 FEATURES = ("identity", "polynomial", "sketch")
+DECAYS = ("zero", "initial")
 
 
 def options(i: int) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def options(i: int) -> dict[str, Any]:
         "ns_every": (1, 3, 1)[i % 3],
         "features": ("identity", "polynomial", "sketch", "identity")[i // 4 % 4],
         "value_width": 3 if i % 5 else 2,  # with and without the memory's residual
+        "decay_to": ("zero", "initial", "zero")[i // 5 % 3],
     }
 
 
@@ -75,6 +77,7 @@ def check(
         update=update,
         chunk_size=chunk,
         ns_every=o["ns_every"],
+        decay_to=o["decay_to"],
     )
 
 
@@ -124,6 +127,7 @@ def check_online(
     momentum: bool,
     features: str,
     value_width: int,
+    decay_to: str,
 ) -> None:
     """Strengths such that own steps are limited at some tokens and not at others."""
     (memory, objective), (window, (chunk, length)) = kind, shape
@@ -138,16 +142,17 @@ def check_online(
         value_width=value_width,
     )
     inputs["eta"] = 8 * inputs["eta"]
-    assert_equals_reference(
-        inputs, memory=memory, objective=objective, chunk_size=chunk, errors="online"
-    )
+    settings = {"memory": memory, "objective": objective, "chunk_size": chunk}
+    assert_equals_reference(inputs, **settings, errors="online", decay_to=decay_to)
 
 
 @pytest.mark.parametrize("kind", ONLINE_KINDS, ids="-".join)
 def test_online_errors_by_chunks_are_those_token_by_token(kind: tuple[str, str]) -> None:
     """Every shape for every kind; pairs of the rest in turn."""
     for i, shape in enumerate(ONLINE_SHAPES, start=ONLINE_KINDS.index(kind)):
-        check_online(kind, shape, i % 2 == 0, FEATURES[i // 2 % 3], 2 + (i % 3 > 0))
+        check_online(
+            kind, shape, i % 2 == 0, FEATURES[i // 2 % 3], 2 + (i % 3 > 0), DECAYS[i // 3 % 2]
+        )
 
 
 @pytest.mark.slow
@@ -156,8 +161,9 @@ def test_online_errors_by_chunks_are_those_token_by_token(kind: tuple[str, str])
 def test_online_errors_by_chunks_are_those_token_by_token_on_the_full_grid(
     kind: tuple[str, str], shape: tuple[int, tuple[int, int]]
 ) -> None:
-    for momentum, features, width in itertools.product((True, False), FEATURES, (2, 3)):
-        check_online(kind, shape, momentum, features, width)
+    rest = itertools.product((True, False), FEATURES, (2, 3), DECAYS)
+    for momentum, features, width, decay_to in rest:
+        check_online(kind, shape, momentum, features, width, decay_to)
 
 
 def test_online_errors_are_for_gradient_descent_alone() -> None:
@@ -228,6 +234,7 @@ def test_gradients_equal_those_through_the_reference(
         "chunk_size": 4,
         "errors": errors,
         "ns_every": 1 + number % 2,
+        "decay_to": DECAYS[number % 2],
     }
     ours = gradients(omega_rule, inputs, settings)
     true = gradients(omega_rule_reference, inputs, settings)

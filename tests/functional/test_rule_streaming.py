@@ -34,9 +34,10 @@ TOLERANCE = {"gd": 1e-12, "muon": 1e-10}
     features=st.sampled_from(["identity", "polynomial", "sketch"]),
     momentum=st.booleans(),
     ns_every=st.sampled_from([1, 3, 7]),
+    decay_to=st.sampled_from(["zero", "initial"]),
 )
 def test_any_split_equals_the_whole(
-    pieces, window, chunk, kind, features, momentum, ns_every
+    pieces, window, chunk, kind, features, momentum, ns_every, decay_to
 ) -> None:
     memory, objective, (update, errors) = kind
     x = rule_inputs(
@@ -56,6 +57,7 @@ def test_any_split_equals_the_whole(
         "chunk_size": chunk,
         "errors": errors,
         "ns_every": ns_every,
+        "decay_to": decay_to,
     }
     whole = omega_rule(**x, **options)
     assert_close(rule_in_pieces(x, pieces, **options), whole, TOLERANCE[update])
@@ -83,6 +85,7 @@ def test_gates_drawn_from_0_and_1_alone_split_exactly(data, memory, window) -> N
 def test_token_by_token_equals_the_whole(memory: str, update: str, errors: str) -> None:
     x = rule_inputs(memory, batch=2, length=25, window=5, update=update)
     options = {"memory": memory, "update": update, "chunk_size": 7, "errors": errors}
+    options["decay_to"] = "initial" if memory == "mlp" else "zero"
     assert_close(
         rule_in_pieces(x, 25 * [1], **options), omega_rule(**x, **options), TOLERANCE[update]
     )

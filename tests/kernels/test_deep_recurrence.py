@@ -116,16 +116,22 @@ def assert_example_is_definition(
 
 
 @pytest.mark.parametrize(
-    ("memory", "chunk", "window", "errors", "momentum"),
+    ("memory", "chunk", "window", "errors", "momentum", "objective", "decay_to"),
     [
-        ("mlp", 4, 3, "online", True),
-        ("gated_mlp", 32, 3, "online", False),
-        ("gated_mlp", 16, 20, "online", True),
-        ("gated_mlp", 4, 1, "chunk", True),
+        ("mlp", 4, 3, "online", True, "l2", "zero"),
+        ("gated_mlp", 32, 3, "online", False, "l2", "initial"),
+        ("gated_mlp", 16, 20, "online", True, "l2", "initial"),
+        ("gated_mlp", 4, 1, "chunk", True, "dot", "initial"),
     ],
 )
 def test_deep_memories_are_tiled(
-    memory: str, chunk: int, window: int, errors: str, momentum: bool
+    memory: str,
+    chunk: int,
+    window: int,
+    errors: str,
+    momentum: bool,
+    objective: str,
+    decay_to: str,
 ) -> None:
     """Several blocks of hidden units and of D, several tiles of keys, and groups of chunks."""
     inputs = rule_inputs(
@@ -133,6 +139,7 @@ def test_deep_memories_are_tiled(
         momentum=momentum,
     )  # fmt: skip
     options = {"memory": memory, "chunk_size": chunk, "errors": errors}
+    options |= {"objective": objective, "decay_to": decay_to}
     assert_provider_is_definition(inputs, (14, 7), **options)
 
 
@@ -142,7 +149,7 @@ def test_packed_documents(memory: str, momentum: bool) -> None:
     inputs = rule_inputs(memory, length=40, heads=1, window=4, momentum=momentum)
     packed = ([0, 1, 15, 18, 20], [0, 9, 10, 19, 20])
     options = {"memory": memory, "errors": "online", "decay_to": "initial"}
-    assert_provider_is_definition(inputs, (20, 20), packed=packed, chunk_size=3, **options)
+    assert_provider_is_definition(inputs, (20, 20), packed=packed, chunk_size=5, **options)
 
 
 @pytest.mark.parametrize("memory", DEEP)
