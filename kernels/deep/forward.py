@@ -153,8 +153,8 @@ def forward(call: Call, scale: Tensor) -> Result:
             cut(call.q, group.cutter.tokens), x, found.f, found.abar, found.carried, at.rows,
             *three(starts_w, starts_w), *three(starts_s, starts_w),
             *three(call.anchors, starts_w), rooms.hidden, rooms.errors, torch.empty_like(found.f),
-            part, group.start, at.per_row, call.lines, heads, d, v, hidden, **call.settings(),
-            ANCHOR=bool(call.anchors),
+            part, group.start, at.per_row, call.lines, heads, d, v, hidden,
+            **call.settings(16 if v > 64 else 32), ANCHOR=bool(call.anchors),
         )  # fmt: skip
         put(y, part, group.cutter.tokens)
     return Result(y, end_w, end_s, end_scale, starts_w, starts_s, scales)
