@@ -6,7 +6,8 @@
     N[t, s] = pend(t0, s)                           both of the halo; t0 the first own token
 
 None of it depends on the memory, so it is made and solved for all chunks at once. Matrices are
-[KEYS, KEYS], the halo's keys first; what is kept of the inverse is what it has beyond I.
+[KEYS, KEYS], the halo's keys first; what is kept of the inverse is what it has beyond I. How many
+tiles a loop has is no constant: a few would be unrolled, which takes registers.
 """
 
 # A call of a jitted function is NoReturn to pyright.
@@ -26,7 +27,6 @@ from atlas_blocks.kernels.tiles import (
     ALL_REGISTERS,
     Layout,
     ceil_div,
-    chip,
     chunk_gates,
     chunk_tokens,
     dot,
@@ -42,7 +42,7 @@ from atlas_blocks.kernels.tiles import (
 @triton.jit
 def _products(
     k, start_t, t, some_t, start_s, s, some_s, head, H: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, TILES: tl.constexpr,
+    BD: tl.constexpr, TILES,
 ):  # fmt: skip
     """phi(k_t) . phi(k_s)."""
     found = tl.zeros([t.shape[0], s.shape[0]], tl.float32)
@@ -79,8 +79,7 @@ def solved_block(x, here, row, column, KEYS: tl.constexpr):
 def _system(
     k, alpha, pend, slots, own, halo, system,
     H: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
-    GATES: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BD: tl.constexpr,
-    TILES: tl.constexpr,
+    GATES: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BD: tl.constexpr, TILES,
 ):  # fmt: skip
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
     used, token, there, earlier = chunk_gates(slots, slot, SPAN, CHUNK, GATES)
@@ -182,7 +181,7 @@ def corrected_backward(
 @triton.jit
 def _outer(
     d_e, e, here, t, s, V: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BV: tl.constexpr, VALUE_TILES: tl.constexpr,
+    BV: tl.constexpr, VALUE_TILES,
 ):  # fmt: skip
     """The gradient of the system, -de E^T."""
     found = tl.zeros([ROWS, KEYS], tl.float32)
@@ -213,7 +212,7 @@ def _backward(
     slope, d_own, d_halo, d_decay, d_abar, pend_own, pend_halo,
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
     GATES: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BD: tl.constexpr,
-    TILES: tl.constexpr, BV: tl.constexpr, VALUE_TILES: tl.constexpr,
+    TILES, BV: tl.constexpr, VALUE_TILES,
 ):  # fmt: skip
     """From the gradients of e and E itself to those of kappa (slope, with its transpose), F, A,
     abar [t-1] and pend."""
@@ -331,19 +330,18 @@ def backward(
         pend_own, pend_halo = (
             torch.zeros_like(new(n, spans.window)) for n in (spans.span, spans.halo)
         )
-    narrow = chip() < 90
-    block_v = min(16 if narrow else 32, padded(v))
+    block_v = min(32, padded(v))
     launch(
         _backward, (at.count * heads,),
         k, alpha, pend, at.slots, found.own, found.halo, *errors,
         slope, gradient.own, gradient.halo, decay, abar, pend_own, pend_halo, heads, d, v,
-        **spans.gate_settings(), **_tiles(d, narrow), BV=block_v, VALUE_TILES=ceil_div(v, block_v),
+        **spans.gate_settings(), **_tiles(d), BV=block_v, VALUE_TILES=ceil_div(v, block_v),
         num_warps=8,
     )  # fmt: skip
     return Gradients(slope, decay, abar, pend_own, pend_halo)
 
 
-def _tiles(d: int, narrow: bool = False) -> dict[str, Any]:
-    block = min(32 if narrow or d % 16 else 64, padded(d))
+def _tiles(d: int) -> dict[str, Any]:
+    block = min(32 if d % 16 else 64, padded(d))
     found = {"BD": block, "TILES": ceil_div(d, block), "num_stages": 1}
     return found | ALL_REGISTERS if d % 16 else found
