@@ -137,7 +137,7 @@ def test_segments_hand_the_name_on():
 def test_the_decode_step_is_seen_where_it_writes_to_its_state(provider):
     """As one node, or taken in: then none is left."""
     inputs = rule_inputs("matrix", length=1, window=2)
-    rule = Rule("matrix", "l2", "gd", 5, 1, 8, False, 2)
+    rule = Rule("matrix", "l2", "gd", 5, 1, 8, "chunk", 2)
     state = initial_state(inputs["q"], inputs["v"], inputs["weights"], rule, True)
     state = state.map(torch.clone)
     names = ("q", "k", "v", "alpha", "eta", "theta", "gamma")
