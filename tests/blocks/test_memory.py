@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIM, HEADS, assert_close, difference, draw, make_block, small_memory
+from helpers import (
+    DIM,
+    HEADS,
+    MEMORIES,
+    OBJECTIVES,
+    UPDATES,
+    assert_close,
+    difference,
+    draw,
+    make_block,
+    small_memory,
+)
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig, ShortConv, SwiGLU
@@ -130,6 +141,27 @@ def test_gradient_descent_corrects_its_errors_and_keeps_deep_memories_alive() ->
     assert (muon.rule_errors, muon.rule_decay_to) == ("chunk", "zero")
     with pytest.raises(ValueError, match="errors"):
         small_memory(update="muon", errors="online")
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_token_is_written(memory: str, objective: str, update: str) -> None:
+    """Another token anywhere in a chunk, the first or a later one, makes another memory of every
+    head after it. A row for each token changed; no convolution, which would lend it neighbours."""
+    config = AtlasMemoryConfig(memory=memory, objective=objective, update=update, conv_width=1)
+    block, size = AtlasMemory(16, HEADS, config), config.chunk_size
+    tokens, others = torch.randn(1, 4 * size, 16), torch.randn(size, 16)
+    changed = torch.arange(size)
+    with torch.no_grad():
+        for first in (0, 3 * size):
+            _, before = block(tokens[:, :first])
+            x = tokens[:, first : first + size].repeat(1 + size, 1, 1)
+            x[1 + changed, changed] = others
+            _, after = block(x, before[[0] * (1 + size)])
+            held = torch.cat([w.flatten(2) for w in after.rule.weights], -1)  # [rows, H, n]
+            moved = (held[1:] - held[:1]).norm(dim=-1) / held[:1].norm(dim=-1)
+            assert moved.min() > 1e-4, moved.amin(1)
 
 
 def test_the_shortest_use_runs() -> None:

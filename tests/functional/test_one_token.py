@@ -39,11 +39,12 @@ def test_token_by_token_it_is_the_rule(
         update=update,
     )
     options = {"memory": memory, "objective": objective, "update": update, "ns_every": every}
-    options |= {"chunk_size": 4, "errors": errors}
+    decay_to = "initial" if momentum else "zero"
+    options |= {"chunk_size": 4, "errors": errors, "decay_to": decay_to}
     none = omega_rule(**tokens(inputs, 0, 0), **options)[1]
     ahead = omega_rule(**tokens(inputs, 0, 3), **options)[1]
     state = State.cat([none[:1], ahead[1:]])
-    rule = Rule(memory, objective, update, 5, every, 4, errors, window)
+    rule = Rule(memory, objective, update, 5, every, 4, errors, window, decay_to)
     with torch.no_grad():
         for t in range(3, 13):
             one = tokens(inputs, t, t + 1)

@@ -32,6 +32,7 @@ def make(memory: str, momentum: bool, errors: str, window: int, length: int, **o
         memory, batch=2, length=length, window=window, momentum=momentum, update="gd", **options
     )
     settings = {"memory": memory, "objective": objective, "chunk_size": CHUNK}
+    settings["decay_to"] = "initial" if window == 3 else "zero"
     return inputs, settings | {"errors": errors}
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import (
     MEMORIES,
-    OBJECTIVES,
     STEPS,
     STREAMS,
     UPDATES,
@@ -77,7 +76,11 @@ class Recorded:
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_step_is_the_rule_for_one_token(memory, update, errors, features):
     """Bit for bit, at every place of a chunk; rows at different positions; M_0 is left alone."""
-    for momentum, objective in zip((True, False), OBJECTIVES, strict=True):
+    for momentum, objective, decay_to in (
+        (True, "l2", "zero"),
+        (False, "dot", "zero"),
+        (True, "l2", "initial"),
+    ):
         inputs = rule_inputs(
             memory, batch=2, length=10, window=3, features=features, momentum=momentum,
             update=update,
@@ -88,14 +91,17 @@ def test_a_step_is_the_rule_for_one_token(memory, update, errors, features):
             "update": update,
             "chunk_size": 4,
             "errors": errors,
+            "decay_to": decay_to,
         }
+        # The step looks at M_0 only where the memory decays to it.
+        first = {"weights": inputs["weights"]} if decay_to == "initial" else {}
         past = [omega_rule(**tokens(rows(inputs, [i]), 0, n), **options)[1]
                 for i, n in enumerate((0, 2))]  # fmt: skip
         state = OmegaState.cat(past).map(torch.clone)
         true = state.map(torch.clone)
         kept = [w.clone() for w in inputs["weights"]]
         for t in range(2, 10):
-            y = omega_rule_step(**token(inputs, t), **options, state=state)
+            y = omega_rule_step(**token(inputs, t), **first, **options, state=state)
             z, true = omega_rule(**tokens(inputs, t, t + 1), **options, state=true)
             assert_close((y, state), (z[:, 0], true), 0.0)
         assert all(map(torch.equal, kept, inputs["weights"]))
@@ -244,6 +250,7 @@ def test_autograd_sees_that_the_state_changed():
         ({"memory": "mlp"}, r"state\.weights: expected 2 tensors for memory='mlp', got 1"),
         ({"state": None}, "state: expected an OmegaState, got NoneType"),
         ({"theta": None}, r"state\.momentum: expected shapes \[\]"),
+        ({"decay_to": "initial"}, 'weights: expected M_0, with decay_to="initial", got None'),
         ({"provider": "fast"}, "provider: expected one of auto, definition, inline, triton"),
     ],
 )

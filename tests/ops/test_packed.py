@@ -74,6 +74,7 @@ def test_packed_documents_equal_each_alone(
         memory, length=BOUNDS[-1], window=WINDOW, features="polynomial", update=update
     )
     options = {"memory": memory, "update": update, "chunk_size": CHUNK, "errors": errors}
+    options["decay_to"] = "initial" if memory == "mlp" else "zero"
     state = begun(inputs, options) if with_state else None
     found = []
     for run_it in (omega_rule, apart):
@@ -106,8 +107,10 @@ def packed_call(
         memory, length=BOUNDS[-1], window=WINDOW, features="sketch", update=update,
         momentum=momentum,
     )  # fmt: skip
-    rule = Rule(memory, "l2", update, 5, 1, CHUNK, errors, WINDOW)
+    decay_to = "initial" if memory == "mlp" else "zero"
+    rule = Rule(memory, "l2", update, 5, 1, CHUNK, errors, WINDOW, decay_to)
     options = {"memory": memory, "update": update, "chunk_size": CHUNK, "errors": errors}
+    options["decay_to"] = decay_to
     state = begun(inputs, options) if with_state else None
     arguments = Arguments(*(inputs[n] for n in NAMES), rule, state, torch.tensor(bounds))
     return flatten(arguments)
