@@ -184,12 +184,12 @@ def _load_gradient(x, x_end, here, t, i, SPAN: tl.constexpr, KEYS: tl.constexpr)
 @triton.jit
 def _backward_write(
     alpha, eta, theta, gamma, slots,
-    d_own, d_halo, d_abar, d_carried, d_write_own, d_write_halo, d_decay, d_alpha, d_eta,
+    d_own, d_halo, d_abar, d_carried, d_write_own, d_write_halo, d_alpha, d_eta,
     H: tl.constexpr,
     CHUNK: tl.constexpr, WINDOW: tl.constexpr, GATES: tl.constexpr,
-    SPAN: tl.constexpr, HALO: tl.constexpr, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
+    SPAN: tl.constexpr, HALO: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    """Through P = A diag(eta): the gradients of alpha and eta. DECAY: A has one of its own."""
+    """Through P = A diag(eta): the gradients of alpha and eta."""
     slot, head = tl.program_id(0), tl.program_id(1)
     used, token, there, earlier = chunk_gates(slots, slot, SPAN, CHUNK, GATES)
     if not used:
@@ -216,8 +216,6 @@ def _backward_write(
     before = load_gate(alpha, token - 1, earlier, head, H, 1.0)
     d_run = tl.load(d_abar + here * SPAN + t)
     d_step *= strength[None, :]
-    if DECAY:
-        d_step += tl.load(d_decay + here * SPAN * SPAN + t[:, None] * SPAN + t[None, :])
     found = decay_gradient(d_step, d_run, a, before, SPAN)
     tl.store(d_alpha + at, found, mask=there)
 
@@ -350,12 +348,11 @@ def backward(
     at: Layout,
     spans: Spans,
     gradient: Coefficients,
-    decay: Tensor | None = None,
     into: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of alpha, eta, theta, gamma.
 
-    decay: the gradient that A has of its own [slots, H, SPAN, SPAN]. into: where those of the
+    into: where those of the
     slots' tokens are put; zeros where there is history, of which not all is in a chunk.
     """
     heads = alpha.shape[-1]
@@ -367,8 +364,8 @@ def backward(
     launch(
         _backward_write, (at.count, heads),
         alpha, eta, theta, gamma, at.slots,
-        g.own, g.halo, g.abar, g.carried, g.write_own, g.write_halo, decay, d_alpha, d_eta, heads,
-        **spans.gate_settings(), MOMENTUM=theta is not None, DECAY=decay is not None,
+        g.own, g.halo, g.abar, g.carried, g.write_own, g.write_halo, d_alpha, d_eta, heads,
+        **spans.gate_settings(), MOMENTUM=theta is not None,
         num_warps=WARPS,
     )  # fmt: skip
     launch(

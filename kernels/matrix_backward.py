@@ -396,7 +396,6 @@ class Gradients(NamedTuple):
     k: Tensor
     target: Tensor
     coefficients: Coefficients
-    decay: Tensor | None  # what A has of its own, for `coefficients.backward`
     pend: Tensor | None
     w: Tensor  # at the first chunk's start
     s: Tensor | None
@@ -410,7 +409,6 @@ def backward(
     q: Tensor,
     k: Tensor,
     target: Tensor,
-    alpha: Tensor,
     pend: Tensor | None,
     found: Coefficients,
     solved: Tensor | None,
@@ -422,7 +420,7 @@ def backward(
     l2: bool,
 ) -> Gradients:
     """From the gradients of y, of W and S at the end, and of them at the last chunk's start (last,
-    if it has any); alpha, pend: what the system was made of."""
+    if it has any); pend: as the system was made of."""
     heads, d = q.shape[-2:]
     v = target.shape[-1]
     shape = (heads, d, v, spans.history)
@@ -458,7 +456,7 @@ def backward(
     system = slope = faded = fallen = None
     if solved is not None:
         errors = (e_own, e_halo, dl_own, dl_halo)
-        system = online.backward(k, alpha, pend, found, errors, gradient, at, spans)
+        system = online.backward(k, pend, found, errors, gradient, at, spans)
         slope = system.slope
         faded, fallen = torch.empty_like(gradient.abar), torch.empty_like(gradient.abar)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
@@ -475,18 +473,16 @@ def backward(
     fold(dl_own, dl_halo, dv, at, spans, sign=-1.0)
     if spans.halo or spans.history:
         fold(dk, dk_halo, dk, at, spans, stream=True)
-    gradient, decay, d_pend = coefficients.summed(gradient), None, None
+    gradient, d_pend = coefficients.summed(gradient), None
     if system is not None:
         assert faded is not None
         assert fallen is not None
-        early = faded.sum(0) if system.abar is None else faded.sum(0) + system.abar
-        gradient.abar[..., :-1] += early[..., 1:]
+        gradient.abar[..., :-1] += faded.sum(0)[..., 1:]
         if ds is not None:
             gradient.carried[..., :-1] += fallen.sum(0)[..., 1:]
-        decay = system.decay
         if pend is not None:
             d_pend = torch.empty_like(pend)
             assert system.pend_own is not None
             assert system.pend_halo is not None
             fold(system.pend_own, system.pend_halo, d_pend, at, spans)
-    return Gradients(dq, dk, dv, gradient, decay, d_pend, dw_start, ds_start)
+    return Gradients(dq, dk, dv, gradient, d_pend, dw_start, ds_start)

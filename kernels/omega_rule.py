@@ -90,12 +90,12 @@ def _deep_call(
 
 def _system(
     a: Arguments, x: Streams, found: Coefficients, rows: Rows
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """alpha and pend as `online.solve` reads them, and what it returns where errors are online."""
-    alpha, pend = x.alpha.flatten(0, 1), None if x.pend is None else x.pend.flatten(0, 1)
+) -> tuple[Tensor | None, Tensor | None]:
+    """pend as `online.solve` reads it, and what it returns where errors are online."""
+    pend = None if x.pend is None else x.pend.flatten(0, 1)
     if not a.rule.corrects:
-        return alpha, pend, None
-    return alpha, pend, online.solve(x.k, alpha, pend, found, rows.at, rows.spans)
+        return pend, None
+    return pend, online.solve(x.k, pend, found, rows.at, rows.spans)
 
 
 class _Ends(NamedTuple):
@@ -151,7 +151,7 @@ def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tens
         x, memory, history, read, offset, anchors, anchored = prepare(a, rows)
         if a.rule.memory == "matrix":
             found = coefficients.forward(*_gates(x), at, spans)
-            solved = _system(a, x, found, rows)[2]
+            solved = _system(a, x, found, rows)[1]
             one = matrix.forward(
                 x.q, x.k, x.target, found, solved, memory.w[0], _first(memory.s), at, spans,
                 l2=a.rule.objective == "l2", full=a.state is None and a.cu_seqlens is None,
@@ -284,13 +284,13 @@ def _matrix_backward(
 ) -> _Found:
     at, spans, gates = rows.at, rows.spans, _gates(x)
     coefficient = coefficients.forward(*gates, at, spans)
-    alpha, pend, solved = _system(a, x, coefficient, rows)
+    pend, solved = _system(a, x, coefficient, rows)
     last = (d.last_w[0], _first(d.last_s)) if d.last_w else None
     found = matrix_backward.backward(
-        d.y, d.w[0], _first(d.s), last, x.q, x.k, x.target, alpha, pend, coefficient, solved,
+        d.y, d.w[0], _first(d.s), last, x.q, x.k, x.target, pend, coefficient, solved,
         starts[0], starts[1] if d.s else None, at, spans, l2=a.rule.objective == "l2",
     )  # fmt: skip
-    d_gates = coefficients.backward(*gates, at, spans, found.coefficients, found.decay)
+    d_gates = coefficients.backward(*gates, at, spans, found.coefficients)
     w = (found.w,) if found.s is None else (found.w, found.s)
     return found.q, found.k, found.target, *d_gates, found.pend, *w, d.rest["scale"]
 

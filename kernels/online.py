@@ -1,9 +1,8 @@
 """The system of a chunk's online errors (specification 9b), for a matrix memory.
 
     E = (I + system)^{-1} e       system = tril(kappa o N, -1)       kappa = phi(k_t) . phi(k_s)
-    N[t, s] = F[t-1, s] + A[t-1, s] pend(t, s)      own tokens
-    N[t, s] = F[t-1, s] + abar[t-1] pend(t, s)      own t, s of the halo
-    N[t, s] = pend(t0, s)                           both of the halo; t0 the first own token
+    N[t, s] = F[t-1, s] + pend(t, s)      own t
+    N[t, s] = pend(t0, s)                 both of the halo; t0 the first own token
 
 None of it depends on the memory, so it is made and solved for all chunks at once. Matrices are
 [KEYS, KEYS], the halo's keys first; what is kept of the inverse is what it has beyond I. How many
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atlas_blocks.kernels.coefficients import Coefficients, Spans, decay_before
+from atlas_blocks.kernels.coefficients import Coefficients, Spans
 from atlas_blocks.kernels.tiles import (
     ALL_REGISTERS,
     Layout,
@@ -33,7 +32,6 @@ from atlas_blocks.kernels.tiles import (
     exact_dot,
     launch,
     load_block,
-    load_gate,
     load_tile,
     padded,
 )
@@ -77,12 +75,12 @@ def solved_block(x, here, row, column, KEYS: tl.constexpr):
 
 @triton.jit
 def _system(
-    k, alpha, pend, slots, own, halo, system,
+    k, pend, slots, own, halo, system,
     H: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
     GATES: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BD: tl.constexpr, TILES,
 ):  # fmt: skip
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
-    used, token, there, earlier = chunk_gates(slots, slot, SPAN, CHUNK, GATES)
+    used, _, there, _ = chunk_gates(slots, slot, SPAN, CHUNK, GATES)
     if not used:
         return
     row, first, low, high, _, _ = chunk_tokens(slots, slot, SPAN, CHUNK)
@@ -90,12 +88,11 @@ def _system(
     t, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
     KEYS: tl.constexpr = SPAN + HALO
     start = first + (row + 1) * GATES
-    before = load_gate(alpha, token - 1, earlier, head, H, 1.0)
     kappa = _products(k, start, t, there, start, t, there, head, H, D, BD, TILES)
     n = _early(own + here * SPAN * SPAN, t, t, SPAN)
     if HALO:
         lag = t[:, None] - t[None, :]
-        n += decay_before(before, SPAN) * _pending(pend, start, t, there, head, H, lag, WINDOW)
+        n += _pending(pend, start, t, there, head, H, lag, WINDOW)
     found = tl.where(t[:, None] > t[None, :], kappa * n, 0.0)
     tl.store(solved_block(system, here, HALO + t, HALO + t, KEYS), found)
     if HALO:
@@ -103,8 +100,7 @@ def _system(
         near = (past >= low - GATES) & (past < high) & (i > HALO - WINDOW)
         lag = t[:, None] + HALO - i[None, :]
         n = _early(halo + here * SPAN * HALO, t, i, HALO)
-        faded = tl.cumprod(before, axis=0)[:, None]
-        n += faded * _pending(pend, start - HALO, i, near, head, H, lag, WINDOW)
+        n += _pending(pend, start - HALO, i, near, head, H, lag, WINDOW)
         kappa = _products(k, start, t, there, start - HALO, i, near, head, H, D, BD, TILES)
         tl.store(solved_block(system, here, HALO + t, i, KEYS), kappa * n)
         lag = (HALO - i)[None, :] + tl.zeros([HALO, HALO], tl.int32)
@@ -208,16 +204,16 @@ def _store_late(to, value, t, s, SPAN: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def _backward(
-    k, alpha, pend, slots, own, halo, e_own, e_halo, de_own, de_halo,
-    slope, d_own, d_halo, d_decay, d_abar, pend_own, pend_halo,
+    k, pend, slots, own, halo, e_own, e_halo, de_own, de_halo,
+    slope, d_own, d_halo, pend_own, pend_halo,
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
     GATES: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BD: tl.constexpr,
     TILES, BV: tl.constexpr, VALUE_TILES,
 ):  # fmt: skip
-    """From the gradients of e and E itself to those of kappa (slope, with its transpose), F, A,
-    abar [t-1] and pend."""
+    """From the gradients of e and E itself to those of kappa (slope, with its transpose), F and
+    pend."""
     slot, head = tl.program_id(0) // H, tl.program_id(0) % H
-    used, token, there, earlier = chunk_gates(slots, slot, SPAN, CHUNK, GATES)
+    used, _, there, _ = chunk_gates(slots, slot, SPAN, CHUNK, GATES)
     if not used:
         return
     row, first, low, high, _, _ = chunk_tokens(slots, slot, SPAN, CHUNK)
@@ -225,7 +221,6 @@ def _backward(
     t, i = tl.arange(0, SPAN), tl.arange(0, HALO if HALO else 1)
     KEYS: tl.constexpr = SPAN + HALO
     start = first + (row + 1) * GATES
-    before = load_gate(alpha, token - 1, earlier, head, H, 1.0)
     # d of N, then that of kappa: what N is made of is needed only after the products.
     g = _outer(de_own, e_own, here, t, t, V, SPAN, SPAN, BV, VALUE_TILES)
     g = tl.where(t[:, None] > t[None, :], g, 0.0)
@@ -234,11 +229,8 @@ def _backward(
     n = _early(own + here * SPAN * SPAN, t, t, SPAN)
     if HALO:
         lag = t[:, None] - t[None, :]
-        p = _pending(pend, start, t, there, head, H, lag, WINDOW)
-        _store_late(d_decay + here * SPAN * SPAN, d * p, t, t, SPAN, SPAN)
-        faded = decay_before(before, SPAN)
-        _store_pending(pend_own, d * faded, here, t, t, lag, SPAN, WINDOW)
-        n += faded * p
+        _store_pending(pend_own, d, here, t, t, lag, SPAN, WINDOW)
+        n += _pending(pend, start, t, there, head, H, lag, WINDOW)
     g *= n
     tl.store(solved_block(slope, here, HALO + t, HALO + t, KEYS), g + tl.trans(g))
     if HALO:
@@ -257,11 +249,9 @@ def _backward(
         _store_late(d_halo + here * SPAN * HALO, d, t, i, SPAN, HALO)
         lag = t[:, None] + HALO - i[None, :]
         p = _pending(pend, start - HALO, i, near, head, H, lag, WINDOW)
-        tl.store(d_abar + here * SPAN + t, tl.sum(d * p, 1))
-        faded = tl.cumprod(before, axis=0)[:, None]
-        d = d * faded + tl.where((t == 0)[:, None], first_row[None, :], 0.0)
+        d += tl.where((t == 0)[:, None], first_row[None, :], 0.0)
         _store_pending(pend_halo, d, here, t, i, lag, HALO, WINDOW)
-        g *= _early(halo + here * SPAN * HALO, t, i, HALO) + faded * p
+        g *= _early(halo + here * SPAN * HALO, t, i, HALO) + p
         tl.store(solved_block(slope, here, HALO + t, i, KEYS), g)
 
 
@@ -269,25 +259,22 @@ class Gradients(NamedTuple):
     """What the system hands on, per slot and head."""
 
     slope: Tensor  # of kappa, plus its transpose; not for halo rows of own keys
-    decay: Tensor | None  # of A, where there is a halo [slots, H, SPAN, SPAN]
-    abar: Tensor | None  # of abar [t-1], likewise [slots, H, SPAN]
-    pend_own: Tensor | None  # of pend of the chunk's keys [slots, H, SPAN, c]
+    # Of pend of the chunk's keys, where there is a halo [slots, H, SPAN, c]
+    pend_own: Tensor | None
     pend_halo: Tensor | None  # [slots, H, HALO, c]
 
 
-def solve(
-    k: Tensor, alpha: Tensor, pend: Tensor | None, found: Coefficients, at: Layout, spans: Spans
-) -> Tensor:
+def solve(k: Tensor, pend: Tensor | None, found: Coefficients, at: Layout, spans: Spans) -> Tensor:
     """(I + system)^{-1} - I of every chunk [slots, H, KEYS, KEYS].
 
-    k: phi(k) [B, GATES + T, H, D]; alpha [tokens, H] and pend [tokens, H, c] likewise.
+    k: phi(k) [B, GATES + T, H, D]; pend [tokens, H, c] likewise.
     """
     heads, d = k.shape[-2:]
     keys = spans.span + spans.halo
     system = torch.empty(at.count, heads, keys, keys, dtype=torch.float32, device=k.device)
     launch(
         _system, (at.count * heads,),
-        k, alpha, pend, at.slots, found.own, found.halo, system, heads, d,
+        k, pend, at.slots, found.own, found.halo, system, heads, d,
         **spans.gate_settings(), **_tiles(d), num_warps=8,
     )  # fmt: skip
     used = (at.slots[:, 2] < at.slots[:, 3]).int().repeat_interleave(heads)
@@ -305,7 +292,6 @@ def invert(system: Tensor, used: Tensor) -> None:
 
 def backward(
     k: Tensor,
-    alpha: Tensor,
     pend: Tensor | None,
     found: Coefficients,
     errors: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -323,9 +309,8 @@ def backward(
         return torch.empty(*slots, *shape, dtype=torch.float32, device=k.device)
 
     keys = spans.span + spans.halo
-    slope, decay, abar, pend_own, pend_halo = new(keys, keys), None, None, None, None
+    slope, pend_own, pend_halo = new(keys, keys), None, None
     if pend is not None:
-        decay, abar = new(spans.span, spans.span), new(spans.span)
         # Windows reach beyond the chunk, where they get nothing here.
         pend_own, pend_halo = (
             torch.zeros_like(new(n, spans.window)) for n in (spans.span, spans.halo)
@@ -333,12 +318,12 @@ def backward(
     block_v = min(32, padded(v))
     launch(
         _backward, (at.count * heads,),
-        k, alpha, pend, at.slots, found.own, found.halo, *errors,
-        slope, gradient.own, gradient.halo, decay, abar, pend_own, pend_halo, heads, d, v,
+        k, pend, at.slots, found.own, found.halo, *errors,
+        slope, gradient.own, gradient.halo, pend_own, pend_halo, heads, d, v,
         **spans.gate_settings(), **_tiles(d), BV=block_v, VALUE_TILES=ceil_div(v, block_v),
         num_warps=8,
     )  # fmt: skip
-    return Gradients(slope, decay, abar, pend_own, pend_halo)
+    return Gradients(slope, pend_own, pend_halo)
 
 
 def _tiles(d: int) -> dict[str, Any]:

@@ -30,17 +30,16 @@ class KernelState(State):
     sequence. coefficients: a_i [B, S, H, W], W = Dv and, to normalise, two more columns.
     chunk_start: the coefficients at the start of the begun chunk where the errors of "l2" are taken
     there, else (). values: the last c - 1 [B, c - 1, H, Dv].
-    alpha, pending, errors: of the last n = c - 1 tokens where errors are online, else n = 0:
-    retention [B, n, H], what windows yet to end will write of each (pend of specification 9b)
-    [B, n, H, c], and v - M(k) as the begun chunk sees it [B, n, H, Dv], with one more column to
-    normalise. position: int64 [B], tokens seen; rows may differ.
+    pending, errors: of the last n = c - 1 tokens where errors are online, else n = 0: what windows
+    yet to end will write of each (pend of specification 9b) [B, n, H, c], and v - M(k) as the begun
+    chunk sees it [B, n, H, Dv], with one more column to normalise. position: int64 [B], tokens
+    seen; rows may differ.
     """
 
     keys: Tensor
     coefficients: Tensor
     chunk_start: tuple[Tensor, ...]
     values: Tensor
-    alpha: Tensor
     pending: Tensor
     errors: Tensor
     position: Tensor
@@ -259,7 +258,7 @@ def _run(
     pending = gamma[:, :0]
     if s.online:
         eta, pending = limited(s, keys, eta, gamma, seen)
-        alpha, pending = with_past(state.alpha, alpha), with_past(state.pending, pending)
+        pending = with_past(state.pending, pending)
 
     def groups(t: Tensor) -> Tensor:
         """[B, T, H, ...] -> [G, T, ...]."""
@@ -296,7 +295,6 @@ def _run(
         coefficients=batch(rows),
         chunk_start=(batch(start),) if s.from_start else (),
         values=last(values, s.window - 1),
-        alpha=last(alpha, s.tail),
         pending=last(pending, s.tail),
         errors=batch(errors).clone(),
         position=state.position + T,
@@ -336,7 +334,6 @@ def initial_state(s: Settings, q: Tensor, v: Tensor) -> KernelState:
         coefficients=rows,
         chunk_start=(rows,) if s.from_start else (),
         values=zeros(c - 1, Dv),
-        alpha=zeros(s.tail),
         pending=zeros(s.tail, c),
         errors=zeros(s.tail, Dv + s.normalise),
         position=torch.zeros(B, dtype=torch.int64, device=q.device),
@@ -382,7 +379,6 @@ def validate(
         got = [list(t.shape) for t in state.chunk_start]
         check.fail("state.chunk_start", f"shapes {wanted}", got)
     check.tensor("state.values", state.values, "[B, c - 1, H, Dv]", (B, c - 1, H, Dv))
-    check.tensor("state.alpha", state.alpha, "[B, n, H]", (B, n, H))
     check.tensor("state.pending", state.pending, "[B, n, H, c]", (B, n, H, c))
     width = Dv + s.normalise
     check.tensor("state.errors", state.errors, "[B, n, H, Dv (+ 1)]", (B, n, H, width))

@@ -48,7 +48,6 @@ def kernel_attention_reference(
     sizes = v[:, :0, :, :1]  # the same rule on |1 - z(k_i)|
     window = gamma.shape[-1]
     u: dict[int, Tensor] = {}  # v_i - M(k_i) of the keys that the chunk sees, as it sees them
-    left: dict[int, Tensor] = {}  # how far each has faded since it, or the chunk, began
 
     def error(t: int, i: int) -> Tensor:
         """v_i - M(k_i), M the memory at the chunk's start or, online, the one before token t, with
@@ -60,17 +59,16 @@ def kernel_attention_reference(
         found = v[:, i] - (kernel(k[:, : at.shape[1]], k[:, i]) * at).sum(1)
         for s in range(max(0, t - window + 1), i) if online else ():
             pend = to_come(s, t - s) / (to_come(s, 0) * own(s)).clamp(min=1)
-            found = found - left[s] * pend * kernel(k[:, s : s + 1], k[:, i])[:, 0] * u[s]
+            found = found - pend * kernel(k[:, s : s + 1], k[:, i])[:, 0] * u[s]
         return found
 
     for t in range(q.shape[1]):
         lags = [j for j in range(window) if j <= t]
         if t % chunk_size == 0:
-            start, u, left = rows, {}, {}
+            start, u = rows, {}
             for i in range(max(0, t - window + 1), t):
-                u[i], left[i] = error(t, i), ones[:, t, :, None]
+                u[i] = error(t, i)
         u[t] = error(t, t)
-        left = {i: alpha[:, t, :, None] * x for i, x in left.items()} | {t: ones[:, t, :, None]}
         strength = eta[:, t]
         if online:
             scales = [torch.where(gamma[:, t, :, j] > 0, own(t - j)[..., 0], 0.0) for j in lags]

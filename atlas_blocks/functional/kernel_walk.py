@@ -73,7 +73,7 @@ class Tokens(NamedTuple):
     q: Tensor  # [G, T, D]
     keys: Tensor  # [G, S0 + T, D], S0 >= c - 1
     values: Tensor  # with a last column of ones to normalise  [G, c - 1 + T, Dv | Dv + 1]
-    alpha: Tensor  # [G, n + T]
+    alpha: Tensor  # [G, T]
     eta: Tensor  # as it acts: limited where errors are online  [G, T]
     gamma: Tensor  # [G, T, c]
     pending: Tensor  # what windows yet to end will write of a key  [G, n + T, c], or [G, 0, c]
@@ -113,7 +113,6 @@ class Pairs(NamedTuple):
 
     key: Tensor  # which key  [E]
     when: Tensor  # the token before which the pair's error is taken  [E]
-    since: Tensor  # the key since which what is written of it decays in this chunk  [E]
     own: Tensor  # whether a token belongs to the pair's chunk  [L, E]
     together: Tensor  # whether two pairs belong to one chunk  [E, E]
     behind: Tensor  # whether what is written of pair j is part of what pair i reads  [E, E]
@@ -148,7 +147,6 @@ def _pairs_at(s: Settings, length: int, place: int, device: torch.device) -> Pai
     found = Pairs(
         key=key,
         when=when,
-        since=torch.maximum(key, begin + halo - 1),
         own=(token >= begin) & (token < each(ends)),
         together=together,
         behind=behind,
@@ -197,7 +195,7 @@ class Part(NamedTuple):
     q: Tensor  # [G, L, D]
     keys: Tensor  # [G, c - 1 + L, D]
     values: Tensor  # [G, c - 1 + L, Dv | Dv + 1]
-    alpha: Tensor  # [G, n + L]
+    alpha: Tensor  # [G, L]
     eta: Tensor  # [G, L]
     gamma: Tensor  # [G, L, c]
     pending: Tensor  # [G, n + L, c], or [G, 0, c]
@@ -216,14 +214,12 @@ def block_step(
     """
     q, past, n = x.q, x.past, s.tail
     pairs = _pairs(s, block, q.device)
-    reach, abar = decay_matrix(x.alpha)
-    if n:
-        abar = reach[:, n:, n - 1 : n]
+    decay, abar = decay_matrix(x.alpha)
     seen = window_matrix(x.gamma, s.window - 1)[..., pairs.key] * pairs.own
-    written = (reach[:, n:, n:] * x.eta.unsqueeze(-2)) @ seen  # P C  [G, L, E]
+    written = (decay * x.eta.unsqueeze(-2)) @ seen  # P C  [G, L, E]
     u = x.values[:, pairs.key]
     if s.objective == "l2":
-        u = _errors(s, block, x, pairs, reach, abar, written, start)
+        u = _errors(s, block, x, pairs, abar, written, start)
     u_last = u[:, u.shape[1] - n :]
     if s.normalise:
         u = torch.cat([u, u[..., -1:].abs()], -1)
@@ -240,7 +236,6 @@ def _errors(
     block: Block,
     x: Part,
     pairs: Pairs,
-    reach: Tensor,
     abar: Tensor,
     written: Tensor,
     start: Tensor,
@@ -249,7 +244,6 @@ def _errors(
 
     M is M^(0) of the pair's chunk or, online, the memory just before the pair's token with what
     windows begun will still write of the keys before it (specification 9b).
-    reach: A of the last n tokens and the block's  [G, n + L, n + L].
     """
     k, u = x.keys[:, pairs.key], x.values[:, pairs.key]
     known = s.tail if block.place else 0  # of a begun chunk some have been found already
@@ -266,8 +260,7 @@ def _errors(
     if s.tail:
         until = s.tail + pairs.when
         pending = pending_matrix(x.pending)[:, until][..., pairs.key]
-        fading = reach[:, until - 1][..., pairs.since]
-        so_far = so_far + pairs.together * fading * pending
+        so_far = so_far + pairs.together * pending
     scores = (s.scale * (k @ k.mT)).masked_fill(~pairs.behind, 0.0)
     system = (so_far * pairs.behind) * scores.exp()
     return torch.linalg.solve_triangular(system, u, upper=False, unitriangular=True)
@@ -285,7 +278,7 @@ def _cut(s: Settings, x: Tokens, block: Block) -> Part:
         q=x.q[:, first:stop],
         keys=x.keys[:, before + first - halo : before + stop],
         values=x.values[:, first : halo + stop],
-        alpha=x.alpha[:, first : s.tail + stop],
+        alpha=x.alpha[:, first:stop],
         eta=x.eta[:, first:stop],
         gamma=x.gamma[:, first:stop],
         pending=x.pending[:, first : s.tail + stop],

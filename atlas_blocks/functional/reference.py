@@ -181,12 +181,11 @@ class _Sequence:
         one = torch.ones_like(self.scale)
         self.abar, self.thbar, self.carried = one, one, 0 * one
         # By number of the key: its features, hidden units, sizes c, kappa(i, i); its error E; B and
-        # C of the last row; and how far writes still pending for it have faded.
+        # C of the last row.
         self.f, self.h, self.c, self.own, self.error = {}, {}, {}, {}, {}
-        self.written, self.window, self.fading = {}, {}, {}
+        self.written, self.window = {}, {}
         for i in range(t - self.rule.window + 1, t):
             self._see(i)
-            self.fading[i] = one
             bare = self._bare_error(i)
             if self.rule.corrects:
                 for s in list(self.error):
@@ -257,7 +256,7 @@ class _Sequence:
         if self.momentum:
             e = e - self.carried[:, None] * self._along(t)
         for s, error in self.error.items():
-            weight = self.written[s] + self.fading[s] * self._pending(t, s)
+            weight = self.written[s] + self._pending(t, s)
             e = e - (self._kappa(s, t) * weight)[:, None] * error
         return e
 
@@ -296,14 +295,13 @@ class _Sequence:
             for x, x0, u in zip(self.w, self.initial, steps, strict=True)
         ]
 
-        # What is written of every key now, and how the rest has faded.
+        # What is written of every key now.
         self.thbar, self.abar = theta * self.thbar, alpha * self.abar
         self.carried = alpha * self.carried + eta * self.thbar
         for s in self.f:
             weighed = gamma[:, t - s] if t - s in lags else 0
             self.window[s] = theta * self.window[s] + weighed
             self.written[s] = alpha * self.written[s] + eta * self.window[s]
-            self.fading[s] = alpha * self.fading[s] if s in self.fading else torch.ones_like(alpha)
 
 
 def _orthogonal(s: Tensor, steps: int) -> Tensor:

@@ -90,7 +90,9 @@ def correction(
 
     kappa: [..., E, E]; own: [..., E]; window: C [..., L, E].
 
-        N[t, s] = B[t-1, s] + A[t-1, s] pend(t, s),   B = P C
+        N[t, s] = B[t-1, s] + pend(t, s),   B = P C
+
+    What is pending has not been written yet, and so does not fade with the memory.
     """
     assert x.decay is not None
     assert x.abar is not None
@@ -100,10 +102,7 @@ def correction(
     written = F.pad(_before(step @ window), (0, 0, halo, 0))
     faded = F.pad(_before(x.abar, first=1.0), (0, 0, halo, 0), value=1.0)
     if x.pending is not None:
-        fading = F.pad(_before(x.decay), (0, 0, halo, 0))
-        if halo:
-            fading = torch.cat([faded.expand(*faded.shape[:-1], halo), fading], -1)
-        written = written + fading * x.pending / (x.mass * own).clamp(min=1).unsqueeze(-2)
+        written = written + x.pending / (x.mass * own).clamp(min=1).unsqueeze(-2)
     carried = None
     if thbar is not None:
         carried = F.pad(_before(step @ thbar), (0, 0, halo, 0))

@@ -61,8 +61,8 @@ def kernel_attention(
 
 
 def _state(tensors: Sequence[Tensor]) -> KernelState:
-    keys, coefficients, *start, values, alpha, pending, errors, position = tensors
-    return KernelState(keys, coefficients, tuple(start), values, alpha, pending, errors, position)
+    keys, coefficients, *start, values, pending, errors, position = tensors
+    return KernelState(keys, coefficients, tuple(start), values, pending, errors, position)
 
 
 def _run(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:

@@ -227,9 +227,8 @@ def _writes(
     of_read = torch.empty_like(all_e) if call.corrects else all_e
     of_along = torch.empty_like(rooms.along)
     d_write, d_last = torch.empty_like(found.last), torch.zeros_like(found.last)
-    d_decay = zeros(*found.f.shape[:3], span) if call.corrects and spans.window > 1 else None
     d_masses = zeros(lines if call.limits else 0, keys, spans.window)
-    shifts = new(lines, 2 + spans.halo // settings["BK"], span)
+    shifts = new(lines, 2, span)
     slopes = new(lines, 6, keys)
     w1, w2, w3 = three(starts_w, starts_w)
     s1, s2, s3 = three(starts_s, starts_w)
@@ -275,8 +274,8 @@ def _writes(
                 online_backward.system_backward, (programs, some_keys),
                 rows, tokens, target, anchored, call.masses, rooms.errors, rooms.bare, rooms.along,
                 all_e,
-                rooms.features, rooms.kappa, rooms.before, rooms.decays, found.abar, reads.f,
-                d_decay, d_masses, shifts, slopes, *here, heads, v, **some("BK", "BV", "MOMENTUM"),
+                rooms.features, rooms.kappa, rooms.before, reads.f,
+                d_masses, shifts, slopes, *here, heads, v, **some("BK", "BV", "MOMENTUM"),
                 **reach, **anchor,
             )  # fmt: skip
         if call.limits:
@@ -333,6 +332,6 @@ def _writes(
     )  # fmt: skip
     coefficients.backward(
         call.alpha, strengths if call.limits else call.eta, call.theta, call.gamma, group.at,
-        spans, Coefficients._make(g.contiguous() for g in gradient), d_decay,
+        spans, Coefficients._make(g.contiguous() for g in gradient),
         (streams.alpha, streams.eta, streams.theta, streams.gamma),
     )  # fmt: skip

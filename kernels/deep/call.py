@@ -113,7 +113,6 @@ class Rooms:
     kappa: Tensor  # [lines, KEYS, KEYS]
     before: Tensor  # N [lines, KEYS, KEYS]
     inverses: Tensor  # of the system's blocks of 16 on its diagonal [lines, KEYS, 16]
-    decays: Tensor  # A [lines, SPAN, SPAN]
 
     @staticmethod
     def of(names: int, call: Call) -> Rooms:
@@ -134,7 +133,6 @@ class Rooms:
             new(corrects, keys, keys),
             new(corrects, keys, keys),
             new(corrects, keys, 16),
-            new(corrects, span, span),
         )
 
 

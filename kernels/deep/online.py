@@ -136,7 +136,7 @@ def largest_own(
 @triton.jit
 def _strengths(
     features, key_tokens, alpha, eta, theta, gamma, masses, before, window, runs,
-    f, abar, carried, decays, head, H, PARTS,
+    f, abar, carried, head, H, PARTS,
     WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, CHUNK: tl.constexpr,
     KEYS: tl.constexpr, BK: tl.constexpr, MOMENTUM: tl.constexpr, CORRECT: tl.constexpr,
 ):  # fmt: skip
@@ -166,8 +166,6 @@ def _strengths(
     strength = load_own(eta, token, head, H, 0.0) / tl.maximum(mass * scale, 1.0)
     keep = load_own(alpha, token, head, H, 1.0)
     matrix = decay(keep, SPAN)
-    if CORRECT:
-        store_block(decays, matrix, t, SPAN, t, SPAN)
     tl.store(abar + t, tl.cumprod(keep, axis=0))
     step = matrix * strength[None, :]
     if MOMENTUM:
@@ -202,20 +200,8 @@ def pending(
 
 
 @triton.jit
-def fading(decays, abar, r, s, SPAN: tl.constexpr):
-    """What is left before each of the tokens r of what was there at keys s: of the halo's, at the
-    chunk's start."""
-    own = (r < SPAN)[:, None] & (s < SPAN)[None, :]
-    matrix = tl.load(
-        decays + (r - 1)[:, None] * SPAN + s[None, :], mask=own & (r > 0)[:, None], other=0.0
-    )
-    run = tl.load(abar + r - 1, mask=(r > 0) & (r < SPAN), other=1.0)
-    return tl.where(own, matrix, run[:, None])
-
-
-@triton.jit
 def _system(
-    h, features, gram, f, decays, abar, masses, key_tokens, kappa, before, head, H, PARTS,
+    h, features, gram, f, masses, key_tokens, kappa, before, head, H, PARTS,
     HIDDEN: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr,
     KEYS: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +222,7 @@ def _system(
                 more = pending(
                     features, masses, key_tokens, r, s, head, H, WINDOW, SPAN, HALO, KEYS
                 )
-                found += more * fading(decays, abar, r, s, SPAN)
+                found += more
             later = place_of(r, SPAN, HALO)[:, None] > place_of(s, SPAN, HALO)[None, :]
             store_block(before, tl.where(later, found, 0.0), r, KEYS, s, KEYS)
 
@@ -316,7 +302,7 @@ def _corrected(
 @triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW", "LINES", "PARTS"])
 def online_forward(
     target, anchored, rows, key_tokens, alpha, eta, theta, gamma, masses, window, runs,
-    f, abar, carried, rooms, errors, bare, along, features, gram, kappa, before, inverses, decays,
+    f, abar, carried, rooms, errors, bare, along, features, gram, kappa, before, inverses,
     strengths, scales, end_scale, START, OFFSET, PER_ROW, LINES, PARTS, H: tl.constexpr,
     V: tl.constexpr, HIDDEN: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, BLOCKS16: tl.constexpr,
@@ -343,10 +329,9 @@ def online_forward(
     f += key * SPAN * KEYS
     abar += key * SPAN
     carried += key * SPAN
-    decays += key * SPAN * SPAN
     strength, scale = _strengths(
         features, keys_at, alpha, eta, theta, gamma, masses, scale, window + key * SPAN * KEYS,
-        runs + key * SPAN, f, abar, carried, decays, head, H, PARTS, WINDOW, SPAN, HALO, CHUNK,
+        runs + key * SPAN, f, abar, carried, head, H, PARTS, WINDOW, SPAN, HALO, CHUNK,
         KEYS, BK, MOMENTUM, CORRECT,
     )  # fmt: skip
     token = tl.load(keys_at + t)
@@ -360,7 +345,7 @@ def online_forward(
         tl.debug_barrier()
         _system(
             room(rooms, 2, mine, LINES, KEYS * HIDDEN), features, gram + key * KEYS * KEYS, f,
-            decays, abar, masses, keys_at, kappa, before, head, H, PARTS,
+            masses, keys_at, kappa, before, head, H, PARTS,
             HIDDEN, WINDOW, SPAN, HALO, KEYS, BK, BH, BLOCKS,
         )  # fmt: skip
         tl.debug_barrier()

@@ -1,13 +1,13 @@
 """The gradients of limited write strengths and online errors, of one chunk of every row.
 
     system    l = (I + kappa o N)^-T dE     d(kappa o N) = -l E^T, s before t
-              dF[t-1] += dN[t]     d pend = dN o fading     d fading = dN o pend
+              dF[t-1] += dN[t]     d pend = dN
     e         d read = abar_{t-1} l    d along = -carried_{t-1} l
     strengths d eta^ = A o (dF C^T + d carried thbar^T), summed over t, and so d eta, m and scale
     features  d |h|^2 ... from d own, of the caps and of scale, and from d kappa
 
 `slopes` [6, KEYS] holds gradients of a key: own, |h|^2, |L_2|^2, |L_3|^2, |x|^2, and of eta^.
-`shifts` [2 + HALO // BK, SPAN]: of abar and carried of the token before, which come in parts.
+`shifts` [2, SPAN]: of abar and carried of the token before.
 """
 
 # A call of a jitted function is NoReturn to pyright.
@@ -24,7 +24,6 @@ from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
 from atlas_blocks.kernels.deep.online import (
     block_of,
     caps_of,
-    fading,
     key_tile,
     largest_own,
     load_own,
@@ -74,12 +73,12 @@ def solve_backward(
 @triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW"])
 def system_backward(
     rows, key_tokens, target, anchored, masses, errors, bare, along, de, features, kappa, before,
-    decays, abar, df, d_decay, d_masses, shifts, slopes, START, OFFSET, PER_ROW, H: tl.constexpr,
+    df, d_masses, shifts, slopes, START, OFFSET, PER_ROW, H: tl.constexpr,
     V: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, MOMENTUM: tl.constexpr,
     WINDOW: tl.constexpr, HALO: tl.constexpr, ANCHOR: tl.constexpr,
 ):  # fmt: skip
-    """Some keys s: d kappa, symmetric, in the place of N; what dF, d A and the masses get of N; the
+    """Some keys s: d kappa, symmetric, in the place of N; what dF and the masses get of N; the
     gradient of own through the caps; and those of abar and carried, where the keys are own."""
     line, m = tl.program_id(0), tl.program_id(1)
     there, mine, _ = place(rows, START, OFFSET, PER_ROW, line, H, GROUP)
@@ -90,14 +89,11 @@ def system_backward(
     kappa += key * KEYS * KEYS
     before += key * KEYS * KEYS
     df += key * SPAN * KEYS
-    decays += key * SPAN * SPAN
     d_masses += key * KEYS * WINDOW
-    abar += key * SPAN
-    shifts += key * (2 + HALO // BK) * SPAN
+    shifts += key * 2 * SPAN
     de += key * KEYS * V
     v, s = tl.arange(0, BV), key_tile(m, SPAN, KEYS, BK)
     if WINDOW > 1:
-        d_decay += key * SPAN * SPAN
         token = tl.load(keys_at + s)
         cap = caps_of(features, masses, token, s, head, H, WINDOW, KEYS)
         of_halo = tl.zeros([BK], tl.float32)
@@ -120,14 +116,8 @@ def system_backward(
         tl.store(at, tl.load(at, mask=own[:, None], other=0.0) + of_n, mask=own[:, None])
         if WINDOW > 1:
             pend = pending(features, masses, keys_at, r, s, head, H, WINDOW, SPAN, HALO, KEYS)
-            fade = fading(decays, abar, r, s, SPAN)
-            of_fade = of_n * pend
-            at = d_decay + (r - 1)[:, None] * SPAN + s[None, :]
-            tl.store(at, of_fade, mask=own[:, None] & (s < SPAN)[None, :])
-            if m < HALO // BK:
-                tl.store(shifts + (2 + m) * SPAN + r, tl.sum(of_fade, 1), mask=r < SPAN)
             # pend of the halo's rows is that of the first of the chunk's own.
-            of_pend = tl.where((r < SPAN)[:, None], of_n * fade, 0.0)
+            of_pend = tl.where((r < SPAN)[:, None], of_n, 0.0)
             of_pend += tl.where((r == 0)[:, None], of_halo[None, :], 0.0)
             of_halo += tl.sum(tl.where((r < SPAN)[:, None], 0.0, of_n), 0)
             of_cap -= tl.sum(of_pend * pend, 0)
@@ -176,11 +166,9 @@ def strengths_backward(
     token, end = tl.load(keys_at + t), t == SPAN - 1
     at = token.to(tl.int64) * H + head
     if CORRECT:
-        shifts += key * (2 + HALO // BK) * SPAN
+        shifts += key * 2 * SPAN
         later = t + 1 < SPAN
         found = tl.load(d_abar + key * SPAN + t) + tl.load(shifts + t + 1, mask=later, other=0.0)
-        for n in tl.range(HALO // BK, disable_licm=True):
-            found += tl.load(shifts + (2 + n) * SPAN + t + 1, mask=later, other=0.0)
         tl.store(d_abar + key * SPAN + t, found)
     # Through F = P C and P thbar.
     step = tl.zeros([SPAN, SPAN], tl.float32)

@@ -40,7 +40,7 @@ VARIANTS = [
     dict(zip(("objective", "window", "momentum", "feature_map"), values, strict=True))
     for values in itertools.product(OBJECTIVES, (1, 16), (True, False), ("identity", "sketch"))
 ]
-# Known not to stay finite in float32 (README, Status): products of the changes of two weights.
+# Known not to stay finite in float32 with momentum (README, Status).
 UNBOUNDED = {
     ("mlp", "drawn", "thousand"),
     ("gated_mlp", "extreme", "million"),

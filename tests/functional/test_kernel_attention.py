@@ -302,7 +302,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"state": 3}, "state: expected a KernelState or None, got int"),
         ({"state": state, "normalise": False}, r"state.coefficients: expected shape"),
         ({"state": state, "objective": "l2"}, r"state.chunk_start: expected shapes"),
-        ({"state": state, "objective": "l2", "errors": "online"}, "state.alpha: expected shape"),
+        ({"state": state, "objective": "l2", "errors": "online"}, "state.pending: expected shape"),
         ({"state": state, "gamma": x["gamma"][..., :1]}, "state.values: expected shape"),
         ({"state": state, "gamma": x["gamma"].repeat(1, 1, 1, 4)}, "state.keys: expected at least"),
         ({"state": state[:1]}, r"state.keys: expected shape"),
