@@ -414,3 +414,22 @@ class Recorder:
     def count(self, op: str) -> list[int]:
         """How many nodes each graph has of an op, such as "atlas.omega_rule.default"."""
         return [sum(str(n.target) == op for n in g.nodes) for g in self.graphs]
+
+
+# Logits of a layer's alpha, eta, theta and gamma, a head each; None leaves what it starts with.
+GATE_LOGITS = {
+    "extreme": (
+        (None, None, None, None),
+        (30, 30, 30, 30),
+        (30, 30, -30, 30),
+        (30, 0, 3, 0),
+        (-30, 30, 30, 30),
+        (5, 30, 30, 30),
+        (2, 30, 5, 3),
+        (30, 30, 30, -30),
+        (30, -30, 30, 30),
+        (-30, -30, -30, -30),
+    ),
+    # What training may well reach.
+    "moderate": ((5, 30, 0, 0), (5, 30, 3, 30), (4.6, 2, 2, 0), (7, 30, 30, 30)),
+}

@@ -10,30 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MEMORIES, OBJECTIVES
+from helpers import GATE_LOGITS, MEMORIES, OBJECTIVES
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig
 
 WIDTH, DISTINCT = 8, (1, 2, 4, 64)
 NAMES = ("alpha", "eta", "theta", "gamma")
-# Logits of the gates, as far as they have them; None leaves what the layer starts with.
-FIXED = {
-    "extreme": (
-        (None, None, None, None),
-        (30, 30, 30, 30),
-        (30, 30, -30, 30),
-        (30, 0, 3, 0),
-        (-30, 30, 30, 30),
-        (5, 30, 30, 30),
-        (2, 30, 5, 3),
-        (30, 30, 30, -30),
-        (30, -30, 30, 30),
-        (-30, -30, -30, -30),
-    ),
-    # What training may well reach.
-    "moderate": ((5, 30, 0, 0), (5, 30, 3, 30), (4.6, 2, 2, 0), (7, 30, 30, 30)),
-}
 GATES = ("extreme", "moderate", "drawn")
 SIZES = ("one", "thousand", "million", "spikes")
 VARIANTS = [
@@ -61,7 +44,7 @@ def variants(case: tuple[str, str, str]) -> list[dict[str, Any]]:
 def layer(memory: str, gates: str, seed: int = 0, **settings: Any) -> AtlasMemory:
     torch.manual_seed(seed)
     config = AtlasMemoryConfig(memory=memory, update="gd", expansion=2, gate_rank=4, **settings)
-    rows = FIXED.get(gates, 4 * (NAMES,))
+    rows = GATE_LOGITS.get(gates, 4 * (NAMES,))
     block = AtlasMemory(WIDTH * len(rows), len(rows), config)
     with torch.no_grad():
         for i, name in enumerate(NAMES):

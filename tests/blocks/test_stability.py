@@ -5,27 +5,15 @@ A head for each setting of the gates, a row of the batch for each number of dist
 
 import pytest
 import torch
-from helpers import MEMORIES, UPDATES
+from helpers import GATE_LOGITS, MEMORIES, UPDATES
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig
 
 DISTINCT = (1, 2, 4, 64)
-# Logits of alpha, eta, theta and gamma; None leaves what the layer starts with.
-GATES = (
-    (None, None, None, None),
-    (30, 30, 30, 30),
-    (30, 30, -30, 30),
-    (30, 0, 3, 0),
-    (-30, 30, 30, 30),
-    (5, 30, 30, 30),
-    (2, 30, 5, 3),
-    (30, 30, 30, -30),
-    (30, -30, 30, 30),
-    (-30, -30, -30, -30),
-)
-# What training may well reach; four heads each, so four memories to start from.
-MODERATE = 4 * ((5, 30, 0, 0), (5, 30, 3, 30), (4.6, 2, 2, 0), (7, 30, 30, 30))
+# Four heads each, so four memories to start from.
+MODERATE = 4 * GATE_LOGITS["moderate"]
+GATES = GATE_LOGITS["extreme"]
 WIDTH = 8
 
 
