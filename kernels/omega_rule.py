@@ -310,12 +310,16 @@ def _deep_backward(
     call = _deep_call(a, x, Memory(w, s, memory.scale, None), rows, anchors, anchored)
     *starts, scales = starts
     count = len(a.weights)
+    # Without momentum the scale that was there is what is left: no chunk has a part in it.
+    scale = d.rest["scale"]
+    carried = a.theta is not None
     found = deep.backward(
         call, starts[:count], starts[count:], scales, d.y, d.w, d.s, d.last_w, d.last_s,
-        *ends.split(d.rest["scale"]), rows.batches,
+        *ends.split(scale if carried else torch.zeros_like(scale)), rows.batches,
     )  # fmt: skip
     streams = (found.q, found.k, found.target, *found.gates, found.masses)
-    return *streams, *found.w, *found.s, found.scale, *found.anchors, found.anchored
+    d_scale = found.scale if carried else scale
+    return *streams, *found.w, *found.s, d_scale, *found.anchors, found.anchored
 
 
 PROVIDER = Provider("triton", _supports, _forward, _backward)

@@ -217,7 +217,7 @@ def write_of(
         initial=initial,
     )
     if masses is not None:
-        squares = k.square().sum(-1) if gram is None else gram.diagonal(dim1=-2, dim2=-1)
+        squares = k.square().sum(-1)
         needs = gram is not None
         chunk = online.Chunk(
             mass=masses[..., 0],

@@ -143,7 +143,7 @@ def test_deep_memories_are_tiled(
     assert_provider_is_definition(inputs, (14, 7), **options)
 
 
-@pytest.mark.parametrize("momentum", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("memory", ["mlp", pytest.param("gated_mlp", marks=pytest.mark.slow)])
 def test_packed_documents(memory: str, momentum: bool) -> None:
     inputs = rule_inputs(memory, length=40, heads=1, window=4, momentum=momentum)
