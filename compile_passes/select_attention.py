@@ -1,10 +1,11 @@
 """Windowed attention in the place of attention with a band mask written out, in any model.
 
 Runs on Dynamo's graph, before autograd, so that the gradient follows by itself. The mask is not
-recognised but computed: where it depends on no input and no parameter it is the same at every call
-of a graph with fixed lengths, and what counts is whether it is a causal band. With symbolic lengths
-nothing is changed. `sliding_window_attention` then does the products inside the window alone, and
-takes the fastest backend that can be traced here; no [T, T] mask is left.
+recognised but computed: where it depends on no input and no parameter, and nothing writes to it, it
+is the same at every call of a graph with fixed lengths, and what counts is whether it is a causal
+band. With symbolic lengths nothing is changed. `sliding_window_attention` then does the products
+inside the window alone, and takes the fastest backend that can be traced here; no [T, T] mask is
+left.
 
 B batch, H heads, T tokens, D head width, w window.
 """
@@ -52,6 +53,7 @@ class SelectAttention(GraphPass):
 
     def run(self, graph: fx.Graph) -> int:
         matches = 0
+        unused: set[fx.Node] = set()
         bands: dict[fx.Node, int | str] = {}
         for node in list(graph.nodes):
             if node.op != "call_function" or node.target is not F.scaled_dot_product_attention:
@@ -75,9 +77,12 @@ class SelectAttention(GraphPass):
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+            unused |= _ancestors(mask)
             matches += 1
-        if matches:
-            graph.eliminate_dead_code()
+        # Not eliminate_dead_code, which takes edits in place with it: their results have no use.
+        for node in reversed(list(graph.nodes)):
+            if node in unused and not node.users:
+                graph.erase_node(node)
         return matches
 
 
@@ -86,6 +91,8 @@ def _refusal(arguments: dict[str, Any]) -> str | None:
     q, k, v = (arguments[name].meta["example_value"] for name in ("query", "key", "value"))
     if q.ndim != 4 or q.shape[:3] != k.shape[:3] or v.shape != k.shape:
         return "queries, keys and values are not all [B, H, T, D]"
+    if len({q.dtype, k.dtype, v.dtype}) > 1:  # as autocast may leave them, and takes them
+        return f"queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}"
     if any(isinstance(n, torch.SymInt) for n in q.shape):
         return "lengths are symbolic: the mask is another at every length"
     if arguments.get("dropout_p", 0.0) != 0.0 or arguments.get("is_causal", False):
@@ -106,9 +113,14 @@ def _band(mask: fx.Node) -> int | str:
         return f"the mask is {list(shape)}, not one of [T, T]"
     if T * S > LARGEST:
         return f"the mask has {T * S} entries"
-    value = _constant(mask)
-    if value is None:
+    needed = _ancestors(mask)
+    if any(n.op not in ("call_function", "call_method") or n.is_impure() for n in needed):
         return "the mask depends on inputs"
+    if any("_functorch" in str(n.target) for n in needed):
+        return "the mask is made inside of a vmap, whose levels other nodes open"
+    if _written(mask.graph, needed):
+        return "the mask is edited in place"
+    value = _value(mask, needed)
     value = value.reshape(T, T)
     seen = value if value.dtype == torch.bool else value == 0
     if value.dtype != torch.bool and not (value[~seen] <= -1e4).all():
@@ -123,18 +135,35 @@ def _band(mask: fx.Node) -> int | str:
     return window
 
 
-def _constant(node: fx.Node) -> Tensor | None:
-    """What a node computes, None where that depends on an input or cannot be computed alone."""
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
     needed, queue = {node}, [node]
     while queue:
         for source in queue.pop().all_input_nodes:
             if source not in needed:
                 needed.add(source)
                 queue.append(source)
-    if any(n.op not in ("call_function", "call_method") or n.is_impure() for n in needed):
-        return None
-    if any("_functorch" in str(n.target) for n in needed):
-        return None  # inside of a vmap, whose levels other nodes open
+    return needed
+
+
+def _written(graph: fx.Graph, nodes: set[fx.Node]) -> bool:
+    """Whether anything in the graph writes to memory of these nodes.
+
+    By the versions of the tensors it was traced with: writes have too many forms to be recognised
+    (setitem, masked_fill_, out=, .data, an op of somebody's), and their results need have no use.
+    """
+
+    def memory(node: fx.Node) -> int | None:
+        value = node.meta.get("example_value")
+        return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+    theirs = {memory(n) for n in nodes} - {None}
+    same = (n for n in graph.nodes if memory(n) in theirs)
+    return any(n.meta["example_value"]._version > 0 for n in same)
+
+
+def _value(node: fx.Node, needed: set[fx.Node]) -> Tensor:
+    """What a node computes from nothing but these."""
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for n in node.graph.nodes:
