@@ -1,38 +1,50 @@
 """Checkpoints: one safetensors file that holds the weights and the config, never one alone.
 
-The config is JSON in the file's metadata, beside the library's version. A training run adds the
-optimizer's tensors and its own config, so that the same file resumes it.
+The config is JSON in the file's metadata, beside the library's version and a checksum of all that
+the file holds. A training run adds the optimizer's tensors and its own config, so that the same
+file resumes it. What does not fit is refused by name, before anything is written or taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
-import os
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from atlas_blocks import Config, check
+from atlas_blocks.recipes import describe, files
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
 from atlas_blocks.recipes.training import TrainingConfig, make_optimizer
 
-FORMAT = "atlas-blocks language model"
+# Files of the first format have no checksum.
+FIRST_FORMAT = "atlas-blocks language model"
+FORMAT = "atlas-blocks language model, with checksum"
 MODEL, OPTIMIZER = "model.", "optimizer."
+SLOTS = ("step", "exp_avg", "exp_avg_sq")
+# What torch.compile and activation checkpointing put into the names of what they wrap.
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 C = TypeVar("C", bound=Config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run that a checkpoint can continue."""
+    """A training run that a checkpoint can continue. data: what it trains on, in words that tell
+    one text from another; empty where that is not known."""
 
     config: TrainingConfig
     optimizer: torch.optim.Optimizer
     step: int
+    data: str = ""
 
 
 def version() -> str:
@@ -40,87 +52,321 @@ def version() -> str:
     return importlib.metadata.version("atlas-blocks")
 
 
-def save(path: Path, model: LanguageModel, run: Run | None = None) -> None:
-    """Write the model, and the run where given, to `path` in one atomic replacement."""
-    tensors = {MODEL + name: t for name, t in model.state_dict().items()}
-    metadata = {
-        "format": FORMAT,
-        "version": version(),
-        "config": model.config.to_json(),
-    }
-    if run is not None:
-        for index, slots in run.optimizer.state_dict()["state"].items():
-            for slot, value in slots.items():
-                tensors[f"{OPTIMIZER}{index}.{slot}"] = value
-        metadata |= {"training": run.config.to_json(), "step": str(run.step)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def save(
+    path: Path, model: nn.Module, run: Run | None = None, *, allow_nonfinite: bool = False
+) -> None:
+    """Write the model, and the run where given, to `path` in one atomic replacement.
 
-
-def load(path: Path, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model saved at `path`. Raises ValueError that names the path and what is wrong."""
-    tensors, metadata = _read(path, MODEL, device)
-    config = _config(path, metadata, "config", LanguageModelConfig)
-    model = config.build().to(device)
-    expected = model.state_dict()
-    problems = [f"{n} missing" for n in expected if n not in tensors]
-    problems += [f"{n} unknown" for n in tensors if n not in expected]
-    problems += [
-        f"{n} is {list(tensors[n].shape)}, expected {list(t.shape)}"
-        for n, t in expected.items()
-        if n in tensors and tensors[n].shape != t.shape
-    ]
+    model: a LanguageModel, also compiled, or inside DistributedDataParallel. One that
+    `fully_shard` took apart is gathered: every rank calls, rank 0 writes.
+    Raises ValueError, before anything is written, for what `load` would refuse: parts that the
+    model's config does not build, or weights that are not finite unless allow_nonfinite. Raises
+    OSError where the file cannot be written; what was there before stays.
+    """
+    whole = _unwrapped(model)
+    tensors = {MODEL + _plain(name): t for name, t in whole.state_dict().items()}
+    metadata = {"format": FORMAT, "version": version(), "config": whole.config.to_json()}
+    problems = _replaced(whole) or _misfits(whole.config, _under(tensors, MODEL))
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"checkpoint {path}: tensors do not fit its config: {'; '.join(problems[:3])}{more}"
-        )
-    model.load_state_dict(tensors)
-    return model
-
-
-def load_run(path: Path, model: LanguageModel) -> Run:
-    """The training run saved with `model` at `path`. Raises ValueError where there is none."""
-    device = next(model.parameters()).device
-    tensors, metadata = _read(path, OPTIMIZER, device)
-    if "training" not in metadata:
-        check.fail(f"checkpoint {path}", "a training run to resume", "a model alone")
-    config = _config(path, metadata, "training", TrainingConfig)
-    optimizer = make_optimizer(model, config)
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, slot = name.split(".")
-        slots.setdefault(int(index), {})[slot] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    return Run(config, optimizer, int(metadata["step"]))
-
-
-def _read(
-    path: Path, prefix: str, device: torch.device | str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under a prefix, which is cut off, and the metadata."""
+        _refuse("model", "is not what its config builds", problems)
+    if run is not None:
+        slots = _slots(whole, run)
+        tensors |= slots
+        metadata |= {"training": run.config.to_json(), "step": str(run.step), "data": run.data}
+    sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+    writes = not sharded or torch.distributed.get_rank() == 0
+    # One at a time: the other ranks never hold a whole model.
+    parts = {name: part for name, t in tensors.items() if (part := _whole(t, writes)) is not None}
+    if not writes:
+        return
+    if not allow_nonfinite:
+        _check_finite("model", parts)
+    metadata["checksum"] = _checksum(metadata, sorted(parts.items()))
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                check.fail(f"checkpoint {path}", "one that atlas-blocks wrote", "another's file")
-            names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118
-            return {n.removeprefix(prefix): file.get_tensor(n) for n in names}, metadata
+        with files.replacing(path) as partial:
+            save_file(parts, partial, metadata)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {path}: cannot be read: {error}") from error
+        raise OSError(f"checkpoint {path}: cannot be written: {error}") from error
+
+
+def load(
+    path: Path, device: torch.device | str = "cpu", *, allow_nonfinite: bool = False
+) -> LanguageModel:
+    """The model saved at `path`, in the dtype in which it was saved.
+
+    Raises ValueError that names the path and what is wrong; weights that are not finite are wrong
+    unless allow_nonfinite.
+    """
+    tensors, metadata = _read(path, MODEL)
+    config = _config(path, metadata, "config", LanguageModelConfig)
+    problems = _misfits(config, tensors)
+    if problems:
+        _refuse(f"checkpoint {path}", "does not hold what its config builds", problems)
+    if not allow_nonfinite:
+        _check_finite(f"checkpoint {path}", tensors)
+    model = config.build().to(_dtype(tensors))
+    model.load_state_dict(tensors)
+    return model.to(device)
+
+
+def load_run(path: Path, model: nn.Module, *, allow_nonfinite: bool = False) -> Run:
+    """The training run saved with `model` at `path`, for `load`'s model, wrapped or sharded since.
+
+    Raises ValueError where there is none, or where it does not fit.
+    """
+    where, model = f"checkpoint {path}", _unwrapped(model)
+    tensors, metadata = _read(path, OPTIMIZER)
+    if "training" not in metadata:
+        check.fail(where, "a training run to resume", "a model alone")
+    if _config(path, metadata, "config", LanguageModelConfig) != model.config:
+        check.fail("model", f"the model of {path}", f"another ({model.config.name})")
+    config = _config(path, metadata, "training", TrainingConfig)
+    step = metadata.get("step", "")
+    if not re.fullmatch(r"[0-9]{1,18}", step) or int(step) > config.steps:
+        check.fail(f"{where}: step", f"an integer from 0 to {config.steps}", repr(step))
+    optimizer = make_optimizer(model, config)
+    found = _read_slots(where, optimizer, tensors)
+    if int(step) and not found:
+        check.fail(where, f"the optimizer's tensors after step {step}", "none")
+    if not allow_nonfinite:
+        _check_finite(where, tensors)
+    groups = optimizer.state_dict()["param_groups"]
+    for index, parameter in enumerate(_parameters(optimizer)):
+        if hasattr(parameter, "full_tensor") and index in found:
+            found[index] |= _sharded_as(parameter, found[index])
+    optimizer.load_state_dict({"state": found, "param_groups": groups})
+    return Run(config, optimizer, int(step), metadata.get("data", ""))
+
+
+# --- the file ---------------------------------------------------------------------------------
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of the metadata without its checksum and of all tensors on the CPU, in order."""
+    found = hashlib.sha256()
+    told = {key: value for key, value in metadata.items() if key != "checksum"}
+    found.update(json.dumps(told, sort_keys=True).encode())
+    for name, tensor in tensors:
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under a prefix, which is cut off, and the metadata, all of it checked."""
+    where, kept = f"checkpoint {path}", {}
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            form = metadata.get("format")
+            if form not in (FORMAT, FIRST_FORMAT):
+                check.fail(where, "one that atlas-blocks wrote", "another's file")
+
+            def tensors() -> Iterator[tuple[str, Tensor]]:
+                for name in sorted(file.keys()):
+                    tensor = file.get_tensor(name)
+                    if name.startswith(prefix):
+                        kept[name.removeprefix(prefix)] = tensor
+                    elif not name.startswith((MODEL, OPTIMIZER)):
+                        check.fail(where, f"tensors of {MODEL}* and {OPTIMIZER}*", name)
+                    yield name, tensor
+
+            _check_names_once(where, path)
+            found = _checksum(metadata, tensors())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{where}: cannot be read: {error}") from error
+    if form == FORMAT and metadata.get("checksum") != found:
+        check.fail(where, "a file as it was saved", "one whose checksum is another: it is damaged")
+    return kept, metadata
+
+
+def _check_names_once(where: str, path: Path) -> None:
+    """A reader takes the last of two equal names in the header, without a word."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            check.fail(where, "every name once", f"{twice} twice")
+        return found
+
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(size), object_pairs_hook=once)
 
 
 def _config(path: Path, metadata: dict[str, str], key: str, kind: type[C]) -> C:
+    if key not in metadata:
+        check.fail(f"checkpoint {path}", f"a config ({key!r})", "none")
     try:
         config = Config.from_json(metadata[key])
-    except (KeyError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {path}: {key}: {error}") from error
     if not isinstance(config, kind):
         check.fail(f"checkpoint {path}: {key}", kind.__name__, type(config).__name__)
     return config
+
+
+def _refuse(subject: str, fault: str, problems: list[str]) -> None:
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    raise ValueError(f"{subject}: {fault}: {'; '.join(problems[:3])}{more}")
+
+
+# --- the model --------------------------------------------------------------------------------
+
+
+def _unwrapped(model: nn.Module) -> LanguageModel:
+    """The language model inside what torch.compile or DistributedDataParallel put around it."""
+    while not isinstance(model, LanguageModel):
+        inner = model._modules.get("_orig_mod", model._modules.get("module"))
+        if inner is None:
+            check.fail("model", "a LanguageModel", type(model).__name__)
+        model = inner  # type: ignore[assignment]
+    return model
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _replaced(model: LanguageModel) -> list[str]:
+    """Parts of another type or config than the model's config builds."""
+    # A wrapper comes before what it wraps, which has the same plain name.
+    parts = {_plain(name): part for name, part in model.named_modules()}
+    if Config.from_json(model.config.to_json()) != model.config:
+        return ["its config does not come back from JSON as it was"]
+    expected_parts = dict(describe.meta_model(model.config).named_modules())
+    problems = []
+    for name, expected in expected_parts.items():
+        part = parts.get(name)
+        if part is None:
+            problems.append(f"{name} missing")
+        elif _kind(part) is not type(expected):
+            problems.append(f"{name} is {type(part).__name__}, not {type(expected).__name__}")
+        elif getattr(part, "config", None) != getattr(expected, "config", None):
+            problems.append(f"{name} has another config")
+    return problems + [f"{name} unknown" for name in parts if name not in expected_parts]
+
+
+def _kind(part: nn.Module) -> type:
+    """Its class; of FSDPLinear, which `fully_shard` made, Linear."""
+    first, *others = type(part).__bases__
+    return others[0] if others and first.__name__ == "FSDPModule" else type(part)
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """That of the weights; buffers may keep one of their own."""
+    weight = tensors.get("embedding.weight")
+    known = weight is not None and weight.dtype in check.FLOATS
+    return weight.dtype if known else torch.float32
+
+
+def _misfits(config: LanguageModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that are missing, unknown, or of another shape or dtype than the config builds."""
+    skeleton = describe.meta_model(config).to(_dtype(tensors))
+    expected_tensors = skeleton.state_dict()
+    # A shape and a dtype are enough, but for what has numbers there too.
+    has_numbers = {name for name, t in expected_tensors.items() if not t.is_meta}
+    shadows = {
+        name: t if name in has_numbers else torch.empty(t.shape, dtype=t.dtype, device="meta")
+        for name, t in tensors.items()
+    }
+    problems = []
+    for name, expected in expected_tensors.items():
+        found = shadows.get(name)
+        if found is None:
+            continue
+        if found.shape != expected.shape:
+            problems.append(f"{name} is {list(found.shape)}, expected {list(expected.shape)}")
+            # Known already: what follows is not to find it again.
+            shadows[name] = expected
+        elif found.dtype != expected.dtype:
+            problems.append(f"{name} is {found.dtype}, expected {expected.dtype}")
+    try:
+        # Its own way of loading: parts may read names and shapes that older files have.
+        names = skeleton.load_state_dict(shadows, strict=False)
+    except RuntimeError as error:
+        return [*problems, " ".join(str(error).split())]
+    problems += [f"{name} missing" for name in names.missing_keys]
+    return [*problems, *(f"{name} unknown" for name in names.unexpected_keys)]
+
+
+def _check_finite(subject: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            check.fail(subject, "finite numbers (allow_nonfinite takes others)", f"some in {name}")
+
+
+def _whole(tensor: Tensor, wanted: bool) -> Tensor | None:
+    """The tensor on the CPU with a storage of its own; of a sharded one, what all ranks hold."""
+    sharded: Any = tensor
+    full = sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not wanted:
+        return None
+    own = full.detach().cpu().contiguous()
+    return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
+
+
+# --- the optimizer ----------------------------------------------------------------------------
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _slots(model: LanguageModel, run: Run) -> dict[str, Tensor]:
+    """The optimizer's tensors by the names they have in a file."""
+    ours, theirs = _parameters(make_optimizer(model, run.config)), _parameters(run.optimizer)
+    same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+    if not (same and isinstance(run.optimizer, torch.optim.AdamW)):
+        check.fail("run", "the optimizer that make_optimizer makes for this model", "another")
+    if not 0 <= run.step <= run.config.steps:
+        check.fail("run", f"a step from 0 to {run.config.steps}", run.step)
+    state = run.optimizer.state_dict()["state"]
+    tensors = {f"{i}.{slot}": t for i, slots in state.items() for slot, t in slots.items()}
+    _read_slots("run", run.optimizer, tensors)
+    return {OPTIMIZER + name: t for name, t in tensors.items()}
+
+
+def _read_slots(
+    subject: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """Tensors "3.exp_avg" by parameter and slot. Raises ValueError for one that does not fit."""
+    parameters = _parameters(optimizer)
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(rf"([0-9]{{1,9}})\.({'|'.join(SLOTS)})", name)
+        if match is None or int(match[1]) >= len(parameters):
+            slots = f"{OPTIMIZER}0 to {OPTIMIZER}{len(parameters) - 1}, each {', '.join(SLOTS)}"
+            check.fail(subject, slots, OPTIMIZER + name)
+            continue
+        parameter = parameters[int(match[1])]
+        step = match[2] == "step"
+        shape = torch.Size() if step else parameter.shape
+        dtype = torch.float32 if step else parameter.dtype
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
+            got = f"{list(tensor.shape)} {tensor.dtype}"
+            check.fail(f"{subject}: {OPTIMIZER}{name}", f"{list(shape)} {dtype}", got)
+        found.setdefault(int(match[1]), {})[match[2]] = tensor
+    for index, slots in found.items():
+        missing = [slot for slot in SLOTS if slot not in slots]
+        if missing:
+            check.fail(subject, f"{OPTIMIZER}{index}.{missing[0]}", "none")
+    return found
+
+
+def _sharded_as(parameter: Tensor, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The slots of a sharded parameter, each with this rank's part alone."""
+    from torch.distributed.tensor import distribute_tensor
+
+    place: Any = parameter
+    return {
+        slot: distribute_tensor(tensor.to(place.device), place.device_mesh, place.placements)
+        for slot, tensor in slots.items()
+        if slot != "step"
+    }

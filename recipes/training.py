@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 from atlas_blocks import Config, check
 from atlas_blocks.recipes import text
 from atlas_blocks.recipes.model import LanguageModel
+
+# Tokens of the held-out text that are read, at most.
+HELD_OUT = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,11 @@ class TrainingConfig(Config):
         check.between("lr", self.lr, 0, 1)
         check.between("warmup", self.warmup, 0, 1)
         check.between("clip", self.clip, 1e-6, 1e6)
+        check.between("weight_decay", self.weight_decay, 0, 1e6)
+        check.at_least("seed", self.seed, 0)
+        # Every step has a seed of its own, and a generator takes 64 bits.
+        check.between("seed", self.seed, 0, 2**32)
+        check.boolean("bf16", self.bf16)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step counted from 0."""
@@ -72,12 +81,33 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """losses: one per step run here. step: steps done in all. interrupted: Ctrl-C came first."""
+    """losses: one per step run here. step: steps done in all. interrupted: Ctrl-C or SIGTERM came
+    first."""
 
     losses: list[float]
     step: int
     seconds: float
     interrupted: bool
+
+
+class Diverged(FloatingPointError):
+    """A loss or gradient was not finite. step: steps done before; rows: the batch, [B, L + 1].
+
+    The weights and the optimizer are those after `step` steps.
+    """
+
+    def __init__(self, message: str, step: int, rows: Tensor) -> None:
+        super().__init__(message)
+        self.step, self.rows = step, rows
+
+
+def check_one_process() -> None:
+    """Raise ValueError in one of several ranks: each would do the same work over again."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+    if ranks > 1:
+        check.fail("training", "one process, as it divides no work", f"{ranks} ranks")
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -141,12 +171,17 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     start: int = 0,
     on_step: Callable[[Progress], None] | None = None,
+    save: Callable[[int], None] | None = None,
+    save_every: int | None = None,
 ) -> TrainingResult:
     """Train on random crops of data uint8 [bytes], from step `start` to `config.steps`.
 
-    Ctrl-C ends the run after the step in hand, so that the model is always whole; a second one
-    interrupts at once. Raises FloatingPointError at the first loss or gradient not finite.
+    save: told the steps done after every `save_every` of them, and at the end, also where that
+    is early. Ctrl-C or SIGTERM ends the run after the step in hand, so that the model is always
+    whole; a second one interrupts at once. Raises Diverged at the first loss or gradient that is
+    not finite, and ValueError in one of several ranks.
     """
+    check_one_process()
     optimizer = optimizer or make_optimizer(model, config)
     device = next(model.parameters()).device
     losses: list[float] = []
@@ -154,7 +189,10 @@ def train(
     with _graceful_interrupt() as interrupted:
         for step in range(start, config.steps):
             rows = text.random_batch(data, config.batch, config.length, config.seed, step)
-            loss, norm = train_step(model, optimizer, rows.to(device), config, step)
+            try:
+                loss, norm = train_step(model, optimizer, rows.to(device), config, step)
+            except FloatingPointError as error:
+                raise Diverged(str(error), step, rows) from error
             losses.append(loss)
             if on_step is not None:
                 each = (time.perf_counter() - began) / len(losses)
@@ -171,13 +209,17 @@ def train(
                 )
             if interrupted.is_set():
                 break
+            if save and save_every and (step + 1) % save_every == 0 and step + 1 < config.steps:
+                save(step + 1)
+        if save:
+            save(start + len(losses))
     seconds = time.perf_counter() - began
     return TrainingResult(losses, start + len(losses), seconds, interrupted.is_set())
 
 
 @contextlib.contextmanager
 def _graceful_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event. Signals reach the main thread only."""
+    """Turn the first Ctrl-C or SIGTERM into an event. Signals reach the main thread only."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -188,21 +230,30 @@ def _graceful_interrupt() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         event.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @torch.no_grad()
-def bits_per_byte(
-    model: LanguageModel, data: Tensor, *, length: int, batch: int = 16, limit: int = 32_768
+def bits_per_token(
+    model: LanguageModel, data: Tensor, *, length: int, batch: int = 16, limit: int = HELD_OUT
 ) -> float:
-    """Mean bits per byte over consecutive windows of the first `limit` bytes of data uint8."""
+    """Mean bits per token over consecutive windows of the first `limit` tokens of data [N]."""
     device = next(model.parameters()).device
     nats, count = 0.0, 0
     for rows in text.windows(data, batch, length, limit):
         nats += next_byte_loss(model, rows.to(device), "sum").item()
         count += rows.shape[0] * length
     return nats / count / math.log(2)
+
+
+def bits_per_byte(
+    model: LanguageModel, data: Tensor, *, length: int, batch: int = 16, limit: int = HELD_OUT
+) -> float:
+    """`bits_per_token` where tokens are bytes. Raises ValueError for data other than uint8."""
+    check.tensor("data", data, "[bytes]", (None,), (torch.uint8,))
+    return bits_per_token(model, data, length=length, batch=batch, limit=limit)

@@ -1,0 +1,62 @@
+"""Files: written whole or not at all, and places tried before the work that is to fill them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from atlas_blocks import check
+from atlas_blocks.recipes.describe import human
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which takes the place of `path` at the end, all at once.
+
+    Where anything fails, or the process is killed, `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        # On the disk before it has its name: a power cut must not leave the name to nothing.
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """In one atomic replacement."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def check_writable(name: str, path: Path, room: int = 0) -> None:
+    """Make the folder of `path` and try to write there. room: bytes that will be needed.
+
+    Raises ValueError that names the argument, the path and why it cannot be written.
+    """
+    if path.is_dir():
+        check.fail(name, "a file to write", f"{path}, a folder")
+    check_folder(name, path.parent, room)
+
+
+def check_folder(name: str, folder: Path, room: int = 0) -> None:
+    """The same for a folder in which files will be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ValueError(f"{name}: cannot write in {folder}: {error.strerror or error}") from error
+    if free < room:
+        check.fail(name, f"a disk with {human(room, 'B')} free", f"{folder}, {human(free, 'B')}")
