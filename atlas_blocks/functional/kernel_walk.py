@@ -379,7 +379,8 @@ class KernelWalk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Tokens._fields)
-        x, kept = Tokens(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
+        saved = ctx.saved_tensors  # a checkpoint hands them out once
+        x, kept = Tokens(*saved[:count]), list(saved[count:])
         with no_autocast(x.q):
             return None, None, *_backward(ctx.settings, ctx.position, x, kept, grads)
 

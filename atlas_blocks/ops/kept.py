@@ -30,7 +30,13 @@ def no_key(like: Tensor) -> Tensor:
 
 
 def serves(stream: Tensor, size: int | None = None) -> bool:
-    """Whether to keep the graph of a call with this stream, or of one of `size` numbers."""
+    """Whether to keep the graph of a call with this stream, or of one of `size` numbers.
+
+    Not where hooks say what becomes of saved tensors, as under a checkpoint: they would be called
+    for every tensor of the graph, of which they are to know nothing.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
     return stream.device.type == "cpu" and (stream.numel() if size is None else size) <= LARGEST
 
 

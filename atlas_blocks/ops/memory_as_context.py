@@ -116,8 +116,9 @@ class _MemoryAsContext(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = _split(ctx.saved_tensors[: len(ctx.wanted)], ctx.sizes)
-        saved = list(ctx.saved_tensors[len(ctx.wanted) :])
+        kept = ctx.saved_tensors  # a checkpoint hands them out once
+        inputs = _split(kept[: len(ctx.wanted)], ctx.sizes)
+        saved = list(kept[len(ctx.wanted) :])
         of_results = [g for g, floating in zip(grads, ctx.floating, strict=True) if floating]
         op = torch.ops.atlas.memory_as_context_backward.default
         found = iter(op(of_results, *inputs, saved, *ctx.common, ctx.wanted))

@@ -347,7 +347,8 @@ class _OmegaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # second derivatives are the definition's
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        kept = ctx.saved_tensors  # a checkpoint hands them out once
+        tensors, saved = kept[: ctx.inputs], kept[ctx.inputs :]
         found = torch.ops.atlas.omega_rule_backward.default(
             list(grads[:-1]), list(tensors), list(saved), *ctx.settings, ctx.provider
         )
