@@ -65,3 +65,11 @@ def tensor(
         fail(name, "dtype " + " or ".join(str(d) for d in dtypes), value.dtype)
     if device is not None and value.device != device:
         fail(name, f"device {device}", value.device)
+
+
+def whole(name: str, y: Tensor, width: int) -> Tensor:
+    """y, the output of the projection `name`, which must have all of its `width`."""
+    if y.shape[-1] != width:
+        wanted = f"{width} outputs (a tensor-parallel plan must gather them, output_layouts="
+        fail(name, f"{wanted}Replicate(), or leave this layer alone)", y.shape[-1])
+    return y

@@ -159,7 +159,8 @@ class SlidingWindowAttention(Block):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], Tensor]:
         """q [B, T, H, D], cache + own k and v [B, S, H, D]; options; tokens seen after the call."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        qkv = check.whole("qkv", self.qkv(x), 3 * self.dim)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
         if self.q_scale is not None and self.k_scale is not None:
             q, k = _norm(q, self.q_scale), _norm(k, self.k_scale)
         options: dict[str, Any] = {"window": self.config.window}

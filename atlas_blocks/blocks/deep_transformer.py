@@ -267,7 +267,7 @@ class DeepTransformerLayer(Block):
         self, x: Tensor, state: DeepTransformerState | None
     ) -> tuple[Tensor, DeepTransformerState]:
         c, H, G = self.config, self.heads, self.kv_heads
-        qkv, conv = self.qkv(x), None
+        qkv, conv = check.whole("qkv", self.qkv(x), (H + 2 * G) * self.width), None
         if self.conv is not None:
             qkv, conv = self.conv(qkv, state and state.conv, detach_state=False)
             qkv = F.silu(qkv)

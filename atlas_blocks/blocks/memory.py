@@ -330,7 +330,10 @@ class AtlasMemory(Block):
     ) -> tuple[Tensor, MemoryState]:
         c = self.config
         qkv, conv = self.conv(
-            self.qkv(x), state and state.conv, cu_seqlens=documents, detach_state=False
+            check.whole("qkv", self.qkv(x), 3 * self.dim),
+            state and state.conv,
+            cu_seqlens=documents,
+            detach_state=False,
         )
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         y, rule = omega_rule(

@@ -394,7 +394,7 @@ class MemoryAsContext(Block):
     def _projected(self, x: Tensor, read: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x [B, L, dim], keys and values [B, 2, L, dim] of what it reads and of it."""
         h = self.memory.recall(self.recall_query(x), read).to(x.dtype)
-        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = check.whole("qkv", self.qkv(x), 3 * self.dim).chunk(3, -1)
         _, hk, hv = self.qkv(h).chunk(3, -1)
         return q, torch.stack([hk, k], 1), torch.stack([hv, v], 1)
 
