@@ -1,16 +1,20 @@
-"""Trained softmax attention turned into a DeepTransformer layer, and back.
-
-B batch, T tokens, H heads of width D, G heads of keys and values.
-"""
+"""Trained softmax attention turned into a DeepTransformer layer, and back."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from atlas_blocks import (
     DeepTransformerConfig,
@@ -18,16 +22,7 @@ from atlas_blocks import (
     SlidingWindowAttention,
     check,
 )
-from atlas_blocks.blocks.deep_transformer import DeepTransformerState, NeutralGates
-
-
-class Slot(NamedTuple):
-    """A parameter of an attention module, and the rows of a layer's parameter that hold it."""
-
-    theirs: str
-    ours: str
-    first: int = 0
-    transposed: bool = False
+from atlas_blocks.blocks.deep_transformer import NeutralGates
 
 
 class Layout(NamedTuple):
@@ -36,7 +31,9 @@ class Layout(NamedTuple):
     dim: int
     heads: int
     settings: dict[str, Any]  # fields of DeepTransformerConfig
-    slots: list[Slot]
+    # Of every parameter of the layer: the module's that lie one under the other in it.
+    slots: dict[str, tuple[str, ...]]
+    transposed: bool = False  # the module's matrices [in, out]
 
 
 def from_attention(
@@ -49,8 +46,10 @@ def from_attention(
     window, gate_rank: of the gates that the layer has beyond it. They start at exactly 1 (older
     lags of the window at 0), where they change nothing and still receive a gradient.
     Rotary positions, grouped keys, scale and biases are taken over, dropout is not. The layer owns
-    copies of the weights, of the same dtype and on the same device.
-    Raises ValueError for any other module, and for one whose attention is not causal softmax.
+    copies of the weights as they are in effect (parametrised, pruned), of the same dtype and on
+    the same device, frozen where they are frozen; the gates are trainable.
+    Raises ValueError for any other module, for one whose attention is not causal softmax, and for
+    projections that are wrapped, replaced, quantised, sharded or hooked, by the parameter's name.
     """
     layout = _layout(module)
     config = DeepTransformerConfig(
@@ -61,9 +60,20 @@ def from_attention(
         output_gate=False,
         **layout.settings,
     )
-    first = module.get_parameter(layout.slots[0].theirs)
+    found = {ours: [_effective(module, n) for n in names] for ours, names in layout.slots.items()}
+    first = found["qkv.weight"][0]
     layer = config.build(layout.dim, layout.heads).to(first.device, first.dtype)
-    _copy(module, layer, layout.slots, back=False)
+    for ours, names in layout.slots.items():
+        for name, tensor in zip(names, found[ours], strict=True):
+            like = found[ours][0]
+            for what in ("dtype", "device", "requires_grad"):
+                if getattr(tensor, what) != getattr(like, what):
+                    wanted = f"{what} {getattr(like, what)}, as {names[0]} has"
+                    check.fail(name, wanted, getattr(tensor, what))
+        parts = [t.mT if layout.transposed and t.ndim == 2 else t for t in found[ours]]
+        target = layer.get_parameter(ours)
+        _fill(target.detach(), names, parts)
+        target.requires_grad_(found[ours][0].requires_grad)
     return layer.train(module.training)
 
 
@@ -72,7 +82,7 @@ def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
 
     like: a module of the kind and sizes that the layer was made from; it is copied, not changed.
     Raises ValueError where the layer's gates have learnt anything, so that attention cannot
-    compute it, and where `like` does not fit.
+    compute it, where `like` does not fit, and as `from_attention` does for either's parameters.
     """
     layout = _layout(like)
     gates = layer.gates
@@ -82,111 +92,137 @@ def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
     wanted = (layout.dim, layout.heads, layout.settings)
     if (layer.dim, layer.heads, settings) != wanted:
         check.fail("like", f"dim, heads and settings {(layer.dim, layer.heads, settings)}", wanted)
+    for name in itertools.chain.from_iterable(layout.slots.values()):
+        if not isinstance(_effective(like, name), nn.Parameter):
+            check.fail(f"like.{name}", "a parameter that can be set", "a computed one")
     module = copy.deepcopy(like)
-    _copy(module, layer, layout.slots, back=True)
+    for ours, names in layout.slots.items():
+        targets = [module.get_parameter(name).detach() for name in names]
+        targets = [t.mT if layout.transposed and t.ndim == 2 else t for t in targets]
+        parts = _effective(layer, ours).detach().split([len(t) for t in targets])
+        for name, target, part in zip(names, targets, parts, strict=True):
+            _fill(target, (name,), [part])
     return module
 
 
 def replace_attention(model: nn.Module, *, window: int = 1, gate_rank: int = 32) -> list[str]:
     """Replace every attention of a Hugging Face Llama or GPT-2 model in place; their names.
 
-    The model goes on as before, `generate` with its cache included; see HuggingFaceAttention.
-    Raises ValueError where there is none.
+    The model goes on as before, `generate` with its cache included; see HuggingFaceAttention. Its
+    config notes what was done, so that `load_converted` reads what its `save_pretrained` writes.
+    Raises ValueError where there is none, and where one cannot be converted; the model is then as
+    it was.
     """
     kinds = tuple(kind for kind, _ in _hugging_face())
     found = [(name, m) for name, m in model.named_modules() if kinds and isinstance(m, kinds)]
     if not found:
         check.fail("model", "one with Llama or GPT-2 attention", type(model).__name__)
+    from atlas_blocks.recipes.hugging_face import HuggingFaceAttention
+
+    converted = {}
     for name, module in found:
+        try:
+            layer = from_attention(module, window=window, gate_rank=gate_rank)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         index = module.layer_idx
         assert isinstance(index, int)
-        layer = from_attention(module, window=window, gate_rank=gate_rank)
-        model.set_submodule(name, HuggingFaceAttention(layer, index))
+        converted[name] = HuggingFaceAttention(layer, index)
+    for name, module in found:
+        model.set_submodule(name, converted[name])
+        config: Any = module.config
+        config.atlas_attention = {"window": window, "gate_rank": gate_rank}
     return [name for name, _ in found]
 
 
-class HuggingFaceAttention(nn.Module):
-    """A DeepTransformerLayer in the place of an attention module of transformers.
+def load_converted(path: str | Path, **options: Any) -> Any:
+    """The model that `save_pretrained` wrote after `replace_attention`.
 
-    The layer's state lies in the model's own cache object, beside stand-ins of one number a token
-    from which transformers reads the length; rows that it reorders (beam search) take their state
-    along. Sequences must begin at position 0 and have no padding: ValueError otherwise.
+    The model class's own `from_pretrained` cannot: it fills plain attention with random weights
+    (transformers warns). options: of `from_pretrained` (dtype, device_map, ...).
+    Raises ValueError where the folder holds no converted model.
     """
+    import transformers
 
-    def __init__(self, layer: DeepTransformerLayer, layer_idx: int) -> None:
-        super().__init__()
-        self.layer, self.layer_idx = layer, layer_idx
+    config = transformers.AutoConfig.from_pretrained(path)
+    settings = getattr(config, "atlas_attention", None)
+    if settings is None:
+        check.fail("path", "a model saved after replace_attention", path)
+    kind = getattr(transformers, config.architectures[0])
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        position_ids: Tensor | None = None,
-        **unused: Any,
-    ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, dim] -> [B, T, dim]; the layer has its own rotary positions.
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, config, *args, **kwargs)
+        replace_attention(self, **settings)
 
-        unused: what transformers tells every attention of other kinds (use_cache, ...).
-        """
-        state = None if past_key_values is None else self._recall(past_key_values)
-        seen = 0 if state is None else int(state.kernel.position.max())
-        self._check(hidden_states, attention_mask, position_ids, seen)
-        y, state = self.layer(hidden_states, state)
-        if past_key_values is not None:
-            B, T, _ = hidden_states.shape
-            rows = torch.arange(B, device=y.device).view(B, 1, 1, 1).expand(B, 1, T, 1).float()
-            past_key_values.update(rows, rows, self.layer_idx)
-            vars(past_key_values).setdefault("deep_transformer_states", {})[self.layer_idx] = state
-        return y, None
-
-    def _recall(self, cache: Any) -> DeepTransformerState | None:
-        """The state that lies in a cache, its rows in the cache's present order."""
-        state = vars(cache).get("deep_transformer_states", {}).get(self.layer_idx)
-        length = cache.get_seq_length(self.layer_idx)
-        seen = 0 if state is None else int(state.kernel.position.max())
-        if length != seen:
-            check.fail("past_key_values", f"a cache of {seen} tokens", f"{length} tokens")
-        if state is None:
-            return None
-        return state[cache.layers[self.layer_idx].values[:, 0, -1, 0].long()]
-
-    def _check(
-        self, x: Tensor, mask: Tensor | None, position_ids: Tensor | None, seen: int
-    ) -> None:
-        T = x.shape[1]
-        steps = torch.arange(seen, seen + T, device=x.device)
-        if position_ids is not None and not bool((position_ids == steps).all()):
-            check.fail("position_ids", f"{seen} to {seen + T - 1} in every row", "others")
-        if mask is not None:
-            allowed = mask if mask.dtype == torch.bool else mask == 0
-            causal = torch.arange(mask.shape[-1], device=x.device) <= steps[:, None]
-            if mask.ndim != 4 or not bool((allowed == causal).all()):
-                check.fail("attention_mask", "None or a causal mask without padding", "another")
+    # Only a class of its own tells from_pretrained which parameters there are to fill.
+    converted = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+    model = converted.from_pretrained(path, **options)
+    model.__class__ = kind
+    return model
 
 
-def _copy(module: nn.Module, layer: nn.Module, slots: list[Slot], back: bool) -> None:
-    with torch.no_grad():
-        for slot in slots:
-            theirs, ours = module.get_parameter(slot.theirs), layer.get_parameter(slot.ours)
-            if slot.transposed:
-                theirs = theirs.mT
-            ours = ours[slot.first : slot.first + theirs.shape[0]]
-            (theirs if back else ours).copy_(ours if back else theirs)
+def _effective(module: nn.Module, name: str) -> Tensor:
+    """A parameter as forward uses it. Raises ValueError where something else stands before it."""
+    path, _, kind = name.rpartition(".")
+    owner = module.get_submodule(path)
+    _check_own(name, owner, is_part=bool(path))
+    # Those of pruning and weight norm set the parameter anew. MultiheadAttention never calls its
+    # out_proj, and computes with what was set last.
+    if owner is module or not isinstance(module, nn.MultiheadAttention):
+        for hook in owner._forward_pre_hooks.values():
+            hook(owner, ())
+    tensor = getattr(owner, kind)
+    if tensor is None or is_traceable_wrapper_subclass(tensor) or tensor.dtype not in check.FLOATS:
+        check.fail(name, "a plain tensor of floats", type(tensor).__name__)
+    return tensor
+
+
+def _check_own(name: str, owner: nn.Module, is_part: bool) -> None:
+    """That a module computes what its class says. is_part: it is to be one projection."""
+    kind = parametrize.type_before_parametrizations(owner)
+    if is_part and kind not in _projections():
+        wanted = "the parameter of a plain Linear (merge or remove what wraps it)"
+        check.fail(name, wanted, f"one inside a {kind.__module__}.{kind.__name__}")
+    hooks = [h for h in owner._forward_hooks.values() if not _of_transformers(h)]
+    hooks += [h for h in owner._forward_pre_hooks.values() if not isinstance(h, REFRESHED)]
+    # accelerate places its hooks, which only move tensors, in the same way.
+    if hooks or ("forward" in vars(owner) and not hasattr(owner, "_hf_hook")):
+        check.fail(name, "a module without hooks, which conversion would lose", "hooks")
+
+
+REFRESHED = (BasePruningMethod, WeightNorm)
+
+
+def _of_transformers(hook: Any) -> bool:
+    """Whether transformers set it, to collect outputs."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def _projections() -> tuple[type, ...]:
+    """The classes that are a matrix and perhaps a bias, and nothing else."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    plain = (nn.Linear, NonDynamicallyQuantizableLinear)
+    return plain if conv1d is None else (*plain, conv1d)
+
+
+def _fill(target: Tensor, names: tuple[str, ...], parts: list[Tensor]) -> None:
+    rows = torch.cat([t.detach() for t in parts])
+    check.tensor(" and ".join(names), rows, "together", target.shape)
+    target.copy_(rows)
 
 
 def _layout(module: nn.Module) -> Layout:
-    if isinstance(module, nn.MultiheadAttention):
-        return _multihead(module)
-    if isinstance(module, SlidingWindowAttention):
-        return _our_own(module)
-    for kind, read in _hugging_face():
-        if isinstance(module, kind):
-            return read(module)
-    kinds = "MultiheadAttention, LlamaAttention, GPT2Attention or SlidingWindowAttention"
-    check.fail("module", f"a {kinds}", type(module).__name__)
-    raise AssertionError
+    kind = parametrize.type_before_parametrizations(module)
+    readers = {
+        nn.MultiheadAttention: _multihead,
+        SlidingWindowAttention: _our_own,
+        **dict(_hugging_face()),
+    }
+    if kind not in readers:
+        kinds = "MultiheadAttention, LlamaAttention, GPT2Attention or SlidingWindowAttention"
+        check.fail("module", f"a {kinds}", kind.__name__)
+    _check_own("module", module, is_part=False)
+    return readers[kind](module)
 
 
 def _hugging_face() -> list[tuple[type, Any]]:
@@ -215,39 +251,43 @@ def _settings(**changes: Any) -> dict[str, Any]:
     return plain | changes
 
 
-def _biases(module: nn.Module, *slots: Slot) -> list[Slot]:
-    """The slots, without those whose parameter the module does not have."""
-    names = {name for name, _ in module.named_parameters()}
-    return [slot for slot in slots if slot.theirs in names]
+def _linears(module: nn.Module, qkv: tuple[str, ...], out: str) -> dict[str, tuple[str, ...]]:
+    """The slots of projections in modules of their own. Only biases may be absent."""
+    slots = {}
+    for ours, names in (("qkv", qkv), ("out", (out,))):
+        owners = [module.get_submodule(name) for name in names]
+        for name, owner in zip(names, owners, strict=True):
+            _check_own(f"{name}.weight", owner, is_part=True)
+        slots[f"{ours}.weight"] = tuple(f"{name}.weight" for name in names)
+        without = [n for n, owner in zip(names, owners, strict=True) if owner.bias is None]
+        if not without:
+            slots[f"{ours}.bias"] = tuple(f"{name}.bias" for name in names)
+        elif len(without) < len(names):
+            check.fail(f"{without[0]}.bias", f"a bias, as others of {', '.join(names)} have", None)
+    return slots
 
 
 def _multihead(m: nn.MultiheadAttention) -> Layout:
-    if m.in_proj_weight is None or m.bias_k is not None or m.add_zero_attn:
+    if not m._qkv_same_embed_dim or m.bias_k is not None or m.add_zero_attn:
         check.fail("module", "keys and values of the queries' width, none added", "another kind")
-    bias = m.in_proj_bias is not None
-    slots = _biases(
-        m,
-        Slot("in_proj_weight", "qkv.weight"),
-        Slot("in_proj_bias", "qkv.bias"),
-        Slot("out_proj.weight", "out.weight"),
-        Slot("out_proj.bias", "out.bias"),
-    )
-    return Layout(m.embed_dim, m.num_heads, _settings(qkv_bias=bias, out_bias=bias), slots)
+    slots = _linears(m, ("out_proj",), "out_proj")
+    slots = {name: slots[name] for name in slots if name.startswith("out")}
+    slots["qkv.weight"] = ("in_proj_weight",)
+    if m.in_proj_bias is not None:
+        slots["qkv.bias"] = ("in_proj_bias",)
+    return Layout(m.embed_dim, m.num_heads, _settings(**_biases(slots)), slots)
 
 
 def _our_own(m: SlidingWindowAttention) -> Layout:
     c = m.config
     if c.window is not None or c.sink_tokens:
         check.fail("module", "a SlidingWindowAttention with window=None, without sink tokens", c)
+    slots = _linears(m, ("qkv",), "out")
+    if c.qk_norm:
+        slots |= {"q_scale": ("q_scale",), "k_scale": ("k_scale",)}
     norm = "rms" if c.qk_norm else "none"
-    slots = _biases(
-        m,
-        Slot("qkv.weight", "qkv.weight"),
-        Slot("out.weight", "out.weight"),
-        Slot("q_scale", "q_scale"),
-        Slot("k_scale", "k_scale"),
-    )
-    return Layout(m.dim, m.heads, _settings(qk_norm=norm, rope_base=c.rope_base), slots)
+    settings = _settings(qk_norm=norm, rope_base=c.rope_base, **_biases(slots))
+    return Layout(m.dim, m.heads, settings, slots)
 
 
 def _llama(m: Any) -> Layout:
@@ -255,33 +295,31 @@ def _llama(m: Any) -> Layout:
     rope = c.rope_parameters
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         check.fail("module", 'rotary positions of type "default"', rope)
-    heads, groups, width = c.num_attention_heads, c.num_key_value_heads, m.head_dim
+    _check_causal(c)
+    slots = _linears(m, ("q_proj", "k_proj", "v_proj"), "o_proj")
     settings = _settings(
         scale=m.scaling,
         rope_base=float(rope["rope_theta"]),
-        kv_heads=groups,
-        head_width=width,
-        qkv_bias=m.q_proj.bias is not None,
-        out_bias=m.o_proj.bias is not None,
+        kv_heads=c.num_key_value_heads,
+        head_width=m.head_dim,
+        **_biases(slots),
     )
-    starts = {"q_proj": 0, "k_proj": heads * width, "v_proj": (heads + groups) * width}
-    slots = [
-        Slot(f"{name}.{kind}", f"qkv.{kind}", first)
-        for kind in ("weight", "bias")
-        for name, first in starts.items()
-    ]
-    slots += [Slot(f"o_proj.{kind}", f"out.{kind}") for kind in ("weight", "bias")]
-    return Layout(c.hidden_size, heads, settings, _biases(m, *slots))
+    return Layout(c.hidden_size, c.num_attention_heads, settings, slots)
 
 
 def _gpt2(m: Any) -> Layout:
     if m.is_cross_attention:
         check.fail("module", "self-attention", "cross-attention")
-    settings = _settings(scale=m.scaling, qkv_bias=True, out_bias=True)
-    slots = [
-        Slot("c_attn.weight", "qkv.weight", transposed=True),
-        Slot("c_attn.bias", "qkv.bias"),
-        Slot("c_proj.weight", "out.weight", transposed=True),
-        Slot("c_proj.bias", "out.bias"),
-    ]
-    return Layout(m.embed_dim, m.num_heads, settings, slots)
+    _check_causal(m.config)
+    slots = _linears(m, ("c_attn",), "c_proj")
+    settings = _settings(scale=m.scaling, **_biases(slots))
+    return Layout(m.embed_dim, m.num_heads, settings, slots, transposed=True)
+
+
+def _biases(slots: dict[str, tuple[str, ...]]) -> dict[str, bool]:
+    return {"qkv_bias": "qkv.bias" in slots, "out_bias": "out.bias" in slots}
+
+
+def _check_causal(config: Any) -> None:
+    if not getattr(config, "is_causal", True):
+        check.fail("module", "causal attention", "a config with is_causal=False")

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from foreign import language_model, llama_config
 from helpers import difference, draw
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from atlas_blocks import AtlasMemory, SlidingWindowAttention, SlidingWindowAttentionConfig
 from atlas_blocks.recipes.adapters import from_attention, replace_attention, to_attention
 
 DIM, HEADS = 16, 4
-
-
-def llama_config(**changes: Any) -> Any:
-    from transformers import LlamaConfig
-
-    small = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_theta": 500.0,
-    }
-    return LlamaConfig(**(small | changes))
-
-
-def language_model(kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(llama_config()).eval()
-    config = transformers.GPT2Config(
-        vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
-        eos_token_id=0, scale_attn_by_inverse_layer_idx=True,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def attention(kind: str) -> tuple[nn.Module, Any]:
@@ -156,46 +131,173 @@ def test_what_is_not_causal_softmax_attention_is_refused() -> None:
         replace_attention(nn.Linear(3, 3))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_model_keeps_its_logits_and_what_it_generates(kind: str) -> None:
-    model = language_model(kind)
-    tokens = torch.randint(64, (2, 40))
-    options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
-    with torch.no_grad():
-        true = model(tokens).logits
-        searches = ({"do_sample": False}, {"do_sample": False, "num_beams": 3})
-        texts = [model.generate(tokens[:, :9], **options, **s) for s in searches]
-        names = replace_attention(model, gate_rank=4)
-        assert len(names) == 2
-        assert (model(tokens).logits - true).abs().max() < 1e-5
-        for text, search in zip(texts, searches, strict=True):
-            assert torch.equal(model.generate(tokens[:, :9], **options, **search), text)
-        padded = torch.ones_like(tokens)
-        padded[0, :3] = 0
-        with pytest.raises(ValueError, match=r"attention_mask|position_ids"):
-            model(tokens, attention_mask=padded)
+def computed_by_llama(m: Any, x: Tensor) -> Tensor:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    steps = torch.arange(x.shape[1])[None]
+    return m(x, position_embeddings=LlamaRotaryEmbedding(m.config)(x, steps))[0]
 
 
-def test_a_llama_trains_onward_after_it_was_converted() -> None:
-    model = language_model("llama").train()
-    tokens = torch.arange(48).repeat(4, 1).add(torch.arange(4)[:, None] * 3) % 64
+def weight_norm(m: nn.Module, name: str) -> None:
+    nn.utils.parametrizations.weight_norm(m, name)
+    m.parametrizations[name].original0.data.mul_(1.5)
 
-    def train(steps: int) -> list[float]:
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        losses = []
-        for _ in range(steps):
-            logits = model(tokens[:, :-1]).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
 
-    before = train(10)
-    replace_attention(model, gate_rank=4)
-    after = train(15)
-    assert after[0] < before[0]
-    assert after[-1] < 0.7 * after[0]
-    gates = model.get_submodule("model.layers.0.self_attn.layer.gates")
-    assert not gates.untouched()
+def pruned(m: nn.Module, name: str) -> None:
+    prune.random_unstructured(m, name, 0.5)
+    # The attribute that pruning leaves is stale until the next forward.
+    m.get_parameter(f"{name}_orig").data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [weight_norm, pruned])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("multihead", "in_proj_weight"), ("multihead", "out_proj.weight"), ("our-own", "qkv.weight"),
+     ("gpt2", "c_attn.weight"), ("llama-wide", "k_proj.weight"), ("llama-wide", "q_proj.bias")],
+)  # fmt: skip
+def test_parametrised_and_pruned_weights_are_converted_as_they_are_in_effect(
+    kind: str, name: str, change: Any
+) -> None:
+    module, run = attention(kind)
+    path, _, own = name.rpartition(".")
+    before = from_attention(module, gate_rank=4)
+    change(module.get_submodule(path), own)
+    layer = from_attention(module, gate_rank=4)
+    x = 2 * draw(2, 20, layer.dim)
+    assert difference([layer(x)[0]], [run(module, x)]) < 1e-5
+    assert difference([before(x)[0]], [run(module, x)]) > 1e-2
+    assert all(p.requires_grad for p in layer.parameters())
+    with pytest.raises(ValueError, match=rf"like\.{own if not path else name}: .* a computed one"):
+        to_attention(layer, module)
+
+
+class LoRA(nn.Module):
+    """As libraries of adapters wrap a Linear: `weight` is the base's."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replaced(m: nn.Module, name: str) -> None:
+    old = m.get_submodule(name)
+    m.set_submodule(name, Doubled(old.in_features, old.out_features, bias=False))
+
+
+def hooked(m: nn.Module, name: str) -> None:
+    m.get_submodule(name).register_forward_hook(lambda mod, args, y: 1.5 * y)
+
+
+def hooked_before(m: nn.Module, name: str) -> None:
+    m.get_submodule(name).register_forward_pre_hook(lambda mod, args: (1.5 * args[0],))
+
+
+def patched(m: nn.Module, name: str) -> None:
+    old = m.get_submodule(name)
+    old.forward = Doubled.forward.__get__(old)
+
+
+def sharded(m: nn.Module, name: str) -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    linear = m.get_submodule(name)
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
+
+
+def of_integers(m: nn.Module, name: str) -> None:
+    linear = m.get_submodule(name)
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+
+
+def wrapped(m: nn.Module, name: str) -> None:
+    m.set_submodule(name, LoRA(m.get_submodule(name)))
+
+
+HOOKS = (hooked, hooked_before, patched)
+CHANGES = [
+    *itertools.product((wrapped, replaced, sharded, of_integers), ("q_proj", "v_proj", "o_proj")),
+    *itertools.product(HOOKS, ("q_proj", "o_proj", "")),
+]
+
+
+@pytest.mark.parametrize(("change", "name"), CHANGES)
+def test_what_stands_before_a_projection_is_refused_by_its_name(change: Any, name: str) -> None:
+    module, _ = attention("llama")
+    layer = from_attention(module)
+    change(module, name)
+    with pytest.raises(ValueError, match=f"^{name or 'module'}.*: expected "):
+        from_attention(module)
+    with pytest.raises(ValueError, match=f"^{name or 'module'}.*: expected "):
+        to_attention(layer, module)
+
+
+def test_a_class_of_ones_own_is_not_taken_for_the_one_it_inherits_from() -> None:
+    class Mine(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().forward(*args, **kwargs)[0], None
+
+    with pytest.raises(ValueError, match=r"module: expected a MultiheadAttention, .* got Mine"):
+        from_attention(Mine(16, 2))
+
+
+def test_what_a_layer_has_learnt_through_a_wrapper_is_not_lost_on_the_way_back() -> None:
+    module, _ = attention("multihead")
+    layer = from_attention(module)
+    layer.qkv = LoRA(layer.qkv)
+    with pytest.raises(ValueError, match=r"qkv\.weight: expected the parameter of a plain Linear"):
+        to_attention(layer, module)
+
+
+def test_only_biases_may_be_absent_and_all_of_one_kind() -> None:
+    module, _ = attention("llama-wide")
+    module.k_proj.bias = None
+    with pytest.raises(ValueError, match=r"k_proj\.bias: expected a bias, as others of q_proj"):
+        from_attention(module)
+    module, _ = attention("llama")
+    module.k_proj.weight = None
+    with pytest.raises(ValueError, match=r"k_proj\.weight: expected a plain tensor of floats"):
+        from_attention(module)
+    module, _ = attention("llama")
+    module.k_proj.bfloat16()
+    with pytest.raises(ValueError, match=r"k_proj\.weight: expected dtype torch\.float64, as q_pr"):
+        from_attention(module)
+    module.k_proj = nn.Linear(32, 8, bias=False).double()  # heads cut off
+    with pytest.raises(ValueError, match=r"q_proj\.weight and k_proj\.weight and v_proj"):
+        from_attention(module)
+
+
+def test_a_frozen_attention_stays_frozen_and_its_gates_learn() -> None:
+    module, _ = attention("llama-wide")
+    module.requires_grad_(False)
+    layer = from_attention(module, gate_rank=4)
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {f"gates.{name}" for name, _ in layer.gates.named_parameters()}
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    x = draw(2, 20, layer.dim).requires_grad_()
+    (layer(x)[0] * draw(2, 20, layer.dim, seed=2)).sum().backward()
+    torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], 0.1).step()
+    assert (x.grad != 0).any()
+    changed = {n for n, p in layer.named_parameters() if not torch.equal(p, before[n])}
+    assert {"gates.decay.weight"} <= changed <= trained
+
+    module.q_proj.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"k_proj\.weight: expected requires_grad True, as q_proj"):
+        from_attention(module)
