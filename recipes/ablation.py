@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from atlas_blocks import (
     SlidingWindowAttentionConfig,
     check,
 )
-from atlas_blocks.recipes import registry, text
+from atlas_blocks.recipes import display, files, registry, text
 from atlas_blocks.recipes.architectures import SIZES
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 from atlas_blocks.recipes.display import duration
@@ -41,6 +40,7 @@ from atlas_blocks.recipes.tasks import IGNORE, RecallTask, accuracy
 from atlas_blocks.recipes.training import (
     TrainingConfig,
     bits_per_byte,
+    check_one_process,
     descend,
     make_optimizer,
     next_byte_loss,
@@ -207,8 +207,10 @@ def run(console: Console, config: AblationConfig, out: Path) -> dict[str, Any]:
 
     Ctrl-C loses the cell in hand alone. Raises ValueError where the file is of another config.
     """
+    check_one_process()
     path = out / "ablation.json"
     result = _load(path, config)
+    files.check_folder("out", out)
     cells = result["cells"]
     todo = [
         (switch, seed)
@@ -218,13 +220,12 @@ def run(console: Console, config: AblationConfig, out: Path) -> dict[str, Any]:
     ]
     if len(cells) > 0:
         console.print(f"{path} has {len(cells)} cells, {len(todo)} are left")
-    out.mkdir(parents=True, exist_ok=True)
     try:
         for i, (switch, seed) in enumerate(todo, 1):
-            with console.status(f"{i} of {len(todo)}: {switch}, seed {seed}"):
+            with display.working(console, f"{i} of {len(todo)}: {switch}, seed {seed}"):
                 cell = train_cell(config, switch, seed)
             cells[_key(switch, seed)] = cell
-            _save(path, result)
+            files.write_json(path, result)
             words = cell.get("diverged") or f"{cell['score']:.3f}  {duration(cell['seconds'])}"
             console.print(f"{i} of {len(todo)}  {switch}, seed {seed}: {words}")
     except KeyboardInterrupt:
@@ -262,13 +263,6 @@ def _load(path: Path, config: AblationConfig) -> dict[str, Any]:
     if before != same or not isinstance(cells, dict):
         raise ValueError(f"out: {path} is of another config; name another folder")
     return {**result, "config": config.to_dict()}
-
-
-def _save(path: Path, result: dict[str, Any]) -> None:
-    """In one atomic replacement: a run that dies leaves the last whole file."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def _of(config: AblationConfig, cells: dict[str, Any], switch: str, field: str) -> dict[int, float]:

@@ -13,7 +13,6 @@ N pairs, D width of keys and values, H write strengths tried side by side, S see
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from atlas_blocks.functional import PolynomialMap, omega_rule, read_memory, tayl
 from atlas_blocks.functional.features import FeatureMap, polynomial_width
 from atlas_blocks.functional.memories import weight_shapes
 from atlas_blocks.functional.rule import OmegaState
+from atlas_blocks.recipes import display, files
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 
 EXACT = 1e-8  # largest |M(k) - v| / |v| of pairs that are stored exactly, in float64
@@ -323,13 +323,13 @@ def measure(config: CapacityConfig, store: Store) -> Row:
 
 def run(console: Console, config: CapacityConfig, out: Path) -> list[Row]:
     """Measure every store, print the table, write capacity.json and the plot into `out`."""
+    files.check_folder("out", out)
     rows = []
-    with console.status("measuring") as status:
+    with display.working(console, "measuring: minutes in all") as say:
         for store in stores(config):
-            status.update(f"measuring {store.name}")
+            say(f"measuring {store.name}")
             rows.append(measure(config, store))
     console.print(tables(config, rows))
-    out.mkdir(parents=True, exist_ok=True)
     result = {
         "config": config.to_dict(),
         "thresholds": {"exact": EXACT, "learnt": LEARNT},
@@ -339,7 +339,7 @@ def run(console: Console, config: CapacityConfig, out: Path) -> list[Row]:
         "commit": commit(),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    (out / "capacity.json").write_text(json.dumps(result, indent=2) + "\n")
+    files.write_json(out / "capacity.json", result)
     written = ["capacity.json", *plot(console, out / "capacity.png", config, rows)]
     console.print(f"[bold]{out}[/]: {', '.join(written)}")
     return rows

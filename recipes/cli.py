@@ -1,13 +1,17 @@
 """The command line; `atlas-blocks --help` lists the commands.
 
-Bad input gets one line on stderr and exit code 2; a run that diverges, or a kernel that is wrong,
-one line and exit code 1; Ctrl-C saves what has been trained and exits with 130.
+Bad input gets one line on stderr and exit code 2; a run that diverges, a kernel that is wrong, or a
+file that cannot be written, one line and exit code 1; Ctrl-C and SIGTERM save what has been trained
+and exit with 130.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +23,7 @@ from typer.core import TyperGroup
 from atlas_blocks import check
 from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import demo as demonstration
-from atlas_blocks.recipes import display, registry, separation, text, training
+from atlas_blocks.recipes import display, files, registry, runs, separation, text, training
 from atlas_blocks.recipes.bench.subjects import MODES, Size
 from atlas_blocks.recipes.generate import stream
 
@@ -32,6 +36,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"atlas-blocks {checkpoints.version()} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    """ATLAS memory layers and hybrids: recipes, training, generation."""
 
 
 class _NameOrCommand(TyperGroup):
@@ -57,8 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `atlas-blocks`; exits the process."""
     try:
         code = app(arguments, prog_name="atlas-blocks", standalone_mode=False)
-    except (ValueError, FloatingPointError) as error:
-        code = _fail(str(error), 2 if isinstance(error, ValueError) else 1)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `head` does; the exit may not write to it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = WRONG
+    except (ValueError, FloatingPointError, OSError) as error:
+        code = _fail(str(error), 2 if isinstance(error, ValueError) else WRONG)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:
@@ -66,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        code = _fail(message(), 2)
+        # Without arguments the help was shown, and there is nothing to add.
+        code = _fail(message(), 2) if message() else 2
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -114,7 +140,8 @@ def explain(
         calls.append(torch.randint(0, text.VOCAB_SIZE, (batch, length), device=where))
     model = registry.build(recipe).to(where).requires_grad_(not forward_only)
     console = Console()
-    with console.status(f"compiling {recipe}, without caches: up to a minute for each new graph"):
+    words = f"compiling {recipe}, without caches: up to a minute for each new graph"
+    with display.working(console, words):
         report = diagnose.explain(model, *calls, options={backend.PROVIDER: provider})
     console.print(f"[bold cyan]{recipe}[/] on {device}, {batch} x {lengths} tokens")
     console.print(report)
@@ -135,6 +162,7 @@ def demo(
 
 @app.command()
 def train(
+    ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A name that `recipes` lists.")],
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 1000,
@@ -143,51 +171,46 @@ def train(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder or file of text; the Python standard library if not given."),
+        typer.Option(
+            help='Folder or file of text, .jsonl by its "text"; the Python standard library if '
+            "not given."
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run saved in --out, as it was set up.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --out as it was set up; --steps may be another."
+        ),
     ] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between two saves.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of weights and text crops.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train a recipe on bytes of text; Ctrl-C saves what there is."""
-    console = Console()
-    where = _device(device)
-    corpus = text.load_text(data)
-    if out.exists() and not resume:
-        raise ValueError(f"out: {out} exists; --resume continues it, or name another file")
+    """Train a recipe on bytes of text; Ctrl-C and SIGTERM save what there is."""
+    training.check_one_process()
+    check.at_least("save-every", save_every, 1)
+    settings = {
+        "steps": steps,
+        "batch": batch,
+        "length": length,
+        "lr": lr,
+        "seed": seed,
+        "bf16": bf16,
+    }
+    where, corpus = _device(device), text.load_text(data)
     if resume:
-        model = checkpoints.load(out, where)
-        if model.config.name != recipe:
-            raise ValueError(f"recipe: expected {model.config.name} (that of {out}), got {recipe}")
-        run = checkpoints.load_run(out, model)
+        model, run = runs.resume(recipe, out, settings, _given(ctx, settings), corpus, where)
     else:
-        settings = training.TrainingConfig(
-            steps=steps, batch=batch, length=length, lr=lr, seed=seed, bf16=bf16
-        )
-        torch.manual_seed(seed)
-        model = registry.build(recipe, vocab_size=text.VOCAB_SIZE).to(where)
-        run = checkpoints.Run(settings, training.make_optimizer(model, settings), 0)
-    with display.TrainingView(console, {recipe: run.config.steps}) as view:
-        result = training.train(
-            model,
-            corpus.train,
-            run.config,
-            optimizer=run.optimizer,
-            start=run.step,
-            on_step=view.callback(recipe),
-        )
-    checkpoints.save(out, model, checkpoints.Run(run.config, run.optimizer, result.step))
-    if result.interrupted:
-        console.print(
-            f"interrupted after step {result.step}; [bold]{out}[/] is whole and "
-            "--resume continues it"
-        )
+        model, run = runs.begin(recipe, out, settings, corpus, where)
+    if not runs.train(Console(), out, model, run, corpus, save_every):
         raise typer.Exit(INTERRUPTED)
-    bits = training.bits_per_byte(model, corpus.held_out, length=run.config.length)
-    console.print(f"held out: [bold]{bits:.3f}[/] bits per byte; saved [bold]{out}[/]")
+
+
+def _given(ctx: typer.Context, names: Collection[str]) -> set[str]:
+    """Those of the options that stand on the command line."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 @app.command()
@@ -201,23 +224,33 @@ def generate(
     batch: Annotated[int, typer.Option(help="Number of continuations.")] = 1,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Continue a prompt, byte by byte."""
+    """Continue a prompt, byte by byte; Ctrl-C ends it with what there is."""
     if batch < 1:
         raise ValueError(f"batch: expected an int >= 1, got {batch}")
     where = _device(device)
     model = checkpoints.load(checkpoint, where)
-    rows = torch.tensor([list(prompt.encode())] * batch, dtype=torch.int64, device=where)
+    if model.config.vocab_size > text.VOCAB_SIZE:
+        vocabulary = f"a vocabulary of {model.config.vocab_size:,}"
+        check.fail(f"checkpoint {checkpoint}", "a model of bytes", vocabulary)
+    start = prompt.encode(errors="surrogateescape")
+    rows = torch.tensor([list(start)] * batch, dtype=torch.int64, device=where)
     new = stream(
         model, rows, max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    written = [bytearray(prompt.encode()) for _ in range(batch)]
-    for column in new:
-        for row, token in zip(written, column.tolist(), strict=True):
-            row.append(token)
-    for index, row in enumerate(written):
-        if batch > 1:
-            print(f"--- {index + 1} ---")
-        print(text.printable(row))
+    if batch == 1:
+        # As it comes.
+        for part in text.printable_parts(itertools.chain([start], (c.tolist() for c in new))):
+            print(part, end="", flush=True)
+        print()
+        return
+    written = [bytearray(start) for _ in range(batch)]
+    try:
+        for column in new:
+            for row, token in zip(written, column.tolist(), strict=True):
+                row.append(token)
+    finally:
+        for index, row in enumerate(written):
+            print(f"--- {index + 1} ---\n{text.printable(row)}")
 
 
 @app.command()
@@ -234,14 +267,17 @@ def export(
     if batch < 1:
         raise ValueError(f"batch: expected an int >= 1, got {batch}")
     where = _device(device)
+    if out.suffix != ".pt2":
+        check.fail("out", "a file name that ends in .pt2", out)
     torch.manual_seed(0)
     saved = Path(source)
     model = checkpoints.load(saved, where) if saved.is_file() else registry.build(source).to(where)
+    files.check_writable("out", out)
     tokens = torch.zeros(batch, 1, dtype=torch.int64, device=where)
     console = Console()
     with torch.no_grad():
         state = model(tokens[:, :0]).state
-    with console.status("compiling"):
+    with display.working(console, "compiling one token's step: up to a minute for each block"):
         package(model, tokens, state, out)
     console.print(
         f"[bold]{out}[/]: (tokens [{batch}, 1], {len(state.tensors())} tensors of the state) -> "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from atlas_blocks.recipes import checkpoint, describe, display, registry, text, training
+from atlas_blocks.recipes import checkpoint, describe, display, files, registry, text, training
 from atlas_blocks.recipes.generate import generate
 from atlas_blocks.recipes.model import LanguageModel
 from atlas_blocks.recipes.timing import StepTiming, time_step
@@ -42,10 +41,11 @@ def run(
 
     Returns None where Ctrl-C ended it: the hybrid as far as it was trained is saved.
     """
+    training.check_one_process()
     began = time.perf_counter()
     settings = training.TrainingConfig(steps=steps, batch=4, length=128, lr=4e-3, seed=seed)
     corpus = text.standard_library()
-    out.mkdir(parents=True, exist_ok=True)
+    files.check_folder("out", out)
     weights = out / f"{HYBRID}.safetensors"
     _introduce(console, settings, corpus)
 
@@ -66,11 +66,14 @@ def run(
                 bits = training.bits_per_byte(model, corpus.held_out, length=settings.length)
                 view.note(name, f"held out {bits:.3f}")
                 learnt[name] = Learnt(model, result.losses, result.seconds, bits)
-        console.print(_comparison(learnt, settings))
+        console.print(_comparison(learnt, settings, corpus))
         hybrid = learnt[HYBRID].model
         rows = text.random_batch(corpus.train, settings.batch, settings.length, seed, steps)
         # Most of the wait is the C++ compiler, the first time: later runs find its cache.
-        with console.status("compiling, then timing one training step, eager and compiled"):
+        words = (
+            "compiling, minutes the first time, then timing a step" if compiled else "timing a step"
+        )
+        with display.working(console, words):
             timing = time_step(hybrid, rows, settings, repeats=7, compiled=compiled)
         console.print(_timing_line(timing, compiled))
         sample = Syntax(sample_text(hybrid, seed).rstrip(), "python", word_wrap=True)
@@ -83,7 +86,7 @@ def run(
 
     figures = _figures(learnt, settings, corpus, timing)
     figures["seconds_in_all"] = time.perf_counter() - began
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    files.write_json(out / "figures.json", figures)
     written = [weights.name, "figures.json", *_plot(console, out / "loss.png", learnt, settings)]
     console.print(
         f"[bold]{out}[/]: {', '.join(written)}   "
@@ -118,8 +121,12 @@ def _introduce(console: Console, settings: training.TrainingConfig, corpus: text
     console.print(Panel("\n".join(lines), title="atlas-blocks", border_style="cyan"))
 
 
-def _comparison(learnt: dict[str, Learnt], settings: training.TrainingConfig) -> Table:
-    table = Table(title="held-out text, same parameters and token budget", title_justify="left")
+def _comparison(
+    learnt: dict[str, Learnt], settings: training.TrainingConfig, corpus: text.Corpus
+) -> Table:
+    read = settings.length * text.window_count(corpus.held_out, settings.length, training.HELD_OUT)
+    title = f"{read:,} held-out bytes, same parameters and token budget"
+    table = Table(title=title, title_justify="left")
     for column in ("model", "parameters", "bits per byte", "training", "tokens/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     best = min(one.bits_per_byte for one in learnt.values())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -105,6 +106,20 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+@contextlib.contextmanager
+def working(console: Console, words: str) -> Iterator[Callable[[str], None]]:
+    """Say what is being done while it is: a spinner, or where nobody watches, a line.
+
+    Yields a function that takes the next words.
+    """
+    if console.is_terminal:
+        with console.status(words) as status:
+            yield status.update
+    else:
+        console.print(words)
+        yield console.print
+
+
 class _Field(ProgressColumn):
     """One named value of a task."""
 
@@ -117,7 +132,7 @@ class _Field(ProgressColumn):
 
 
 class TrainingView:
-    """Live bars for one or more runs: loss in bits per byte, tokens/s, time left, loss so far.
+    """Live bars for one or more runs: loss in bits per token, tokens/s, time left, loss so far.
 
     with TrainingView(console, {"atlas-mag-tiny": 300}) as view:
         train(..., on_step=view.callback("atlas-mag-tiny"))

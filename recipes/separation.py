@@ -24,10 +24,12 @@ from rich.table import Table
 
 from atlas_blocks import AtlasBlockConfig, DeepTransformerConfig, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.stacks import Mixer
+from atlas_blocks.recipes import display, files
 from atlas_blocks.recipes.bench.report import stamp
 from atlas_blocks.recipes.model import LanguageModelConfig
 from atlas_blocks.recipes.registry import parameter_count
 from atlas_blocks.recipes.tasks import IGNORE, OverwriteTask, ParityTask, accuracy
+from atlas_blocks.recipes.training import check_one_process
 
 DIM, HEADS = 32, 2
 BATCH, PEAK = 32, 3e-3
@@ -107,7 +109,9 @@ def run(
 
     The accuracies by model, of `seeds` seeds each. Raises ValueError where `out` is of another run.
     """
+    check_one_process()
     result = _load(out, {"task": str(task), "depth": depth, "steps": steps, "batch": BATCH})
+    files.check_writable("out", out)
     accuracies: dict[str, list[float]] = result["accuracy"]
     table = Table(title=f"{task}, {steps} steps of {BATCH} sequences")
     for column in ("model", "parameters", "accuracy", "over the seeds"):
@@ -116,16 +120,17 @@ def run(
         config = model_config(name, task, depth)
         scores = accuracies.setdefault(name, [])
         for seed in range(len(scores), seeds):
-            scores.append(train(config, task, steps, seed))
+            with display.working(console, f"{name}, seed {seed}: {steps} steps"):
+                scores.append(train(config, task, steps, seed))
             console.print(f"{name}, seed {seed}: {scores[-1]:.3f}")
-            _save(out, result)
+            files.write_json(out, result)
         table.add_row(
             name,
             str(parameter_count(config)),
             f"{statistics.mean(scores[:seeds]):.3f}",
             f"{min(scores[:seeds]):.3f} to {max(scores[:seeds]):.3f}",
         )
-    _save(out, {**result, "complete": True})
+    files.write_json(out, {**result, "complete": True})
     console.print(table)
     console.print(f"saved [bold]{out}[/]")
     return {name: accuracies[name][:seeds] for name in MIXERS}
@@ -143,7 +148,3 @@ def _load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if before != {**settings, "accuracy": before["accuracy"]}:
         raise ValueError(f"out: {path} is of another run; name another file")
     return {**result, "complete": False}
-
-
-def _save(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=2) + "\n")

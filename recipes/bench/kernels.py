@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 
 from atlas_blocks import check
+from atlas_blocks.recipes import display, files
 from atlas_blocks.recipes.bench import gate, report
 from atlas_blocks.recipes.bench.contenders import (
     CHUNK,
@@ -112,13 +112,15 @@ def run(console: Console, plan: Plan, out: Path) -> str:
     Returns what the gate found wrong, in one line; empty where nothing is. The figures are written
     after every shape, so that a run that is cut short leaves those it has.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    files.check_folder("out", out)
     record = _record(plan)
     chosen = [
         c for c in candidates(plan.device, compiled=plan.compiled) if plan.everything or not c.extra
     ]
     # The definition that others are measured against keeps its float32.
-    checking = console.status("checking every provider against float64")
+    checking = display.working(
+        console, "checking every provider against float64: compiling each takes up to a minute"
+    )
     with checking, _float32_products("highest"):
         verdicts = gate.check(chosen, plan.gate_shape, plan.device)
     record["gate"]["verdicts"] = [v.to_dict() for v in verdicts]
@@ -153,9 +155,8 @@ def _time(
     for part, shape in plan.shapes():
         here = [c for c in contenders if part == "main" or plan.everything or c.sweep]
         work.append((part, shape, here))
-    with report.progress(console) as bar, _float32_products("high"):
-        steps = sum(2 * (len(here) + plan.rounds) for _, _, here in work)
-        task = bar.add_task("", total=steps)
+    total = sum(2 * (len(here) + plan.rounds) for _, _, here in work)
+    with report.steps(console, total) as on_step, _float32_products("high"):
         for part, shape, here in work:
             if plan.compiled:
                 # Graphs of one shape are no use to the next and count towards the compiler's limit.
@@ -166,9 +167,7 @@ def _time(
                 meter,
                 part=part,
                 rounds=plan.rounds,
-                on_step=lambda words, at=shape: bar.update(
-                    task, advance=1, description=f"{at}, {words}"
-                ),
+                on_step=lambda words, at=shape: on_step(f"{at}, {words}"),
             )
             rows += found
             record["rows"] = [dataclasses.asdict(r) | {"shape": r.shape._asdict()} for r in rows]
@@ -209,4 +208,4 @@ def _record(plan: Plan) -> dict[str, Any]:
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    (out / "kernels.json").write_text(json.dumps(record, indent=2) + "\n")
+    files.write_json(out / "kernels.json", record)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from atlas_blocks import check
+from atlas_blocks.recipes import files
 from atlas_blocks.recipes.bench import against, report, subjects
 from atlas_blocks.recipes.bench.cold import first_calls
 from atlas_blocks.recipes.bench.contenders import Unavailable
@@ -96,7 +96,7 @@ def run(console: Console, plan: Plan, out: Path, earlier: Path | None) -> str:
     """
     before = None if earlier is None else against.load(earlier, _what(plan))
     model = subjects.build(plan.name, plan.size, plan.device)
-    out.mkdir(parents=True, exist_ok=True)
+    files.check_folder("out", out)
     file = out / f"{plan.name}.json"
     record: dict[str, Any] = {
         "benchmark": "model",
@@ -110,18 +110,15 @@ def run(console: Console, plan: Plan, out: Path, earlier: Path | None) -> str:
     }
 
     def write() -> None:
-        file.write_text(json.dumps(record, indent=2) + "\n")
+        files.write_json(file, record)
 
     meter = Meter(plan.device, time.process_time if plan.cpu_time else time.perf_counter)
     rows: list[Row] = []
     compiled = [c for c in CONTENDERS if c != EAGER and not subjects.unavailable(c)]
-    with report.progress(console) as bar:
-        steps = len(plan.modes) * (len(CONTENDERS) + plan.rounds) + plan.cold * len(compiled)
-        task = bar.add_task("", total=steps)
-
-        def on_step(words: str) -> None:
-            bar.update(task, advance=1, description=words)
-
+    total = len(plan.modes) * (len(CONTENDERS) + plan.rounds) + plan.cold * len(compiled)
+    graphs = len(compiled) * (len(plan.modes) + 2 * plan.cold)
+    console.print(f"{plan.name}: {graphs} times to compile, up to a minute each, then to time")
+    with report.steps(console, total) as on_step:
         for mode in plan.modes:
             rows += _mode(model, mode, plan, meter, on_step)
             record["rows"] = [dataclasses.asdict(r) for r in rows]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import itertools
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,17 +96,31 @@ def stamp(device: torch.device) -> dict[str, Any]:
     }
 
 
-def progress(console: Console) -> Progress:
-    """A bar that is gone when it is done, and not there where nobody watches."""
-    return Progress(
+@contextlib.contextmanager
+def steps(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """Tell what comes next: yields a function of it, to be called `total` times.
+
+    A bar that is gone when it is done; where nobody watches, lines, one for all rounds.
+    """
+    if not console.is_terminal:
+
+        def line(words: str) -> None:
+            if "round " not in words or "round 1 of" in words:
+                console.print(words)
+
+        yield line
+        return
+    bar = Progress(
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda words: bar.update(task, advance=1, description=words)
 
 
 def gate_table(verdicts: Sequence[Verdict]) -> Table:
