@@ -26,7 +26,7 @@ from atlas_blocks.blocks.stacks import (
 )
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
-from atlas_blocks.ops import ProviderWarning, checkpoint_policy, use_provider
+from atlas_blocks.ops import ProviderWarning, checkpoint_policy, keep_provider, use_provider
 from atlas_blocks.state import State
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "SwiGLU",
     "checkpoint_policy",
     "functional",
+    "keep_provider",
     "phi_star",
     "use_provider",
 ]

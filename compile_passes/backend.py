@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
 from torch._inductor.compile_fx import compile_fx
 
 from atlas_blocks import check
@@ -20,7 +21,7 @@ from atlas_blocks.compile_passes.clean_up import CleanUp
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
 from atlas_blocks.compile_passes.select_attention import SelectAttention
-from atlas_blocks.ops.providers import use_provider
+from atlas_blocks.ops.providers import keep_provider, use_provider
 
 M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
 
@@ -60,10 +61,29 @@ def compile(
     )
     if provider == "auto":
         return compiled
-    if not isinstance(model, nn.Module):
-        return _traced_for(provider, compiled)
-    compiled.forward = _traced_for(provider, compiled.forward)
-    return compiled
+    if isinstance(model, nn.Module):
+        return _keeping(compiled, provider)
+    return _traced_for(provider, compiled)
+
+
+class _Keeping(OptimizedModule):
+    """A compiled module that keeps a provider, also copied and pickled; torch's own is then built
+    anew, of its model alone."""
+
+    provider = "auto"
+
+    def __reduce__(self) -> Any:
+        return _built_anew, (self._orig_mod, self.dynamo_ctx, self.provider)
+
+
+def _built_anew(model: nn.Module, context: Any, provider: str) -> nn.Module:
+    return _keeping(OptimizedModule(model, context), provider)
+
+
+def _keeping(compiled: Any, provider: str) -> Any:
+    compiled.__class__ = _Keeping
+    compiled.provider = provider
+    return keep_provider(compiled, provider)
 
 
 def _traced_for(provider: str, function: Any) -> Any:

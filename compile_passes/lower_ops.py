@@ -18,6 +18,7 @@ from atlas_blocks import check
 from atlas_blocks.compile_passes.graph_pass import GraphPass, bound, is_atlas, values
 from atlas_blocks.functional import one_token
 from atlas_blocks.ops import omega_inline, omega_step, providers
+from atlas_blocks.ops.newton_schulz import Call as IterationCall
 from atlas_blocks.ops.omega_rule import Call, Settings, describe, unflatten
 from atlas_blocks.ops.polynomial_features import Call as FeaturesCall
 
@@ -72,11 +73,14 @@ class LowerOps(GraphPass):
     def _choice(self, found: OpNode) -> str:
         call = found.call
         if call is None:
-            # It hands the name on to the ops inside, and each of those takes it or chooses.
-            return found.provider if self.mode == "auto" else self.mode
+            # It hands the name on to the ops inside, and each of those takes it or chooses. What
+            # they compute is in no graph that could take it in.
+            return found.provider if self.mode in ("auto", omega_inline.NAME) else self.mode
         asked = found.provider if self.mode == "auto" else self.mode
         if asked not in providers.names(found.op):
             asked = found.provider
+        if asked == omega_inline.NAME and 0 in found.arguments["tensors"][0].shape[:2]:
+            asked = found.provider  # of no token there was nothing to take in
         reason = _refusal(found, asked)
         if reason is None:
             return asked
@@ -177,7 +181,14 @@ def _features_call(arguments: dict[str, Any], backward: bool) -> FeaturesCall:
     return FeaturesCall(x.device.type, x.dtype, int(x.shape[-1]), degree, backward)
 
 
+def _iteration_call(arguments: dict[str, Any], backward: bool) -> IterationCall:
+    s = arguments["s"]
+    return IterationCall(s.device.type, s.dtype, int(s.shape[-2]), int(s.shape[-1]), backward)
+
+
+# By op; "memory_as_context" has no providers, and hands the name to the ops inside it.
 CALLS: dict[str, Callable[[dict[str, Any], bool], Any]] = {
+    "newton_schulz": _iteration_call,
     "omega_rule": _rule_call,
     "omega_rule_step": _step_call,
     "polynomial_features": _features_call,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, monomial_scales, monomials
 from atlas_blocks.functional.rule import Arguments
-from atlas_blocks.kernels.tiles import INTERPRETED, ceil_div, launch, padded
+from atlas_blocks.kernels.tiles import INTERPRETED, ceil_div, launch, padded, unknown
 from atlas_blocks.omega.online import masses
 from atlas_blocks.ops.omega_rule import Settings
 from atlas_blocks.ops.omega_step import StepCall, arguments, no_backward
@@ -98,6 +98,9 @@ def _step(
 
 def _supports(call: StepCall) -> str | None:
     rule = call.rule
+    reason = unknown(rule, call.feature_map)
+    if reason is not None:
+        return reason
     for name, value, served in (
         ("update", rule.update, ("gd",)),
         ("memory", rule.memory, ("matrix",)),

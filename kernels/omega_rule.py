@@ -20,7 +20,7 @@ from atlas_blocks.kernels.coefficients import Coefficients
 from atlas_blocks.kernels.deep import batches as deep
 from atlas_blocks.kernels.deep import call as deep_call
 from atlas_blocks.kernels.prelude import Memory, Rows, Streams, prepare, rows_of
-from atlas_blocks.kernels.tiles import no_device
+from atlas_blocks.kernels.tiles import no_device, unknown
 from atlas_blocks.ops.newton_schulz import NewtonSchulz
 from atlas_blocks.ops.omega_rule import (
     Call,
@@ -38,6 +38,9 @@ LARGEST_VALUE, LARGEST_DEEP_VALUE, LARGEST_FEATURES = 256, 128, 8192
 
 def _supports(call: Call) -> str | None:
     rule = call.rule
+    reason = unknown(rule, call.feature_map)
+    if reason is not None:
+        return reason
     for name, value, served in (
         ("dtype of q", call.dtype, (torch.bfloat16, torch.float16, torch.float32)),
         ("state dtype", call.state_dtype, (torch.float32,)),

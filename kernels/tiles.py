@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from atlas_blocks.functional.rule import Rule
+
 # The interpreter multiplies bfloat16 as integers.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
@@ -144,6 +146,30 @@ def no_device(device: str, dtype: torch.dtype) -> str | None:
             "it multiplies float32 in tf32, and torch.get_float32_matmul_precision() is "
             "'highest' (torch.set_float32_matmul_precision('high') allows it)"
         )
+    return None
+
+
+# What kernels compute; each says in its provider which of these it has.
+KNOWN = {
+    "memory": ("matrix", "mlp", "gated_mlp"),
+    "objective": ("l2", "dot"),
+    "update": ("gd", "muon"),
+    "errors": ("chunk", "online"),
+    "decay_to": ("zero", "initial"),
+}
+FEATURE_MAPS = ("identity", "polynomial", "sketch")
+
+
+def unknown(rule: Rule, feature_map: str) -> str | None:
+    """What of a rule and its features no kernel has heard of, None where all of it is known.
+
+    A memory of two weights is not an mlp because it has two weights.
+    """
+    named = {**{name: getattr(rule, name) for name in KNOWN}, "feature map": feature_map}
+    for name, value in named.items():
+        known = KNOWN.get(name, FEATURE_MAPS)
+        if value not in known:
+            return f"{name} {value!r} has no kernel, only {' and '.join(map(repr, known))}"
     return None
 
 

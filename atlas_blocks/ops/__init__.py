@@ -10,6 +10,7 @@ from atlas_blocks.ops.providers import (
     Provider,
     ProviderWarning,
     explain_choice,
+    keep_provider,
     register_provider,
     use_provider,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "ProviderWarning",
     "checkpoint_policy",
     "explain_choice",
+    "keep_provider",
     "newton_schulz",
     "omega_rule",
     "omega_rule_step",

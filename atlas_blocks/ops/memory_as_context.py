@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.ops import compiled, kept, providers
+from atlas_blocks.ops import compiled, kept, omega_inline, providers
 from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 
 # block: what `define`'s function builds it from. autocast: its dtype where it is on. provider: of
@@ -68,7 +68,9 @@ def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     before = state.tensors()
-    common = (block.description, autocast, providers.context())
+    # The ops inside are in no graph that could take them in, and choose.
+    context = providers.context()
+    common = (block.description, autocast, "auto" if context == omega_inline.NAME else context)
     tensors = [x, *parameters, *buffers, *before]
     wanted = [t.requires_grad for t in tensors]
     if torch.is_grad_enabled() and any(wanted):

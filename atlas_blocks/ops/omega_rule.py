@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
@@ -42,6 +43,7 @@ from atlas_blocks.ops.contract import (
     traced,
     untraced,
 )
+from atlas_blocks.ops.polynomial_features import is_polynomial
 
 
 class Settings(NamedTuple):
@@ -242,9 +244,12 @@ def _choose(provider: str, context: str, *facts: Any) -> str:
 
 
 def _kind(phi: FeatureMap | None) -> str:
+    """As in `Settings`; of a map of somebody's own, a subclass too, the name of its class."""
     if phi is None:
         return "identity"
-    return "polynomial" if isinstance(phi, PolynomialMap) else "sketch"
+    if is_polynomial(phi):
+        return "polynomial"
+    return "sketch" if type(phi) is SketchMap else type(phi).__name__
 
 
 def _tensors(a: Arguments) -> list[Tensor]:
@@ -262,7 +267,12 @@ def _tensors(a: Arguments) -> list[Tensor]:
 
 
 def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
-    """The arguments as the ops take them."""
+    """The arguments as the ops take them. Raises ValueError for a feature map that is none of this
+    library's: a node is given tensors, and would compute another function of them."""
+    kind = _kind(a.feature_map)
+    if kind not in ("identity", "polynomial", "sketch"):
+        expected = "a PolynomialMap, a SketchMap or None where the rule is a node of a graph"
+        check.fail("feature_map", expected, kind)
     if a.state is not None:
         # Cloned: M^(0) may be M itself, and one tensor may not stand for two inputs.
         start, s = (
@@ -276,7 +286,7 @@ def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
         momentum=a.theta is not None,
         memory=rule.memory,
         objective=rule.objective,
-        feature_map=_kind(phi),
+        feature_map=kind,
         sketch_width=phi.width if isinstance(phi, SketchMap) else 0,
         update=rule.update,
         ns_steps=rule.ns_steps,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from atlas_blocks.functional.features import FeatureMap, PolynomialMap, polynomi
 from atlas_blocks.functional.features import polynomial_features as definition
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.contract import LIBRARY, implement, own, own_empty, recording, untraced
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 LIBRARY.define("polynomial_features(Tensor x, Tensor coefficients, str provider) -> Tensor")
 # -> the gradients of x and of the coefficients.
@@ -68,9 +71,14 @@ class _PolynomialNode(PolynomialMap):
 def as_node(feature_map: FeatureMap | None) -> FeatureMap | None:
     """The feature map with polynomials as one node: tracing would go through the tables of
     monomials."""
-    if isinstance(feature_map, PolynomialMap):
+    if is_polynomial(feature_map):
         return _PolynomialNode(feature_map.coefficients)
     return feature_map
+
+
+def is_polynomial(feature_map: object) -> TypeIs[PolynomialMap]:
+    """Whether it is this library's own; what a subclass makes of it is another function."""
+    return type(feature_map) in (PolynomialMap, _PolynomialNode)
 
 
 @untraced

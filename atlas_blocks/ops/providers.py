@@ -13,10 +13,13 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from atlas_blocks import check
 
+M = TypeVar("M", bound=nn.Module)
 DEFINITION = "definition"
 
 
@@ -121,11 +124,20 @@ def register_provider(
     _PROVIDERS[op] = {provider.name: _Entry(automatic_on, lambda: provider), **_PROVIDERS[op]}
 
 
-class _Asked(threading.local):
-    # Set here and not on the class: torch.compile guards on what the instance holds, so that a
-    # graph is compiled anew where another provider is asked for. It cannot trace a ContextVar.
+class _Thread:
+    """What is asked for in a thread, and before that, and who asked for something else."""
+
     def __init__(self) -> None:
         self.name = "auto"
+        self.before: list[tuple[object, str]] = []
+
+
+class _Asked(threading.local):
+    # Set here and not on the class: torch.compile guards on what the instance holds, so that a
+    # graph is compiled anew where another provider is asked for. It cannot trace a ContextVar, and
+    # what it traces of a write to the thread-local itself is lost.
+    def __init__(self) -> None:
+        self.here = _Thread()
 
 
 _asked = _Asked()
@@ -137,26 +149,64 @@ class use_provider:
     name: a provider's name, "definition", or "auto" to let every op choose. An op that has no
     provider of this name chooses for itself. Contexts nest; a `provider=` argument beats them. Each
     thread has its own; do not hold one across an `await`. A compiled function is compiled anew
-    where it is called in another context. Raises ValueError for a name that no op has.
+    where it is called in another context. Activation checkpointing computes a forward again outside
+    of its contexts, and maybe in a thread of autograd's: there `keep_provider` is what lasts.
+    Raises ValueError for a name that no op has.
     """
 
     def __init__(self, name: str) -> None:
         known = {provider for entries in _PROVIDERS.values() for provider in entries}
         check.choice("provider", name, {"auto", DEFINITION} | known)
         self.name = name
-        self._before: list[str] = []
 
     def __enter__(self) -> None:
-        self._before.append(_asked.name)
-        _asked.name = self.name
+        here = _asked.here
+        here.before.append((self, here.name))
+        here.name = self.name
 
     def __exit__(self, *error: object) -> None:
-        _asked.name = self._before.pop()
+        # A hook may be called to leave what a failure kept it from entering.
+        here = _asked.here
+        if here.before and here.before[-1][0] is self:
+            _, here.name = here.before.pop()
+
+
+def keep_provider(module: M, name: str) -> M:
+    """Make every call of the module one inside of `use_provider(name)`; returns the module.
+
+    In any thread, when a checkpoint computes it again, compiled, copied or pickled. A second name
+    takes the place of the first; "auto" leaves the choice to the ops, whatever context the module
+    is called in. Raises ValueError as `use_provider` does.
+    """
+    kept = _Kept(name)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(_owner(hook), _Kept)]:
+            del hooks[key]
+    module.register_forward_pre_hook(kept.enter, prepend=True)
+    module.register_forward_hook(kept.leave, always_call=True)
+    return module
+
+
+class _Kept:
+    """The hooks of a module that keeps a provider."""
+
+    def __init__(self, name: str) -> None:
+        self.context = use_provider(name)
+
+    def enter(self, module: nn.Module, arguments: Any) -> None:
+        self.context.__enter__()
+
+    def leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.context.__exit__()
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
 
 
 def context() -> str:
     """The name given to the innermost `use_provider`, or "auto"."""
-    return _asked.name
+    return _asked.here.name
 
 
 def names(op: str) -> tuple[str, ...]:

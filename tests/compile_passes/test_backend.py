@@ -3,8 +3,10 @@
 The models are products and the rule alone, for which Inductor compiles no C++.
 """
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -198,6 +200,28 @@ def test_compile_asks_for_its_provider_while_the_model_is_traced(monkeypatch):
             assert recorder.count(f"atlas.{op}.default")[0] == 1
     with use_provider("auto"), pytest.raises(Exception, match="provider: 'triton' cannot serve"):
         atlas_blocks.compile(model.double(), provider="triton")(*(t.double() for t in arguments))
+
+
+def test_a_copy_asks_for_the_provider_as_the_model_does(monkeypatch):
+    """For an average of the weights, or the best so far: on a GPU another provider rounds
+    otherwise."""
+    recorder = Recorder()
+    monkeypatch.setattr(backend, "compile_fx", lambda g, x, **_: recorder(g, x))
+    model, arguments = Model(), inputs()
+    compiled = atlas_blocks.compile(model, provider="definition", fullgraph=True)
+    copies = [copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))]
+    copies.append(copy.deepcopy(copies[0]))
+    for one in copies:
+        torch._dynamo.reset()
+        recorder.graphs.clear()
+        with torch.no_grad(), use_provider("auto"):
+            one.memory.mul_(2)
+            y = one(*arguments)
+        assert recorder.count("atlas.omega_rule.default") == [1]
+        assert list(one.state_dict()) == list(compiled.state_dict())
+        # It is a copy: the model's own weights stay.
+        torch.testing.assert_close(y, one._orig_mod(*arguments))
+        assert (y - model(*arguments)).abs().max() > 0.01
 
 
 def test_every_pass_has_a_name_and_a_uuid():

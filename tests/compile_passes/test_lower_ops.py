@@ -109,6 +109,55 @@ def test_a_provider_that_cannot_serve_is_refused_with_the_reason():
         LowerOps("cuda")
 
 
+@pytest.mark.parametrize("provider", ["inline", "fla", "definition"])
+def test_an_op_without_the_provider_that_is_asked_for_keeps_its_own(provider):
+    """Such as Newton-Schulz, forward and backward, in the graph of a rule that has it."""
+    recorder = Recorder(Passes([LowerOps(provider)]))
+    compiled = torch.compile(ops.newton_schulz, backend=recorder, fullgraph=True)
+    results = []
+    for function in (compiled, ops.newton_schulz):
+        s = draw(3, 4, 5).requires_grad_()
+        y = function(s)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), s)])
+    assert difference(*results) < 1e-12
+    assert {u for g in recorder.graphs for u in served(g)} == {
+        ("newton_schulz", False, "definition"),
+        ("newton_schulz", True, "definition"),
+    }
+
+
+def test_newton_schulz_is_served_by_who_is_asked_for(monkeypatch):
+    monkeypatch.setitem(providers._PROVIDERS, "newton_schulz", {})
+    serve = providers.find("newton_schulz", "definition")
+
+    def supports(call):
+        return None if (call.rows, call.columns) == (4, 5) else f"{call.rows} x {call.columns}"
+
+    mine = providers.Provider("mine", supports, serve.forward, serve.backward)
+    providers.register_provider("newton_schulz", mine, automatic_on=())
+    recorder = Recorder(Passes([LowerOps("mine")]))
+    compiled = torch.compile(ops.newton_schulz, backend=recorder, fullgraph=True)
+    compiled(draw(3, 4, 5).requires_grad_()).sum().backward()
+    assert {u for g in recorder.graphs for u in served(g)} == {
+        ("newton_schulz", False, "mine"),
+        ("newton_schulz", True, "mine"),
+    }
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="'mine' cannot serve this call of newton_schulz: 5 x 4"):
+        compiled(draw(3, 5, 4))
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["by the pass", "while traced"])
+def test_inside_a_node_of_segments_ops_choose_where_inline_is_asked_for(context):
+    """What they compute there is in no graph."""
+    block, x = make_block("as-context"), draw(1, 20, DIM)
+    recorder = Recorder(Passes([LowerOps("inline")]) if not context else Passes([]))
+    compiled = torch.compile(block, backend=recorder, fullgraph=True)
+    with use_provider("inline" if context else "auto"), torch.no_grad():
+        y, _ = compiled(x)
+    assert difference([y], [block(x)[0]]) < 1e-10
+
+
 def test_a_provider_is_not_asked_for_where_the_rule_was_inlined():
     recorder = Recorder(Passes([LowerOps("triton")]))
     with use_provider("auto"), pytest.raises(RuntimeError, match="it was traced for 'inline'"):
