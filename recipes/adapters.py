@@ -24,6 +24,11 @@ from atlas_blocks import (
 )
 from atlas_blocks.blocks.deep_transformer import NeutralGates
 
+MODELS = "Gemma, GPT-2, Llama, Mistral, Qwen2 or Qwen3"
+RMS_EPS = 1e-6
+# Hooks that set a parameter anew before it is used.
+REFRESHED = (BasePruningMethod, WeightNorm)
+
 
 class Layout(NamedTuple):
     """What an attention module is, in the terms of DeepTransformerLayer."""
@@ -41,8 +46,9 @@ def from_attention(
 ) -> DeepTransformerLayer:
     """A layer that computes what trained causal attention computes, to rounding, and learns on.
 
-    module: torch.nn.MultiheadAttention (its causal use, batch first, without dropout), a Llama or
-    GPT-2 attention of Hugging Face transformers, or a SlidingWindowAttention with window=None.
+    module: torch.nn.MultiheadAttention (its causal use, batch first, without dropout), the
+    attention of a model of Hugging Face transformers (Gemma, GPT-2, Llama, Mistral, Qwen2, Qwen3;
+    rotary positions unscaled, no sliding window), or a SlidingWindowAttention with window=None.
     window, gate_rank: of the gates that the layer has beyond it. They start at exactly 1 (older
     lags of the window at 0), where they change nothing and still receive a gradient.
     Rotary positions, grouped keys, scale and biases are taken over, dropout is not. The layer owns
@@ -64,16 +70,16 @@ def from_attention(
     first = found["qkv.weight"][0]
     layer = config.build(layout.dim, layout.heads).to(first.device, first.dtype)
     for ours, names in layout.slots.items():
+        group = found[ours][0]
         for name, tensor in zip(names, found[ours], strict=True):
-            like = found[ours][0]
-            for what in ("dtype", "device", "requires_grad"):
+            for like, what in ((first, "dtype"), (first, "device"), (group, "requires_grad")):
                 if getattr(tensor, what) != getattr(like, what):
-                    wanted = f"{what} {getattr(like, what)}, as {names[0]} has"
+                    wanted = f"the {what} of the others, {getattr(like, what)}"
                     check.fail(name, wanted, getattr(tensor, what))
         parts = [t.mT if layout.transposed and t.ndim == 2 else t for t in found[ours]]
         target = layer.get_parameter(ours)
         _fill(target.detach(), names, parts)
-        target.requires_grad_(found[ours][0].requires_grad)
+        target.requires_grad_(group.requires_grad)
     return layer.train(module.training)
 
 
@@ -106,17 +112,17 @@ def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
 
 
 def replace_attention(model: nn.Module, *, window: int = 1, gate_rank: int = 32) -> list[str]:
-    """Replace every attention of a Hugging Face Llama or GPT-2 model in place; their names.
+    """Replace every attention of a Hugging Face model in place (MODELS); their names.
 
     The model goes on as before, `generate` with its cache included; see HuggingFaceAttention. Its
     config notes what was done, so that `load_converted` reads what its `save_pretrained` writes.
     Raises ValueError where there is none, and where one cannot be converted; the model is then as
     it was.
     """
-    kinds = tuple(kind for kind, _ in _hugging_face())
-    found = [(name, m) for name, m in model.named_modules() if kinds and isinstance(m, kinds)]
+    kinds = tuple(_hugging_face())
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
     if not found:
-        check.fail("model", "one with Llama or GPT-2 attention", type(model).__name__)
+        check.fail("model", f"one with the attention of {MODELS}", type(model).__name__)
     from atlas_blocks.recipes.hugging_face import HuggingFaceAttention
 
     converted = {}
@@ -148,7 +154,10 @@ def load_converted(path: str | Path, **options: Any) -> Any:
     settings = getattr(config, "atlas_attention", None)
     if settings is None:
         check.fail("path", "a model saved after replace_attention", path)
-    kind = getattr(transformers, config.architectures[0])
+    name = config.architectures[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        check.fail("path", "a model whose class transformers has", name)
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
@@ -178,10 +187,10 @@ def _effective(module: nn.Module, name: str) -> Tensor:
 
 
 def _check_own(name: str, owner: nn.Module, is_part: bool) -> None:
-    """That a module computes what its class says. is_part: it is to be one projection."""
+    """That a module computes what its class says. is_part: it is to be a projection or norm."""
     kind = parametrize.type_before_parametrizations(owner)
-    if is_part and kind not in _projections():
-        wanted = "the parameter of a plain Linear (merge or remove what wraps it)"
+    if is_part and kind not in _plain_parts():
+        wanted = "the parameter of a plain layer (merge or remove what wraps it)"
         check.fail(name, wanted, f"one inside a {kind.__module__}.{kind.__name__}")
     hooks = [h for h in owner._forward_hooks.values() if not _of_transformers(h)]
     hooks += [h for h in owner._forward_pre_hooks.values() if not isinstance(h, REFRESHED)]
@@ -190,19 +199,22 @@ def _check_own(name: str, owner: nn.Module, is_part: bool) -> None:
         check.fail(name, "a module without hooks, which conversion would lose", "hooks")
 
 
-REFRESHED = (BasePruningMethod, WeightNorm)
-
-
 def _of_transformers(hook: Any) -> bool:
     """Whether transformers set it, to collect outputs."""
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
-def _projections() -> tuple[type, ...]:
-    """The classes that are a matrix and perhaps a bias, and nothing else."""
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    plain = (nn.Linear, NonDynamicallyQuantizableLinear)
-    return plain if conv1d is None else (*plain, conv1d)
+def _plain_parts() -> list[type]:
+    """The classes that compute with a weight and perhaps a bias, and with nothing else."""
+    found = [nn.Linear, NonDynamicallyQuantizableLinear]
+    for path, kind in (
+        ("pytorch_utils", "Conv1D"),
+        ("models.qwen3.modeling_qwen3", "Qwen3RMSNorm"),
+    ):
+        module = sys.modules.get(f"transformers.{path}")
+        if module is not None:
+            found.append(getattr(module, kind))
+    return found
 
 
 def _fill(target: Tensor, names: tuple[str, ...], parts: list[Tensor]) -> None:
@@ -216,24 +228,31 @@ def _layout(module: nn.Module) -> Layout:
     readers = {
         nn.MultiheadAttention: _multihead,
         SlidingWindowAttention: _our_own,
-        **dict(_hugging_face()),
+        **_hugging_face(),
     }
     if kind not in readers:
-        kinds = "MultiheadAttention, LlamaAttention, GPT2Attention or SlidingWindowAttention"
+        kinds = "MultiheadAttention, a SlidingWindowAttention or the attention of " + MODELS
         check.fail("module", f"a {kinds}", kind.__name__)
     _check_own("module", module, is_part=False)
     return readers[kind](module)
 
 
-def _hugging_face() -> list[tuple[type, Any]]:
+def _hugging_face() -> dict[type, Any]:
     """The attention classes of transformers, where it has been imported: no module is one else."""
-    found = []
-    for name, read in (("llama.modeling_llama.LlamaAttention", _llama),
-                       ("gpt2.modeling_gpt2.GPT2Attention", _gpt2)):  # fmt: skip
+    readers = {
+        "gemma.modeling_gemma.GemmaAttention": _llama,
+        "gpt2.modeling_gpt2.GPT2Attention": _gpt2,
+        "llama.modeling_llama.LlamaAttention": _llama,
+        "mistral.modeling_mistral.MistralAttention": _mistral,
+        "qwen2.modeling_qwen2.Qwen2Attention": _llama,
+        "qwen3.modeling_qwen3.Qwen3Attention": _qwen3,
+    }
+    found = {}
+    for name, read in readers.items():
         path, _, kind = name.rpartition(".")
         module = sys.modules.get(f"transformers.models.{path}")
         if module is not None:
-            found.append((getattr(module, kind), read))
+            found[getattr(module, kind)] = read
     return found
 
 
@@ -290,14 +309,15 @@ def _our_own(m: SlidingWindowAttention) -> Layout:
     return Layout(m.dim, m.heads, settings, slots)
 
 
-def _llama(m: Any) -> Layout:
+def _llama(m: Any, qk_norm: str = "none") -> Layout:
     c = m.config
     rope = c.rope_parameters
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         check.fail("module", 'rotary positions of type "default"', rope)
-    _check_causal(c)
+    _check_causal(m)
     slots = _linears(m, ("q_proj", "k_proj", "v_proj"), "o_proj")
     settings = _settings(
+        qk_norm=qk_norm,
         scale=m.scaling,
         rope_base=float(rope["rope_theta"]),
         kv_heads=c.num_key_value_heads,
@@ -307,10 +327,25 @@ def _llama(m: Any) -> Layout:
     return Layout(c.hidden_size, c.num_attention_heads, settings, slots)
 
 
+def _mistral(m: Any) -> Layout:
+    _check_window(m.config)
+    return _llama(m)
+
+
+def _qwen3(m: Any) -> Layout:
+    layout = _llama(m, "rms")
+    for name, norm in (("q_norm", m.q_norm), ("k_norm", m.k_norm)):
+        _check_own(f"{name}.weight", norm, is_part=True)
+        if norm.variance_epsilon != RMS_EPS:
+            check.fail(name, f"an eps of {RMS_EPS}", norm.variance_epsilon)
+    slots = layout.slots | {"q_scale": ("q_norm.weight",), "k_scale": ("k_norm.weight",)}
+    return layout._replace(slots=slots)
+
+
 def _gpt2(m: Any) -> Layout:
     if m.is_cross_attention:
         check.fail("module", "self-attention", "cross-attention")
-    _check_causal(m.config)
+    _check_causal(m)
     slots = _linears(m, ("c_attn",), "c_proj")
     settings = _settings(scale=m.scaling, **_biases(slots))
     return Layout(m.embed_dim, m.num_heads, settings, slots, transposed=True)
@@ -320,6 +355,13 @@ def _biases(slots: dict[str, tuple[str, ...]]) -> dict[str, bool]:
     return {"qkv_bias": "qkv.bias" in slots, "out_bias": "out.bias" in slots}
 
 
-def _check_causal(config: Any) -> None:
-    if not getattr(config, "is_causal", True):
-        check.fail("module", "causal attention", "a config with is_causal=False")
+def _check_causal(m: Any) -> None:
+    if not m.is_causal or not getattr(m.config, "is_causal", True):
+        check.fail("module", "causal attention", "is_causal=False")
+    _check_window(m)
+
+
+def _check_window(where: Any) -> None:
+    window = getattr(where, "sliding_window", None)
+    if window is not None:
+        check.fail("module", "attention without a sliding window", window)

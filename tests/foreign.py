@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 
+LIKE_LLAMA = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+              "gemma": "Gemma"}  # fmt: skip
 
-def llama_config(**changes: Any) -> Any:
-    from transformers import LlamaConfig
 
+def model_config(kind: str, **changes: Any) -> Any:
+    import transformers
+
+    if kind == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
+            eos_token_id=0, scale_attn_by_inverse_layer_idx=True, **changes,
+        )  # fmt: skip
     small = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -18,18 +27,23 @@ def llama_config(**changes: Any) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 8,
         "rope_theta": 500.0,
+        "pad_token_id": None,
     }
-    return LlamaConfig(**(small | changes))
+    if kind == "mistral":
+        small["sliding_window"] = None
+    return getattr(transformers, f"{LIKE_LLAMA[kind]}Config")(**(small | changes))
 
 
 def language_model(kind: str, **changes: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(llama_config(**changes)).eval()
-    config = transformers.GPT2Config(
-        vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
-        eos_token_id=0, scale_attn_by_inverse_layer_idx=True, **changes,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).eval()
+    name = "GPT2LMHeadModel" if kind == "gpt2" else f"{LIKE_LLAMA[kind]}ForCausalLM"
+    return getattr(transformers, name)(model_config(kind, **changes)).eval()
+
+
+def attention_class(kind: str) -> Any:
+    """Of a model like Llama."""
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    return getattr(module, f"{LIKE_LLAMA[kind]}Attention")

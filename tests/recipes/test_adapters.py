@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import language_model, llama_config
+from foreign import LIKE_LLAMA, attention_class, language_model, model_config
 from helpers import difference, draw
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -37,10 +37,10 @@ def attention(kind: str) -> tuple[nn.Module, Any]:
         if kind == "gpt2":
             m = language_model("gpt2").get_submodule("transformer.h.1.attn")
         else:
-            from transformers.models.llama.modeling_llama import LlamaAttention
-
-            wide = {"head_dim": 10, "attention_bias": True} if kind == "llama-wide" else {}
-            m = LlamaAttention(llama_config(_attn_implementation="sdpa", **wide), 0)
+            base, _, wide = kind.partition("-")
+            changes = {"head_dim": 10, "attention_bias": True} if wide else {}
+            config = model_config(base, attn_implementation="sdpa", **changes)
+            m = attention_class(base)(config, 0)
 
         def run(m: Any, x: Tensor) -> Tensor:
             from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -48,15 +48,19 @@ def attention(kind: str) -> tuple[nn.Module, Any]:
             if kind == "gpt2":
                 return m(x)[0]
             steps = torch.arange(x.shape[1])[None]
-            return m(x, position_embeddings=LlamaRotaryEmbedding(m.config)(x, steps))[0]
+            cos_sin = LlamaRotaryEmbedding(m.config)(x, steps)
+            return m(x, position_embeddings=cos_sin, attention_mask=None)[0]
 
     for name, p in m.named_parameters():
         if p.ndim == 1:
-            nn.init.normal_(p, mean=float("scale" in name), std=0.3)
+            nn.init.normal_(p, mean=float("scale" in name or "norm" in name), std=0.3)
     return m.double(), run
 
 
-KINDS = ("multihead", "multihead-plain", "our-own", "our-plain", "llama", "llama-wide", "gpt2")
+KINDS = (
+    "multihead", "multihead-plain", "our-own", "our-plain", "llama", "llama-wide", "gpt2",
+    "mistral", "qwen2", "qwen3", "gemma",
+)  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -67,7 +71,7 @@ def test_the_layer_computes_what_attention_computed_and_learns(kind: str, window
     layer = from_attention(module, window=window, gate_rank=4)
     x = 2 * draw(2, 70, layer.dim)
     # transformers rotates by angles of float32.
-    tolerance = 1e-5 if kind.startswith("llama") else 1e-12
+    tolerance = 1e-5 if kind.split("-")[0] in LIKE_LLAMA else 1e-12
     true = run(module, x)
     assert difference([layer(x)[0]], [true]) < tolerance
     y, state = layer(x[:, :33])
@@ -112,30 +116,33 @@ def test_there_and_back_is_the_same_module(kind: str) -> None:
 
 def test_what_is_not_causal_softmax_attention_is_refused() -> None:
     pytest.importorskip("transformers")
-    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    def of_model(kind: str, **changes: Any) -> nn.Module:
+        return attention_class(kind)(model_config(kind, **changes), 0)
 
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    layers = 2 * ["sliding_attention"]
+    sliding = {"sliding_window": 4, "use_sliding_window": True, "layer_types": layers}
+    both_ways = of_model("llama")
+    both_ways.config.is_causal = False
     other = SlidingWindowAttention(DIM, 2, SlidingWindowAttentionConfig(window=None))
     for module, message in (
         (nn.Linear(3, 3), "module: expected a MultiheadAttention, .* got Linear"),
         (AtlasMemory(16, 2), "module: .* got AtlasMemory"),
         (SlidingWindowAttention(16, 2), "module: expected .* window=None"),
         (nn.MultiheadAttention(16, 2, kdim=8), "module: expected keys and values"),
-        (LlamaAttention(llama_config(rope_parameters=scaled), 0), 'positions of type "default"'),
+        (of_model("llama", rope_parameters=scaled), 'positions of type "default"'),
+        (of_model("mistral", sliding_window=4), "module: expected .* without a sliding window"),
+        (of_model("qwen2", **sliding), "module: expected .* without a sliding window"),
+        (of_model("qwen3", rms_norm_eps=1e-5), "q_norm: expected an eps of 1e-06, got 1e-05"),
+        (both_ways, "module: expected causal attention"),
     ):
         with pytest.raises(ValueError, match=message):
             from_attention(module)
     with pytest.raises(ValueError, match="like: expected dim, heads and settings"):
         to_attention(from_attention(other), attention("our-own")[0])
-    with pytest.raises(ValueError, match="model: expected one with Llama or GPT-2 attention"):
+    with pytest.raises(ValueError, match="model: expected one with the attention of"):
         replace_attention(nn.Linear(3, 3))
-
-
-def computed_by_llama(m: Any, x: Tensor) -> Tensor:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    steps = torch.arange(x.shape[1])[None]
-    return m(x, position_embeddings=LlamaRotaryEmbedding(m.config)(x, steps))[0]
 
 
 def weight_norm(m: nn.Module, name: str) -> None:
@@ -262,7 +269,7 @@ def test_what_a_layer_has_learnt_through_a_wrapper_is_not_lost_on_the_way_back()
     module, _ = attention("multihead")
     layer = from_attention(module)
     layer.qkv = LoRA(layer.qkv)
-    with pytest.raises(ValueError, match=r"qkv\.weight: expected the parameter of a plain Linear"):
+    with pytest.raises(ValueError, match=r"qkv\.weight: expected the parameter of a plain layer"):
         to_attention(layer, module)
 
 
@@ -277,8 +284,13 @@ def test_only_biases_may_be_absent_and_all_of_one_kind() -> None:
         from_attention(module)
     module, _ = attention("llama")
     module.k_proj.bfloat16()
-    with pytest.raises(ValueError, match=r"k_proj\.weight: expected dtype torch\.float64, as q_pr"):
+    with pytest.raises(ValueError, match=r"k_proj\.weight: expected the dtype of the others"):
         from_attention(module)
+    module, _ = attention("llama")
+    module.o_proj.bfloat16()
+    with pytest.raises(ValueError, match=r"o_proj\.weight: expected the dtype of the others"):
+        from_attention(module)
+    module, _ = attention("llama")
     module.k_proj = nn.Linear(32, 8, bias=False).double()  # heads cut off
     with pytest.raises(ValueError, match=r"q_proj\.weight and k_proj\.weight and v_proj"):
         from_attention(module)
@@ -299,5 +311,7 @@ def test_a_frozen_attention_stays_frozen_and_its_gates_learn() -> None:
     assert {"gates.decay.weight"} <= changed <= trained
 
     module.q_proj.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"k_proj\.weight: expected requires_grad True, as q_proj"):
+    with pytest.raises(
+        ValueError, match=r"k_proj\.weight: expected the requires_grad of the others"
+    ):
         from_attention(module)
