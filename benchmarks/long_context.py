@@ -39,10 +39,12 @@ from atlas_blocks import (
     AtlasMemoryConfig,
     SlidingWindowAttention,
     SlidingWindowAttentionConfig,
+    State,
 )
 from atlas_blocks.recipes import build
 from atlas_blocks.recipes.bench.measure import Meter, interleave, quartiles
 from atlas_blocks.recipes.bench.report import stamp
+from atlas_blocks.recipes.files import replacing, write_json
 
 MILLION = 1_000_000
 LENGTHS = [2**n for n in range(10, 18)]
@@ -58,7 +60,9 @@ def stream(a: argparse.Namespace, device: torch.device, keep: Callable[[dict], N
     model = build(a.recipe).to(device).eval()
     if a.compile:
         model.compile(backend="atlas")
-    state = torch.load(left, weights_only=False) if rows and left.exists() else None
+    state = None
+    if rows and left.exists():
+        state = State.from_dict(torch.load(left, weights_only=True))
     if rows and state is None:
         raise SystemExit(f"{a.json}: expected the state after {len(rows)} parts in {left}")
     done = sum(row["tokens"] for row in rows)
@@ -85,7 +89,8 @@ def stream(a: argparse.Namespace, device: torch.device, keep: Callable[[dict], N
                 "state_bytes": sum(t.nbytes for t in state.tensors()),
                 "finite": finite,
             }
-            torch.save(state, left)
+            with replacing(left) as partial:
+                torch.save(state.to_dict(), partial)
             keep(row)
             print(
                 f"{done / MILLION:.1f} M tokens: {row['tokens_per_s']:.0f} tokens/s, at most "
@@ -284,7 +289,7 @@ def main() -> None:
     a.json.parent.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
-        a.json.write_text(json.dumps(a.record, indent=2) + "\n")
+        write_json(a.json, a.record)
 
     def keep(row: dict) -> None:
         a.record["rows"].append(row)

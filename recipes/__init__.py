@@ -1,6 +1,6 @@
 """Recipes: named configs, full models, text and tasks, training, generation, the command line."""
 
-from atlas_blocks.recipes.generate import generate, stream
+from atlas_blocks.recipes.generate import generate, prefill, stream
 from atlas_blocks.recipes.model import (
     LanguageModel,
     LanguageModelConfig,
@@ -20,6 +20,7 @@ __all__ = [
     "config",
     "generate",
     "names",
+    "prefill",
     "stream",
     "train",
 ]

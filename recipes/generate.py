@@ -1,4 +1,4 @@
-"""Sampling from a language model: the prompt is read once, then one token at a time.
+"""Sampling from a language model: the prompt is read once, in pieces, then one token at a time.
 
 B batch, T prompt tokens, N new tokens, V vocabulary.
 """
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from atlas_blocks import check
-from atlas_blocks.recipes.model import LanguageModel
+from atlas_blocks.recipes.model import LanguageModel, LanguageModelState
+
+# Tokens of a prompt that are read at a time.
+PIECE = 2048
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
@@ -31,6 +34,38 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 
 @torch.no_grad()
+def prefill(
+    model: LanguageModel,
+    prompt: Tensor,
+    state: LanguageModelState | None = None,
+    *,
+    piece: int = PIECE,
+) -> tuple[Tensor, LanguageModelState]:
+    """Read prompt int [B, T], T >= 1, after `state`: logits [B, V] of what comes next, and the
+    state.
+
+    piece: tokens read at a time; memory grows with it and not with T. Raises ValueError on a
+    wrong prompt or a state that does not fit it.
+    """
+    check.tensor("prompt", prompt, "[B, T]", (None, None), (torch.int64, torch.int32))
+    if prompt.shape[0] < 1 or prompt.shape[1] < 1:
+        check.fail("prompt", "at least one row of at least one token", list(prompt.shape))
+    check.at_least("piece", piece, 1)
+    vocab = model.config.vocab_size
+    low, high = int(prompt.min()), int(prompt.max())
+    if low < 0 or high >= vocab:
+        check.fail("prompt", f"tokens in [0, {vocab - 1}]", f"{low} to {high}")
+    last = None
+    for part in prompt.split(piece, 1):
+        logits, state = model(part, state)
+        # A copy, or the logits of the whole piece would stay.
+        last = logits[:, -1].clone()
+    assert last is not None
+    assert state is not None
+    return last, state
+
+
+@torch.no_grad()
 def stream(
     model: LanguageModel,
     prompt: Tensor,
@@ -39,29 +74,40 @@ def stream(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    state: LanguageModelState | None = None,
+    piece: int = PIECE,
 ) -> Iterator[Tensor]:
     """Yield `max_new_tokens` times the next token [B] of every row of `prompt` int [B, T], T >= 1.
 
-    The state is carried, so a token costs the same however long the text already is.
-    Raises ValueError on a wrong prompt or a temperature or top_p out of range.
+    The state is carried, so a token costs the same however long the text already is. state: of
+    what was read before the prompt, as `prefill` returns it; it stays as it is. piece: see
+    `prefill`. Raises ValueError, at once, on a wrong prompt, state, or a temperature or top_p out
+    of range.
     """
-    check.tensor("prompt", prompt, "[B, T]", (None, None), (torch.int64, torch.int32))
-    if prompt.shape[0] < 1 or prompt.shape[1] < 1:
-        check.fail("prompt", "at least one row of at least one token", list(prompt.shape))
-    vocab = model.config.vocab_size
-    low, high = int(prompt.min()), int(prompt.max())
-    if low < 0 or high >= vocab:
-        check.fail("prompt", f"tokens in [0, {vocab - 1}]", f"{low} to {high}")
     check.at_least("max_new_tokens", max_new_tokens, 0)
     check.between("temperature", temperature, 0, 100)
     check.between("top_p", top_p, 0, 1)
-    generator = torch.Generator(prompt.device).manual_seed(seed)
-    tokens, state = prompt, None
-    for _ in range(max_new_tokens):
-        logits, state = model(tokens, state)
-        token = pick(logits[:, -1], temperature, top_p, generator)
+    logits, state = prefill(model, prompt, state, piece=piece)
+    return _continued(model, logits, state, max_new_tokens, temperature, top_p, seed)
+
+
+@torch.no_grad()
+def _continued(
+    model: LanguageModel,
+    logits: Tensor,
+    state: LanguageModelState,
+    count: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Iterator[Tensor]:
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    for index in range(count):
+        token = pick(logits, temperature, top_p, generator)
         yield token
-        tokens = token[:, None]
+        if index + 1 < count:
+            after, state = model(token[:, None], state)
+            logits = after[:, -1]
 
 
 def generate(
@@ -72,6 +118,8 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    state: LanguageModelState | None = None,
+    piece: int = PIECE,
 ) -> Tensor:
     """The prompt and its continuation, int64 [B, T + N]. Arguments and errors: see `stream`."""
     new = stream(
@@ -81,5 +129,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        state=state,
+        piece=piece,
     )
     return torch.cat([prompt.long(), *(token[:, None] for token in new)], dim=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import BLOCKS, DIM, difference, draw, make_block
+from torch.jit._pickle import build_tensorlist
 
 from atlas_blocks import LSTM, AtlasMemory, Block, DeepTransformerLayer, MemoryAsContext
 from atlas_blocks.recipes import build, cli, export
@@ -162,5 +163,7 @@ def test_a_package_runs_without_python(tmp_path):
     # No interpreter could be found, were one looked for.
     nowhere = {"PATH": "", "HOME": str(tmp_path), "PYTHONHOME": "/nonexistent"}
     subprocess.run([runner, *places], check=True, env=nowhere)
-    found = torch.load(tmp_path / "output", weights_only=False)
+    # What C++ calls a list of tensors.
+    with torch.serialization.safe_globals([build_tensorlist]):
+        found = torch.load(tmp_path / "output", weights_only=True)
     assert difference([t.double() for t in found], [t.double() for t in ours]) < 1e-5
