@@ -11,6 +11,7 @@ import json
 from typing import Any, ClassVar, TypeVar
 
 from atlas_blocks import check
+from atlas_blocks.names import class_of, full_name, name_of
 
 C = TypeVar("C", bound="Config")
 
@@ -23,7 +24,7 @@ class Config:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        Config._classes[cls.__name__] = cls
+        Config._classes[full_name(cls)] = cls
 
     def replace(self: C, **changes: Any) -> C:
         """A copy with some fields changed. Raises ValueError for an unknown field."""
@@ -43,7 +44,7 @@ class Config:
             return value
 
         fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {"type": type(self).__name__, **fields}
+        return {"type": name_of(type(self)), **fields}
 
     @staticmethod
     def from_dict(data: Any) -> Any:
@@ -56,8 +57,7 @@ class Config:
 
         if not isinstance(data, dict) or "type" not in data:
             check.fail("config", 'a dict with a "type"', repr(data)[:200])
-        check.choice("config type", data["type"], Config._classes)
-        cls = Config._classes[data["type"]]
+        cls = class_of(data["type"], Config._classes.values(), "config type")
         names = [f.name for f in dataclasses.fields(cls)]
         fields = {name: read(value) for name, value in data.items() if name != "type"}
         for name in fields:

@@ -1,5 +1,6 @@
 """Configs round-trip through dict and JSON; what does not fit is named."""
 
+import dataclasses
 import json
 
 import pytest
@@ -90,3 +91,40 @@ def test_a_list_where_a_word_belongs_is_a_value_error(name: str) -> None:
     """JSON can hold anything: an unhashable value is a wrong value, not a crash."""
     with pytest.raises(ValueError, match=f"{name}: expected"):
         Config.from_dict({"type": "AtlasMemoryConfig", name: ["mlp"]})
+
+
+def make(name: str, module: str = "somebody.models", **fields: int) -> type[Config]:
+    """A config class of somebody's, as its module defines it."""
+    body = {"__annotations__": dict.fromkeys(fields, int), "__module__": module, **fields}
+    return dataclasses.dataclass(frozen=True)(type(name, (Config,), body))
+
+
+@pytest.fixture
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Config, "_classes", dict(Config._classes))
+
+
+@pytest.mark.usefixtures("_as_before")
+def test_a_class_of_the_same_name_takes_nobody_s_place() -> None:
+    shipped = AtlasMemoryConfig(window=3)
+    text = shipped.to_json()
+    theirs = make("AtlasMemoryConfig", width=1)(5)
+    assert Config.from_json(text) == shipped
+    assert json.loads(text)["type"] == "AtlasMemoryConfig"
+    assert Config.from_json(theirs.to_json()) == theirs
+    assert type(Config.from_json(theirs.to_json())) is type(theirs)
+    other = make("AtlasMemoryConfig", "else.where", depth=1)(7)
+    assert [Config.from_json(c.to_json()) for c in (theirs, other)] == [theirs, other]
+
+
+@pytest.mark.usefixtures("_as_before")
+def test_a_class_defined_again_is_the_newest_and_old_files_find_it() -> None:
+    make("Mine", width=1)
+    newest = make("Mine", width=1)
+    for name in ("somebody.models.Mine", "Mine"):  # files of before have the name alone
+        assert type(Config.from_dict({"type": name, "width": 4})) is newest
+    make("Mine", "else.where", width=1)
+    with pytest.raises(ValueError, match=r"config type: expected one of .*else\.where\.Mine"):
+        Config.from_dict({"type": "Mine", "width": 4})
+    with pytest.raises(ValueError, match="config type: expected one of"):
+        Config.from_dict({"type": ["Mine"]})
