@@ -21,6 +21,7 @@ from atlas_blocks.compile_passes.report import Break, Graph, Recompile, Report
 from atlas_blocks.compile_passes.survey import Survey
 from atlas_blocks.ops import compiled as nodes
 from atlas_blocks.ops import memory_as_context, omega_inline, use_provider
+from atlas_blocks.state import State
 
 # Where ops compile what is inside their bodies: none of the model's graphs.
 INSIDE = {module.__file__ for module in (nodes, memory_as_context, omega_inline)}
@@ -156,13 +157,15 @@ def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, dicts and dataclasses."""
+    """Every tensor in nested tuples, lists, dicts, states and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
         return [t for v in value.values() for t in tensors_in(v)]
     if isinstance(value, (tuple, list)):
         return [t for v in value for t in tensors_in(v)]
+    if isinstance(value, State):
+        return value.tensors()
     if dataclasses.is_dataclass(value):
         return [t for f in dataclasses.fields(value) for t in tensors_in(getattr(value, f.name))]
     return []

@@ -123,7 +123,7 @@ def _supports(call: StepCall) -> str | None:
     if call.position_device != call.state_device:
         return (
             f"it reads state.position on {call.state_device}, not {call.position_device} "
-            "(dataclasses.replace(state, position=state.position.to(device)) moves it)"
+            "(state.replace(position=state.position.to(device)) moves it)"
         )
     if INTERPRETED:
         return None

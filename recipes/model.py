@@ -58,7 +58,6 @@ class LanguageModelConfig(Config):
         return LanguageModel(self)
 
 
-@dataclasses.dataclass(frozen=True)
 class LanguageModelState(State):
     """One state per block, first to last."""
 

@@ -57,7 +57,6 @@ class SlidingWindowAttentionConfig(Config):
         return SlidingWindowAttention(dim, heads, self)
 
 
-@dataclasses.dataclass(frozen=True)
 class AttentionState(State):
     """The keys and values that later tokens will see.
 
@@ -220,9 +219,8 @@ class SlidingWindowAttention(Block):
         self, k: Tensor, v: Tensor, position: Tensor, bounds: Tensor | None
     ) -> AttentionState:
         """The last window - 1 of k, v [B, S, H, D], or of each document with these bounds."""
-        if self.config.window is None:
-            return AttentionState(k, v, position)
-        size, S = self.config.window - 1, k.shape[1]
+        S = k.shape[1]
+        size = S if self.config.window is None else self.config.window - 1
         if bounds is not None:
             start, stop = bounds[:-1, None], bounds[1:, None]
             last = stop - size + torch.arange(size, device=k.device)
@@ -231,8 +229,8 @@ class SlidingWindowAttention(Block):
             return AttentionState(k, v, position)
         if size > S:
             k, v = (F.pad(t, (0, 0, 0, 0, size - S, 0)) for t in (k, v))
-        elif size < S:
-            # Cloned: a slice would keep the whole call's keys alive.
+        else:
+            # Cloned: a slice would keep the whole call's keys alive, or the projection.
             k, v = k[:, S - size :].clone(), v[:, S - size :].clone()
         return AttentionState(k, v, position)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +12,6 @@ from atlas_blocks.functional.documents import last_tokens, with_past
 from atlas_blocks.state import State
 
 
-@dataclass(frozen=True)
 class ConvState(State):
     """The last width - 1 inputs, [B, width - 1, dim], zero before the sequence begins."""
 

@@ -128,7 +128,6 @@ def phi_star(
     )
 
 
-@dataclass(frozen=True)
 class DeepTransformerState(State):
     """conv: tail of the short convolution, where there is one; kernel: keys and coefficients."""
 

@@ -25,7 +25,6 @@ class LSTMConfig(Config):
         return LSTM(dim)
 
 
-@dataclass(frozen=True)
 class LSTMState(State):
     """hidden, cell: [B, dim]."""
 
@@ -60,8 +59,7 @@ class LSTM(Block):
         weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
         x = x.to(self.weight_ih.dtype)
         if state is None:
-            zeros = x.new_zeros(len(x), self.dim)
-            state = LSTMState(zeros, zeros)
+            state = LSTMState(*(x.new_zeros(len(x), self.dim) for _ in range(2)))
         shape = (len(x), self.dim)
         check.tensor("state.hidden", state.hidden, "[B, dim]", shape)
         check.tensor("state.cell", state.cell, "[B, dim]", shape)

@@ -165,7 +165,6 @@ class AtlasMemoryConfig(Config):
         return AtlasMemory(dim, heads, self)
 
 
-@dataclass(frozen=True)
 class MemoryState(State):
     """conv: tails of the short convolution; rule: the memory itself."""
 

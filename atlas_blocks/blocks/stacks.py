@@ -40,7 +40,6 @@ def _check_type(name: str, value: object, *types: type) -> None:
         check.fail(name, " or ".join(t.__name__ for t in types), type(value).__name__)
 
 
-@dataclass(frozen=True)
 class StackState(State):
     """The states of a stack's sublayers, in the order they run."""
 
@@ -224,11 +223,12 @@ class MemoryAsContextConfig(Config):
         return MemoryAsContext(dim, heads, self)
 
 
-@dataclass(frozen=True)
 class ContextState(State):
     """memory: of the layer; read: its weights at the segment's start; keys, values: of the
     segment so far, reads then tokens, [B, 2, segment, dim], zero where not yet written;
     position: int64 [B]."""
+
+    EXACT = ("read",)
 
     memory: MemoryState
     read: tuple[Tensor, ...]
@@ -292,12 +292,12 @@ class MemoryAsContext(Block):
     def initial_state(self, h: Tensor) -> ContextState:
         """The state before the first token of h [B, T, dim]."""
         _, memory = self.memory(h[:, :0], detach_state=False)
-        past = h.new_zeros(h.shape[0], 2, self.config.segment, self.dim)
+        size = (h.shape[0], 2, self.config.segment, self.dim)
         return ContextState(
             memory,
-            memory.rule.weights,
-            past,
-            past,
+            tuple(w.clone() for w in memory.rule.weights),
+            h.new_zeros(size),
+            h.new_zeros(size),
             torch.zeros(h.shape[0], dtype=torch.int64),
         )
 
@@ -357,7 +357,9 @@ class MemoryAsContext(Block):
         """A piece of one segment: x [B, L, dim], normed, `offset` tokens into it and `place`, where
         that is known, into a chunk."""
         span, past = x.shape[1], 0 if offset == 0 else offset
-        read = state.memory.rule.weights if offset == 0 else state.read
+        read = state.read
+        if offset == 0:  # cloned: the memory keeps its own where a chunk begins here
+            read = tuple(w.clone() for w in state.memory.rule.weights)
         q, k, v = self._projected(x, read)
         keys = torch.cat([state.keys[:, :, :past].to(k.dtype), k], 2)
         values = torch.cat([state.values[:, :, :past].to(v.dtype), v], 2)

@@ -6,9 +6,7 @@ c window, b chunk.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,6 @@ from atlas_blocks.omega.online import masses
 from atlas_blocks.state import State
 
 
-@dataclass(frozen=True)
 class KernelState(State):
     """Every key so far and its coefficient: a cache that grows, as that of a Transformer.
 
@@ -35,6 +32,8 @@ class KernelState(State):
     chunk sees it [B, n, H, Dv], with one more column to normalise. position: int64 [B], tokens
     seen; rows may differ.
     """
+
+    EXACT = ("keys", "coefficients", "chunk_start", "values", "pending", "errors")
 
     keys: Tensor
     coefficients: Tensor
@@ -54,8 +53,7 @@ class KernelState(State):
             return F.pad(t, (0, 0, 0, 0, longest - t.shape[1], 0))
 
         return [
-            dataclasses.replace(
-                s,
+            s.replace(
                 keys=padded(s.keys),
                 coefficients=padded(s.coefficients),
                 chunk_start=tuple(padded(t) for t in s.chunk_start),
@@ -202,8 +200,7 @@ def softmax_attention(s: Settings, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     dtype = empty.keys.dtype
     ones = v.new_ones(*v.shape[:-1], 2, dtype=dtype)
     coefficients = torch.cat([v.to(dtype), ones], -1)
-    return y, dataclasses.replace(
-        empty,
+    return y, empty.replace(
         keys=k.to(dtype),
         coefficients=coefficients,
         position=empty.position + q.shape[1],
@@ -292,11 +289,11 @@ def _run(
 
     after = KernelState(
         keys=keys,
-        coefficients=batch(rows),
-        chunk_start=(batch(start),) if s.from_start else (),
+        coefficients=batch(rows).contiguous(),
+        chunk_start=(batch(start).contiguous(),) if s.from_start else (),
         values=last(values, s.window - 1),
         pending=last(pending, s.tail),
-        errors=batch(errors).clone(),
+        errors=batch(errors).clone(memory_format=torch.contiguous_format),
         position=state.position + T,
     )
     return batch(y).to(q.dtype), after
@@ -324,15 +321,15 @@ def initial_state(s: Settings, q: Tensor, v: Tensor) -> KernelState:
     """Nothing stored."""
     B, _, H, D = q.shape
     dtype, Dv, c = state_dtype(q, v), v.shape[-1], s.window
+    W = Dv + 2 * s.normalise
 
     def zeros(n: int, *width: int) -> Tensor:
         return q.new_zeros(B, n, H, *width, dtype=dtype)
 
-    rows = zeros(c - 1, Dv + 2 * s.normalise)
     return KernelState(
         keys=zeros(c - 1, D),
-        coefficients=rows,
-        chunk_start=(rows,) if s.from_start else (),
+        coefficients=zeros(c - 1, W),
+        chunk_start=(zeros(c - 1, W),) if s.from_start else (),
         values=zeros(c - 1, Dv),
         pending=zeros(s.tail, c),
         errors=zeros(s.tail, Dv + s.normalise),

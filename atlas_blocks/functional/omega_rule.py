@@ -152,6 +152,15 @@ def next_state(a: Arguments, memory: ChunkMemory, history: dict[str, Tensor]) ->
     rule, state, size = a.rule, a.state, (a.q.shape[0], a.q.shape[2])
     assert state is not None
     there = OmegaState.groups(rule, a.theta is not None)
+
+    def own(group: list[Tensor], other: list[Tensor]) -> list[Tensor]:
+        # After a whole chunk the next one's start is the memory itself.
+        return [t.clone() if t is now else t for t, now in zip(group, other, strict=True)]
+
+    if there["chunk_start"]:
+        memory = memory._replace(chunk_start=own(memory.chunk_start, memory.weights))
+    if there["momentum_start"]:
+        memory = memory._replace(momentum_start=own(memory.momentum_start, memory.momentum))
     groups = {
         name: tuple(w.unflatten(0, size) for w in group) if there[name] else ()
         for name, group in zip(there, memory[:4], strict=True)

@@ -7,7 +7,7 @@ c window, b chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -87,7 +87,6 @@ class Rule:
         return position % self.ns_every == self.ns_every - 1 or position == self.chunk_size - 1
 
 
-@dataclass(frozen=True)
 class OmegaState(State):
     """The rule's state after some tokens (specification section 11); its size never grows.
 
@@ -104,6 +103,7 @@ class OmegaState(State):
     REST: ClassVar[tuple[str, ...]] = (
         "keys", "values", "alpha", "eta", "theta", "gamma", "scale", "position",
     )  # fmt: skip
+    EXACT = ("weights", "momentum", "chunk_start", "momentum_start", *REST)
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
@@ -132,7 +132,7 @@ class OmegaState(State):
     def aligned(cls, states: Sequence[OmegaState]) -> Sequence[OmegaState]:
         """Positions brought to one device: they stay where they are when a state moves."""
         device = states[0].position.device
-        return [replace(s, position=s.position.to(device)) for s in states]
+        return [s.replace(position=s.position.to(device)) for s in states]
 
 
 class Arguments(NamedTuple):
@@ -241,8 +241,15 @@ def initial_state(
     batch, _, heads, dk = q.shape
     batch = batch if sequences is None else sequences
     dtype = state_dtype(q, v, *weights)
-    start = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
-    zero = tuple(torch.zeros_like(w) for w in start)
+
+    def start() -> tuple[Tensor, ...]:
+        # Cloned: a state that is carried on may not change with the parameters that it began as.
+        return tuple(w.to(dtype).expand(batch, *w.shape).clone() for w in weights)
+
+    def zero() -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(w) for w in found)
+
+    found = start()
     there = OmegaState.groups(rule, momentum)
     n = rule.history
     gates = n if rule.rewinds else 0
@@ -251,10 +258,10 @@ def initial_state(
         return q.new_zeros(batch, length, heads, *width, dtype=dtype)
 
     return OmegaState(
-        weights=start,
-        momentum=zero if momentum else (),
-        chunk_start=start if there["chunk_start"] else (),
-        momentum_start=zero if there["momentum_start"] else (),
+        weights=found,
+        momentum=zero() if momentum else (),
+        chunk_start=start() if there["chunk_start"] else (),
+        momentum_start=zero() if there["momentum_start"] else (),
         keys=past(n, dk),
         values=past(n, v.shape[-1]),
         alpha=past(gates),

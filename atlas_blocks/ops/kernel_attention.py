@@ -6,7 +6,6 @@ blocks would be unrolled. Axes as in functional/kernel_attention.py.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +53,7 @@ def kernel_attention(
         return run(s, q, k, v, gates, state)
     # Cloned: the chunk's start may be the coefficients themselves, and one tensor may not stand for
     # two inputs.
-    state = dataclasses.replace(state, chunk_start=tuple(t.clone() for t in state.chunk_start))
+    state = state.replace(chunk_start=tuple(t.clone() for t in state.chunk_start))
     tensors = [q, k, v, *gates, *state.tensors()]
     y, *after = _node(tensors, *s)
     return y, _state(after)
@@ -80,8 +79,7 @@ def _fake(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     def grown(t: Tensor) -> Tensor:
         return F.pad(t, (0, 0, 0, 0, T, 0))
 
-    after = dataclasses.replace(
-        s,
+    after = s.replace(
         keys=grown(s.keys),
         coefficients=grown(s.coefficients),
         chunk_start=tuple(grown(t) for t in s.chunk_start),

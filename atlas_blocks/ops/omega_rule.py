@@ -11,7 +11,6 @@ b chunk, N chunks that a call touches at most.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -279,7 +278,7 @@ def flatten(a: Arguments) -> tuple[list[Tensor], Settings]:
             tuple(w.clone() for w in group)
             for group in (a.state.chunk_start, a.state.momentum_start)
         )
-        state = dataclasses.replace(a.state, chunk_start=start, momentum_start=s)
+        state = a.state.replace(chunk_start=start, momentum_start=s)
         a = a._replace(state=state)
     rule, phi = a.rule, a.feature_map
     return _tensors(a), Settings(

@@ -81,8 +81,8 @@ def omega_rule_step(
     decay_to="initial" looks at; what the memory begins with is in the state.
     state: of an earlier call or `functional.rule.initial_state`; every one of its tensors is
     written. Rows may stand at different positions. Its tensors must be contiguous, share no memory
-    and have the dtype in which the rule computes. What `omega_rule` and `initial_state` return
-    shares memory; `state.map(torch.clone)` does not.
+    and have the dtype in which the rule computes, as those of
+    `state.clone()` are and do.
     provider: as of `ops.omega_rule`. Where state.position is on a GPU, no provider waits for the
     device and each allocates the same memory at every call, so that a CUDA graph can hold the step,
     captured after one call to warm up.
@@ -195,7 +195,7 @@ def _check_state(a: Arguments, state: OmegaState) -> None:
             check.fail(name, f"{dtype} on {a.q.device}", f"{t.dtype} on {t.device}")
         if not t.is_contiguous():
             strides = f"strides {list(t.stride())}"
-            check.fail(name, "a contiguous tensor (state.map(torch.clone) has them)", strides)
+            check.fail(name, "a contiguous tensor (state.clone() has them)", strides)
     if torch.compiler.is_compiling():
         return  # no addresses in a graph
     spans = []
@@ -209,7 +209,7 @@ def _check_state(a: Arguments, state: OmegaState) -> None:
         if storage == other and first < last:
             check.fail(
                 second,
-                "memory of its own, as every tensor of state.map(torch.clone) has",
+                "memory of its own, as every tensor of state.clone() has",
                 f"that of {name}",
             )
 

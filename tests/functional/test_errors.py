@@ -1,6 +1,5 @@
 """Every bad argument of the rule: one ValueError with its name, what was expected, what came."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -140,15 +139,15 @@ CASES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         r"state.keys: expected shape \[B, n, H, Dk\] = \[2, 5, 2, 3\], got \[2, 6, 2, 3\]",
     ),
     "state has other gates": (
-        lambda: {"state": dataclasses.replace(state_of(), eta=ZEROS(2, 0, 2))},
+        lambda: {"state": state_of().replace(eta=ZEROS(2, 0, 2))},
         r"state.eta: expected shape \[B, n, H\] = \[2, 5, 2\], got \[2, 0, 2\]",
     ),
     "state has the gamma of another window": (
-        lambda: {"state": dataclasses.replace(state_of(), gamma=ZEROS(2, 5, 2, 2))},
+        lambda: {"state": state_of().replace(gamma=ZEROS(2, 5, 2, 2))},
         r"state.gamma: expected shape \[B, n, H, c\] = \[2, 5, 2, 3\], got \[2, 5, 2, 2\]",
     ),
     "state has no scale of a head": (
-        lambda: {"state": dataclasses.replace(state_of(), scale=ZEROS(2))},
+        lambda: {"state": state_of().replace(scale=ZEROS(2))},
         r"state.scale: expected shape \[B, H\] = \[2, 2\], got \[2\]",
     ),
 }

@@ -177,17 +177,18 @@ def test_compiled_in_one_graph_it_updates_the_same_state():
 
 def test_what_has_no_memory_of_its_own_is_refused():
     inputs, options = rule_inputs(batch=2, length=5), {"chunk_size": 4}
-    shared = omega_rule(**tokens(inputs, 0, 4), **options)[1]  # after a whole chunk M^(0) is M
-    expanded = dataclasses.replace(
-        before(inputs, options), chunk_start=(inputs["weights"][0].expand(2, -1, -1, -1),)
+    whole = omega_rule(**tokens(inputs, 0, 4), **options)[1]  # where M^(0) is M
+    shared = whole.replace(chunk_start=whole.weights)
+    expanded = before(inputs, options).replace(
+        chunk_start=(inputs["weights"][0].expand(2, -1, -1, -1),)
     )
     for state, message in (
-        (shared, r"state\.\w+\[0\]: .*state\.map\(torch\.clone\).*, got that of state\.\w+\[0\]"),
+        (shared, r"state\.\w+\[0\]: .*state\.clone\(\).*, got that of state\.\w+\[0\]"),
         (expanded, r"state\.chunk_start\[0\]: expected a contiguous tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             omega_rule_step(**token(inputs, 4), **options, state=state)
-        y = omega_rule_step(**token(inputs, 4), **options, state=state.map(torch.clone))
+        y = omega_rule_step(**token(inputs, 4), **options, state=state.clone())
         assert y.shape == (2, 2, 3)
 
 
