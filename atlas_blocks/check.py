@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def fail(name: str, expected: str, got: object) -> None:
+def fail(name: str, expected: str, got: object) -> NoReturn:
     """Raise the one kind of error users see."""
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -53,7 +54,6 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         fail(name, f"a tensor {axes}", type(value).__name__)
-        return
     shape = tuple(value.shape)
     fits = len(shape) == len(sizes) and all(
         w is None or w == g for w, g in zip(sizes, shape, strict=True)

@@ -150,12 +150,12 @@ def load_converted(path: str | Path, **options: Any) -> Any:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    config: Any = transformers.AutoConfig.from_pretrained(path)
     settings = getattr(config, "atlas_attention", None)
     if settings is None:
         check.fail("path", "a model saved after replace_attention", path)
     name = config.architectures[0]
-    kind = getattr(transformers, name, None)
+    kind: Any = getattr(transformers, name, None)
     if kind is None:
         check.fail("path", "a model whose class transformers has", name)
 
@@ -177,12 +177,17 @@ def _effective(module: nn.Module, name: str) -> Tensor:
     _check_own(name, owner, is_part=bool(path))
     # Those of pruning and weight norm set the parameter anew. MultiheadAttention never calls its
     # out_proj, and computes with what was set last.
-    if owner is module or not isinstance(module, nn.MultiheadAttention):
-        for hook in owner._forward_pre_hooks.values():
+    hooks = list(owner._forward_pre_hooks.values())
+    if owner is not module and isinstance(module, nn.MultiheadAttention):
+        hooks = []
+    with torch.enable_grad():  # whether it is frozen shows in what is computed from it
+        for hook in hooks:
             hook(owner, ())
-    tensor = getattr(owner, kind)
+        tensor: Any = getattr(owner, kind)
     if tensor is None or is_traceable_wrapper_subclass(tensor) or tensor.dtype not in check.FLOATS:
         check.fail(name, "a plain tensor of floats", type(tensor).__name__)
+    if tensor.is_meta and hasattr(owner, "_hf_hook"):
+        check.fail(name, "weights in memory (convert before they are offloaded)", "offloaded ones")
     return tensor
 
 

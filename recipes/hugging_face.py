@@ -210,7 +210,6 @@ def _visible(mask: Any, B: int, T: int, P: int) -> Tensor:
             return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(B, T, S)
     got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     check.fail("attention_mask", f"None or a tensor [{B}, 1, {T}, {S}]", got)
-    raise AssertionError
 
 
 def _causal(T: int, S: int, device: torch.device) -> Tensor:
@@ -233,7 +232,8 @@ def _places(
             check.fail("past_key_values", "a cache without padding in a compiled model", "padding")
         if plain is not None:
             message = "attention_mask, position_ids: a compiled model takes neither padding nor "
-            torch._assert_async(plain, message + "packed documents; run this batch uncompiled")
+            message += "packed documents; run this batch uncompiled"
+            torch.ops.aten._assert_async.msg(plain, message)
         return None
     if known is None and (plain is None or bool(plain)):
         return None

@@ -169,7 +169,8 @@ def test_parametrised_and_pruned_weights_are_converted_as_they_are_in_effect(
     path, _, own = name.rpartition(".")
     before = from_attention(module, gate_rank=4)
     change(module.get_submodule(path), own)
-    layer = from_attention(module, gate_rank=4)
+    with torch.no_grad():
+        layer = from_attention(module, gate_rank=4)
     x = 2 * draw(2, 20, layer.dim)
     assert difference([layer(x)[0]], [run(module, x)]) < 1e-5
     assert difference([before(x)[0]], [run(module, x)]) > 1e-2
@@ -229,6 +230,11 @@ def sharded(m: nn.Module, name: str) -> None:
     linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
 
 
+def offloaded(m: nn.Module, name: str) -> None:
+    linear = m.get_submodule(name).to("meta")
+    linear._hf_hook = "as accelerate leaves it"
+
+
 def of_integers(m: nn.Module, name: str) -> None:
     linear = m.get_submodule(name)
     linear.weight = nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
@@ -240,7 +246,9 @@ def wrapped(m: nn.Module, name: str) -> None:
 
 HOOKS = (hooked, hooked_before, patched)
 CHANGES = [
-    *itertools.product((wrapped, replaced, sharded, of_integers), ("q_proj", "v_proj", "o_proj")),
+    *itertools.product(
+        (wrapped, replaced, sharded, offloaded, of_integers), ("q_proj", "v_proj", "o_proj")
+    ),
     *itertools.product(HOOKS, ("q_proj", "o_proj", "")),
 ]
 
