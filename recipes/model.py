@@ -25,6 +25,7 @@ from atlas_blocks import (
 )
 from atlas_blocks.blocks.base import Documents
 from atlas_blocks.blocks.norm import RMSNorm
+from atlas_blocks.blocks.parameters import Linear
 
 BlockConfig = AtlasBlockConfig | MemoryAsLayerConfig | MemoryAsGateConfig | MemoryAsContextConfig
 
@@ -71,29 +72,41 @@ class LMOutput(NamedTuple):
     state: LanguageModelState
 
 
+class TokenEmbedding(nn.Embedding):
+    """Tokens [B, T] -> x [B, T, dim]; x -> logits [B, T, V] by the same weights.
+
+    Both in forward, where FSDP and offloading see to it that the weights are there.
+    """
+
+    std = 1.0
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.mT if input.is_floating_point() else super().forward(input)
+
+
 class LanguageModel(nn.Module):
-    """`model(tokens, state=None) -> LMOutput(logits, state)`."""
+    """`model(tokens, state=None) -> LMOutput(logits, state)`.
+
+    Embeddings and Linears start from Normal(0, sqrt(2 / (5 dim))), biases from zero: 0.02 at dim
+    1000, more as models narrow. Memory layers keep the start they chose themselves. Every part
+    resets its own: `reset_parameters` of all modules, in any order, draws the model anew.
+    """
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(
             config.block.build(config.dim, config.heads) for _ in range(config.depth)
         )
         self.norm = RMSNorm(config.dim)
         # Tied: no second parameter at all, so that the state_dict holds every tensor once.
         self.head = (
-            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+            None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal(0, sqrt(2 / (5 dim))) for embeddings and linear layers, biases zero.
-
-        It is 0.02 at dim 1000 and grows as models narrow. Memory layers keep the initialisation
-        they chose themselves: their gates start at particular values.
-        """
         std = math.sqrt(2 / (5 * self.config.dim))
         inside_memory = {
             part
@@ -102,10 +115,9 @@ class LanguageModel(nn.Module):
             for part in memory.modules()
         }
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and module not in inside_memory:
-                nn.init.normal_(module.weight, std=std)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, (Linear, TokenEmbedding)) and module not in inside_memory:
+                module.std = std
+                module.reset_parameters()
 
     def forward(
         self,
@@ -135,7 +147,7 @@ class LanguageModel(nn.Module):
             x, block_state = block(x, block_state, cu_seqlens=documents, detach_state=detach_state)
             after.append(block_state)
         x = self.norm(x)
-        logits = x @ self.embedding.weight.mT if self.head is None else self.head(x)
+        logits = (self.embedding if self.head is None else self.head)(x)
         return LMOutput(logits, LanguageModelState(tuple(after)))
 
     def parameter_count(self) -> int:

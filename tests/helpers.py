@@ -54,7 +54,7 @@ def feature_map(name: str, width: int) -> PolynomialMap | SketchMap | None:
     coefficients = taylor_coefficients(2).double()
     if name == "polynomial":
         return PolynomialMap(coefficients)
-    tables = sketch_tables(width, 7, 2, torch.Generator().manual_seed(5))
+    tables = sketch_tables(width, 7, 2, 5)
     return SketchMap(coefficients, *tables, 7)
 
 
@@ -323,6 +323,11 @@ class Layers(torch.nn.Module):
             x, state = block(x, state)
             after.append(state)
         return x, after
+
+
+def unit(x: Tensor) -> Tensor:
+    """What layers make of queries and keys."""
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def draw(*size: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:

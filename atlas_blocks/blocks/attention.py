@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block, Documents
+from atlas_blocks.blocks.norm import rms_norm
+from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import (
     BACKENDS,
@@ -105,8 +107,8 @@ class SlidingWindowAttention(Block):
             check.fail("dim", f"a multiple of 2 * heads = {2 * heads}", dim)
         self.dim, self.heads, self.config = dim, heads, config
         width, sinks = dim // heads, config.sink_tokens
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         self.q_scale = nn.Parameter(torch.empty(width)) if config.qk_norm else None
         self.k_scale = nn.Parameter(torch.empty(width)) if config.qk_norm else None
         self.sink_k = nn.Parameter(torch.empty(heads, sinks, width)) if sinks else None
@@ -161,7 +163,7 @@ class SlidingWindowAttention(Block):
         qkv = check.whole("qkv", self.qkv(x), 3 * self.dim)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
         if self.q_scale is not None and self.k_scale is not None:
-            q, k = _norm(q, self.q_scale), _norm(k, self.k_scale)
+            q, k = rms_norm(q, self.q_scale), rms_norm(k, self.k_scale)
         options: dict[str, Any] = {"window": self.config.window}
         if self.sink_k is not None and self.sink_v is not None:
             sinks = {"sink_k": self.sink_k.to(q.dtype), "sink_v": self.sink_v.to(q.dtype)}
@@ -248,8 +250,3 @@ class SlidingWindowAttention(Block):
 def _stretched(bounds: Tensor, n: int) -> Tensor:
     """The bounds where n more tokens stand before each document."""
     return bounds + n * torch.arange(bounds.shape[0], device=bounds.device)
-
-
-def _norm(x: Tensor, scale: Tensor) -> Tensor:
-    """RMS norm of the last axis in the dtype of `scale`, back in that of x."""
-    return F.rms_norm(x.to(scale.dtype), (x.shape[-1],), scale, eps=1e-6).to(x.dtype)

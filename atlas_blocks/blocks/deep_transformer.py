@@ -5,6 +5,7 @@ B batch, T tokens, H heads of width D, G <= H heads of keys and values, c window
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ConvState, ShortConv
-from atlas_blocks.blocks.memory import AtlasMemoryConfig, Gate
-from atlas_blocks.blocks.norm import RMSNorm
+from atlas_blocks.blocks.memory import AtlasMemoryConfig, Gate, GateLogits
+from atlas_blocks.blocks.norm import RMSNorm, rms_norm, unit_length
+from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import rotary
 from atlas_blocks.functional.kernel_attention import KernelState
@@ -177,7 +179,7 @@ class NeutralGates(nn.Module):
     def untouched(self) -> bool:
         """Whether every gate is still neutral for every input."""
         up = self.eta[1]
-        assert isinstance(up, nn.Linear)
+        assert isinstance(up, GateLogits)
         amounts = [a.weight for a in (self.decay, self.reach) if a is not None]
         return not any(bool(t.any()) for t in (*amounts, up.weight, up.bias))
 
@@ -233,7 +235,7 @@ class DeepTransformerLayer(Block):
         self.width, self.kv_heads = width, kv_heads
 
         total = (heads + 2 * kv_heads) * width
-        self.qkv = nn.Linear(dim, total, bias=c.qkv_bias)
+        self.qkv = Linear(dim, total, bias=c.qkv_bias)
         self.conv = None if c.conv_width is None else ShortConv(total, c.conv_width)
         rms = c.qk_norm == "rms"
         self.q_scale = nn.Parameter(torch.empty(width)) if rms else None
@@ -245,8 +247,8 @@ class DeepTransformerLayer(Block):
             self.gates = NeutralGates(dim, heads, c.window, c.gate_rank)
         # Reads far from every key are small, not noise: below any eps of float32.
         self.norm = RMSNorm(width, eps=1e-12) if c.output_gate else None
-        self.gate = nn.Linear(dim, heads * width, bias=False) if c.output_gate else None
-        self.out = nn.Linear(heads * width, dim, bias=c.out_bias)
+        self.gate = Linear(dim, heads * width, bias=False) if c.output_gate else None
+        self.out = Linear(heads * width, dim, bias=c.out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -284,7 +286,7 @@ class DeepTransformerLayer(Block):
             alpha, eta, gamma = self.gates(x)
             if c.qk_norm == "unit":
                 # One write of strength 1 stores a value: eta counts in units of 1 / exp(k . k).
-                eta = eta * torch.exp(torch.tensor(-self.scale, dtype=eta.dtype))
+                eta = eta * math.exp(-self.scale)
         y, kernel = kernel_attention(
             q,
             k,
@@ -306,7 +308,5 @@ class DeepTransformerLayer(Block):
 
     def _normalise(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if self.config.qk_norm == "unit":
-            return F.normalize(x, dim=-1)
-        if scale is None:
-            return x
-        return F.rms_norm(x.to(scale.dtype), (x.shape[-1],), scale, eps=1e-6).to(x.dtype)
+            return unit_length(x)
+        return x if scale is None else rms_norm(x, scale)

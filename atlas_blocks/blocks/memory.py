@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,21 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.conv import ConvState, ShortConv
-from atlas_blocks.blocks.norm import RMSNorm
+from atlas_blocks.blocks.norm import RMSNorm, unit_length
+from atlas_blocks.blocks.parameters import Linear, fill
 from atlas_blocks.config import Config
 from atlas_blocks.functional.features import (
     FeatureMap,
     PolynomialMap,
     SketchMap,
     polynomial_width,
+    sketch_sizes,
     sketch_tables,
-    taylor_coefficients,
+    sketch_tables_for,
 )
 from atlas_blocks.functional.memories import MEMORIES, weight_shapes
 from atlas_blocks.functional.omega_rule import read_memory
-from atlas_blocks.functional.rule import OmegaState
+from atlas_blocks.functional.rule import OmegaState, Rule, initial_state
 from atlas_blocks.ops.omega_rule import omega_rule
 from atlas_blocks.ops.polynomial_features import as_node
 from atlas_blocks.state import State
@@ -47,7 +49,8 @@ class AtlasMemoryConfig(Config):
     memory, objective, update, window, chunk_size, ns_steps, ns_every: see `omega_rule`.
     momentum: whether theta is there. feature_map: "polynomial" (exact, C(D + degree, degree) wide,
     learnable coefficients), "sketch" (TensorSketch of it, `sketch_width` wide, None = twice the
-    head width), "taylor_exp" (polynomial with fixed 1/n!), "identity". degree: p.
+    head width; its tables follow from `sketch_seed`), "taylor_exp" (polynomial with fixed 1/n!),
+    "identity". degree: p.
     expansion: hidden units of a deep memory, as a multiple of the head width.
     errors: None is "online" for update="gd", where "chunk" may diverge, and "chunk" for "muon".
     decay_to: None is "initial" for a deep memory with update="gd", whose hidden units fade away
@@ -72,6 +75,7 @@ class AtlasMemoryConfig(Config):
     feature_map: str = "sketch"
     degree: int = 2
     sketch_width: int | None = None
+    sketch_seed: int = 0
     expansion: int = 4
     ns_steps: int = 5
     ns_every: int = 1
@@ -110,6 +114,7 @@ class AtlasMemoryConfig(Config):
         ):
             check.at_least(name, getattr(self, name), 1)
         check.at_least("ns_steps", self.ns_steps, 0)
+        check.at_least("sketch_seed", self.sketch_seed, 0)
         if self.feature_map == "sketch":
             check.at_least("degree", self.degree, 2)
         if self.sketch_width is not None:
@@ -172,22 +177,41 @@ class MemoryState(State):
     rule: OmegaState
 
 
+class FixedMemory(State):
+    """weights: of an OmegaState, which a layer given this as its state reads and never writes;
+    None: M_0."""
+
+    weights: tuple[Tensor, ...] | None
+
+
+class GateLogits(nn.Module):
+    """h [..., rank] -> logits [..., width], `start` whatever h is before training.
+
+    No nn.Linear: what initialises every Linear of a model would move where a gate starts.
+    """
+
+    def __init__(self, rank: int, start: list[float]) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(len(start), rank))
+        self.bias = nn.Parameter(torch.empty(len(start)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        fill(self.bias, self.start)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight, self.bias)
+
+
 class Gate(nn.Sequential):
     """x [B, T, dim] -> top * sigmoid(W_2 W_1 x + bias) [B, T, width], `init` before training."""
 
     def __init__(self, dim: int, rank: int, init: list[float], top: float = 1.0) -> None:
-        down, up = nn.Linear(dim, rank, bias=False), nn.Linear(rank, len(init))
-        super().__init__(down, up)
+        start = [math.log(y / (top - y)) for y in init]
+        super().__init__(Linear(dim, rank, bias=False), GateLogits(rank, start))
         self.top = top
-        self.init = [math.log(y / (top - y)) for y in init]
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        down, up = cast("tuple[nn.Linear, nn.Linear]", tuple(self))
-        down.reset_parameters()
-        nn.init.zeros_(up.weight)
-        with torch.no_grad():
-            up.bias.copy_(torch.tensor(self.init))
 
     def forward(self, x: Tensor) -> Tensor:
         # Decays need float32 whatever autocast makes of the Linears.
@@ -198,15 +222,49 @@ class Gate(nn.Sequential):
 class FixedGate(nn.Module):
     """x [B, T, dim] -> the same constants for every token [B, T, width]."""
 
+    row: Tensor
+
     def __init__(self, values: list[float]) -> None:
         super().__init__()
         self.values = values
+        # What is always made anew from `values` needs no place in a checkpoint.
+        self.register_buffer("row", torch.empty(len(values)), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # Half precision would lose 1 - alpha.
+        dtype = torch.promote_types(self.row.dtype, torch.float32)
+        self.row = torch.tensor(self.values, dtype=dtype, device=self.row.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FixedGate:
+        super()._apply(fn, recurse)
+        self.reset_parameters()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        # Made anew each time: a buffer would lose 1 - alpha to a half-precision dtype.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        row = torch.tensor(self.values, dtype=dtype, device=x.device)
+        row = self.row.to(torch.promote_types(x.dtype, torch.float32))
         return row.expand(*x.shape[:-1], -1)
+
+
+class InitialMemory(nn.Module):
+    """M_0, learned: () -> a list of [H, dout, din] for each of the memory's weights.
+
+    1 / sqrt(din) entries before training. Parameters "0", "1", ...
+    """
+
+    def __init__(self, heads: int, shapes: tuple[tuple[int, int], ...]) -> None:
+        super().__init__()
+        for i, shape in enumerate(shapes):
+            self.register_parameter(str(i), nn.Parameter(torch.empty(heads, *shape)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def forward(self) -> list[Tensor]:
+        # Copies: what shards or offloads this module takes its own away again.
+        return [weight.clone() for weight in self.parameters()]
 
 
 class AtlasMemory(Block):
@@ -216,14 +274,15 @@ class AtlasMemory(Block):
         alpha, eta, theta, gamma = sigmoid(low-rank Linears of x), or constants
         M_t by the Omega rule; y = W_out (norm(M_t(phi(q_t))) * silu(W_gate x))
 
-    x [B, T, dim] -> y [B, T, dim]; state MemoryState of a size that does not depend on T.
+    x [B, T, dim] -> y [B, T, dim]; state MemoryState of a size that does not depend on T. With a
+    FixedMemory in place of a state: see `recall`.
     heads must divide dim. Raises ValueError where it does not, and as `Block.forward` does.
     """
 
     state_type = MemoryState
-    buckets: Tensor
+    buckets: Tensor | None
     coefficients: Tensor
-    signs: Tensor
+    signs: Tensor | None
 
     def __init__(
         self, dim: int, heads: int, config: AtlasMemoryConfig = AtlasMemoryConfig()
@@ -237,7 +296,7 @@ class AtlasMemory(Block):
         width = dim // heads
         c = config
 
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, c.conv_width)
         self.alpha = self._gate("alpha", c.retentions(heads))
         eta = (0.5 if c.update == "gd" else 0.05) if c.eta_init is None else c.eta_init
@@ -250,13 +309,10 @@ class AtlasMemory(Block):
         self._make_feature_map(width)
         features = self.feature_width(width)
         self.shapes = weight_shapes(c.memory, features, width, c.expansion * width)
-        self.memory = nn.ParameterList(
-            torch.empty(heads, *shape)
-            for shape in (self.shapes if c.initial_memory == "learned" else ())
-        )
+        self.memory = InitialMemory(heads, self.shapes if c.initial_memory == "learned" else ())
         self.norm = RMSNorm(width)
-        self.gate = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.gate = Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         self.reset_parameters()
 
     def _gate(self, name: str, init: list[float], top: float = 1.0) -> Gate | FixedGate:
@@ -275,12 +331,12 @@ class AtlasMemory(Block):
             self.log_coefficients = nn.Parameter(torch.empty(c.degree + 1))
         elif c.feature_map != "identity":
             self.register_buffer("coefficients", torch.empty(c.degree + 1))
+        # Tables that a checkpoint brought; None: those that follow from the config.
+        self.register_buffer("buckets", None)
+        self.register_buffer("signs", None)
         if c.feature_map == "sketch":
             self.sketch_width = 2 * width if c.sketch_width is None else c.sketch_width
-            for name, table in zip(
-                ("buckets", "signs"), sketch_tables(width, self.sketch_width, c.degree), strict=True
-            ):
-                self.register_buffer(name, table)
+            sketch_sizes(width, self.sketch_width, c.degree)  # or a ValueError
 
     def feature_width(self, width: int) -> int:
         """Dphi: the width of keys after the feature map."""
@@ -296,29 +352,70 @@ class AtlasMemory(Block):
             return None
         learned = self._learns_coefficients()
         coefficients = self.log_coefficients.exp() if learned else self.coefficients
-        if name == "sketch":
+        if name != "sketch":
+            return PolynomialMap(coefficients)
+        if self.buckets is not None and self.signs is not None:
             return SketchMap(coefficients, self.buckets, self.signs, self.sketch_width)
-        return PolynomialMap(coefficients)
+        c, width = self.config, self.dim // self.heads
+        tables = sketch_tables_for(coefficients, width, self.sketch_width, c.degree, c.sketch_seed)
+        return SketchMap(coefficients, *tables, self.sketch_width)
 
-    def initial_weights(self) -> list[Tensor]:
-        """M_0, a list of [H, dout, din]."""
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Older checkpoints have tables of their own, drawn at random: they are kept."""
+        coefficients = {prefix + name for name in ("coefficients", "log_coefficients")}
+        if self.config.feature_map == "sketch" and not coefficients.isdisjoint(state_dict):
+            self.use_own_tables(prefix + "buckets" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def use_own_tables(self, own: bool) -> None:
+        """Room for tables that are part of the layer's data, or those of its config."""
+        self.buckets = self.signs = None
+        if own:
+            c, width = self.config, self.dim // self.heads
+            where = next(self.parameters()).device
+            tables = sketch_tables(width, self.sketch_width, c.degree, c.sketch_seed, where)
+            self.buckets, self.signs = tables
+
+    def initial_weights(self, like: Tensor) -> list[Tensor]:
+        """M_0, a list of [H, dout, din]; zeros have the device and dtype of `like`."""
         if self.config.initial_memory == "learned":
-            return list(self.memory)
-        like = self.out.weight
+            return self.memory()
         return [like.new_zeros(self.heads, *shape) for shape in self.shapes]
 
     def reset_parameters(self) -> None:
-        """M_0 with 1/sqrt(din) entries, gates at their initial values, a_n = 1/n!."""
-        for weight in self.memory:
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        """a_n = 1/n!, and the sketch that follows from the config."""
         if self.config.feature_map == "identity":
             return
-        coefficients = taylor_coefficients(self.config.degree)
-        with torch.no_grad():
-            if self._learns_coefficients():
-                self.log_coefficients.copy_(coefficients.log())
-            else:
-                self.coefficients.copy_(coefficients)
+        factorials = [math.factorial(n) for n in range(self.config.degree + 1)]
+        if self._learns_coefficients():
+            fill(self.log_coefficients, [-math.log(n) for n in factorials])
+        else:
+            fill(self.coefficients, [1 / n for n in factorials])
+        if self.config.feature_map == "sketch":
+            self.use_own_tables(False)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        cu_seqlens: Tensor | Documents | None = None,
+        detach_state: bool = True,
+        place: int | None = None,
+    ) -> tuple[Tensor, Any]:
+        """As `Block.forward`; x [B, T, dim], FixedMemory -> `recall`, what it has read.
+
+        place: see `omega_rule`; x and the state are then taken unchecked, and the state returned
+        stays in the graph.
+        """
+        if isinstance(state, FixedMemory):
+            weights = state.weights
+            if weights is None:
+                weights = self.initial_state(x).rule.weights
+            return self.recall(x, weights), FixedMemory(weights)
+        if place is not None:
+            return self.mix(x, state, place=place)
+        return super().forward(x, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
 
     def mix(
         self,
@@ -328,6 +425,8 @@ class AtlasMemory(Block):
         place: int | None = None,
     ) -> tuple[Tensor, MemoryState]:
         c = self.config
+        if state is None and documents is None and x.shape[1] == 0:
+            return x, self.initial_state(x)
         qkv, conv = self.conv(
             check.whole("qkv", self.qkv(x), 3 * self.dim),
             state and state.conv,
@@ -336,14 +435,14 @@ class AtlasMemory(Block):
         )
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         y, rule = omega_rule(
-            F.normalize(q, dim=-1),
-            F.normalize(k, dim=-1),
+            unit_length(q),
+            unit_length(k),
             v,
             alpha=self.alpha(x),
             eta=self.eta(x),
             theta=None if self.theta is None else self.theta(x),
             gamma=self.gamma(x).unflatten(-1, (self.heads, c.window)),
-            weights=self.initial_weights(),
+            weights=self.initial_weights(q),
             memory=c.memory,
             objective=c.objective,
             feature_map=self.feature_map(),
@@ -362,9 +461,31 @@ class AtlasMemory(Block):
 
     mix_packed = mix
 
+    def initial_state(self, x: Tensor) -> MemoryState:
+        """The state before the first token of x [B, T, dim]."""
+        c = self.config
+        rule = Rule(
+            c.memory,
+            c.objective,
+            c.update,
+            c.ns_steps,
+            c.ns_every,
+            c.chunk_size,
+            c.rule_errors,
+            c.window,
+            c.rule_decay_to,
+        )
+        none = x.new_zeros(len(x), 0, self.heads, self.dim // self.heads)
+        start = initial_state(none, none, self.initial_weights(none), rule, c.momentum)
+        return MemoryState(ConvState(x.new_zeros(len(x), c.conv_width - 1, 3 * self.dim)), start)
+
     def recall(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        """Read a fixed memory: queries [B, T, dim], weights of an OmegaState -> [B, T, dim]."""
-        q = F.normalize(queries.unflatten(-1, (self.heads, -1)), dim=-1)
+        """Read a fixed memory: queries [B, T, dim], weights of an OmegaState -> [B, T, dim].
+
+        `layer(queries, FixedMemory(weights))` is the same, and is seen by what hooks the layer's
+        forward to bring its parameters (FSDP, offloading).
+        """
+        q = unit_length(queries.unflatten(-1, (self.heads, -1)))
         phi = as_node(self.feature_map()) if torch.compiler.is_compiling() else self.feature_map()
         read = read_memory(q, weights, memory=self.config.memory, feature_map=phi)
         return self.norm(read).flatten(-2)

@@ -19,8 +19,9 @@ from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.deep_transformer import DeepTransformerConfig
 from atlas_blocks.blocks.lstm import LSTMConfig
-from atlas_blocks.blocks.memory import AtlasMemoryConfig, MemoryState
+from atlas_blocks.blocks.memory import AtlasMemoryConfig, FixedMemory, MemoryState
 from atlas_blocks.blocks.norm import RMSNorm
+from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import rotary
@@ -255,16 +256,18 @@ class MemoryAsContext(Block):
     ) -> None:
         super().__init__()
         self.dim, self.heads, self.config = dim, heads, config
-        # From which the op of a compiled graph builds it again.
-        self.description = json.dumps({"dim": dim, "heads": heads, "config": config.to_dict()})
+        parts = {"dim": dim, "heads": heads, "config": config.to_dict()}
+        # Made here: a compiled graph can read them, not write them.
+        self.descriptions = tuple(json.dumps({**parts, "own_tables": n}) for n in (False, True))
         self.mixer_norm = RMSNorm(dim)
         self.memory = config.memory.build(dim, heads)
         if dim // heads % 2:
             check.fail("heads", f"an even head width for rotary positions, dim = {dim}", heads)
-        self.recall_query = nn.Linear(dim, dim, bias=False)
-        self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, dim))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.attention_out = nn.Linear(dim, dim, bias=False)
+        self.recall_query = Linear(dim, dim, bias=False)
+        tokens = config.persistent_tokens
+        self.persistent = nn.Parameter(torch.empty(tokens, dim)) if tokens else None
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.attention_out = Linear(dim, dim, bias=False)
         self.attention_norm = RMSNorm(dim)
         self.memory_norm = RMSNorm(dim)
         self.mlp_norm = RMSNorm(dim)
@@ -272,18 +275,32 @@ class MemoryAsContext(Block):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.persistent, std=1.0)  # the scale of the normed tokens beside them
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent, std=1.0)  # the scale of the normed tokens beside them
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """No persistent tokens were once a parameter without elements."""
+        none = state_dict.get(f"{prefix}persistent")
+        if self.persistent is None and none is not None and none.numel() == 0:
+            del state_dict[f"{prefix}persistent"]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def description(self) -> str:
+        """From which the op of a compiled graph builds it again."""
+        return self.descriptions[self.memory.buckets is not None]
 
     def mix(self, x: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
         h = self.mixer_norm(x)
-        before = self.initial_state(h) if state is None else state
-        size = (len(x), 2, self.config.segment, self.dim)
-        check.tensor("state.keys", before.keys, "[B, 2, segment, dim]", size)
+        if state is not None:
+            size = (len(x), 2, self.config.segment, self.dim)
+            check.tensor("state.keys", state.keys, "[B, 2, segment, dim]", size)
         if not torch.compiler.is_compiling():
-            mixed, after = self._rows(h, before)
+            mixed, after = self._rows(h, state)
         elif h.shape[1] == 1:
-            mixed, after = self.token(h, before)
+            mixed, after = self.token(h, self.initial_state(h) if state is None else state)
         else:
+            before = self.initial_state(h) if state is None else state
             mixed, after = memory_as_context(self, h, before)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))[0]
@@ -301,7 +318,10 @@ class MemoryAsContext(Block):
             torch.zeros(h.shape[0], dtype=torch.int64),
         )
 
-    def _rows(self, h: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
+    def _rows(self, h: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
+        if state is None:
+            # Without a state made first: a unit of FSDP gets no gradient through one.
+            return self.segments(h, None) if h.shape[1] else (h, self.initial_state(h))
         positions = state.position.tolist()
         if len(set(positions)) <= 1:
             return self.segments(h, state)
@@ -314,16 +334,17 @@ class MemoryAsContext(Block):
     def segments(
         self,
         h: Tensor,
-        state: ContextState,
+        state: Any,
         kept: list[MemoryState] | None = None,
         whole: Callable[..., tuple[Tensor, ContextState]] | None = None,
     ) -> tuple[Tensor, ContextState]:
         """Normed h [B, T, dim] of rows at one position, segment by segment -> y [B, T, dim], state.
 
-        kept: gets the memory's state before every segment. whole: `piece` of a whole segment.
+        state: ContextState, or None before the first token. kept: gets the memory's state before
+        every segment. whole: `piece` of a whole segment.
         """
         outputs = [h[:, :0]]
-        position = int(state.position[0]) if len(state.position) else 0
+        position = int(state.position[0]) if state is not None and len(state.position) else 0
         for first, span, offset in self.pieces(h.shape[1], position):
             if kept is not None:
                 kept.append(state.memory)
@@ -352,29 +373,31 @@ class MemoryAsContext(Block):
         return found
 
     def piece(
-        self, x: Tensor, state: ContextState, offset: int, place: int | None = None
+        self, x: Tensor, state: ContextState | None, offset: int, place: int | None = None
     ) -> tuple[Tensor, ContextState]:
         """A piece of one segment: x [B, L, dim], normed, `offset` tokens into it and `place`, where
         that is known, into a chunk."""
         span, past = x.shape[1], 0 if offset == 0 else offset
-        read = state.read
-        if offset == 0:  # cloned: the memory keeps its own where a chunk begins here
-            read = tuple(w.clone() for w in state.memory.rule.weights)
-        q, k, v = self._projected(x, read)
-        keys = torch.cat([state.keys[:, :, :past].to(k.dtype), k], 2)
-        values = torch.cat([state.values[:, :, :past].to(v.dtype), v], 2)
+        start = read = None
+        if state is not None:
+            start, read = state.memory, state.read
+            if offset == 0:  # cloned: the memory keeps its own where a chunk begins here
+                read = tuple(w.clone() for w in start.rule.weights)
+        q, keys, values, read = self._projected(x, read)
+        if state is not None:
+            keys = torch.cat([state.keys[:, :, :past].to(keys.dtype), keys], 2)
+            values = torch.cat([state.values[:, :, :past].to(values.dtype), values], 2)
         places = torch.arange(past + span, device=x.device)
         a = self._attention(q, keys, values, places[past:], places)
         if place is None:
-            m, memory = self.memory(a, state.memory, detach_state=False)
+            m, memory = self.memory(a, start, detach_state=False)
         else:
-            m, memory = self.memory.mix(a, state.memory, place=place)
+            m, memory = self.memory(a, start, place=place)
         y = self.attention_norm(a) * self.memory_norm(m)
 
         rest = (0, 0, 0, self.config.segment - past - span)
-        return y, ContextState(
-            memory, read, F.pad(keys, rest), F.pad(values, rest), state.position + span
-        )
+        seen = torch.zeros(len(x), dtype=torch.int64) if state is None else state.position
+        return y, ContextState(memory, read, F.pad(keys, rest), F.pad(values, rest), seen + span)
 
     def token(self, x: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
         """`piece` of one token x [B, 1, dim] of rows at any places, which no host reads."""
@@ -382,7 +405,7 @@ class MemoryAsContext(Block):
         first = (offset == 0)[..., None, None]
         rows = zip(state.memory.rule.weights, state.read, strict=True)
         read = tuple(torch.where(first, now, then) for now, then in rows)
-        q, k, v = self._projected(x, read)
+        q, k, v, _ = self._projected(x, read)
         places = torch.arange(self.config.segment, device=x.device)
         ahead = (places - offset)[:, None, :, None]
         here, past = ahead == 0, ahead < 0
@@ -393,25 +416,35 @@ class MemoryAsContext(Block):
         y = self.attention_norm(a) * self.memory_norm(m)
         return y, ContextState(memory, read, keys, values, state.position + 1)
 
-    def _projected(self, x: Tensor, read: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x [B, L, dim], keys and values [B, 2, L, dim] of what it reads and of it."""
-        h = self.memory.recall(self.recall_query(x), read).to(x.dtype)
+    def _projected(
+        self, x: Tensor, read: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Queries of x [B, L, dim], keys and values [B, 2, L, dim] of what it reads and of it, and
+        the weights read; read: None is M_0."""
+        h, fixed = self.memory(self.recall_query(x), FixedMemory(read))
+        h = h.to(x.dtype)
         q, k, v = check.whole("qkv", self.qkv(x), 3 * self.dim).chunk(3, -1)
         _, hk, hv = self.qkv(h).chunk(3, -1)
-        return q, torch.stack([hk, k], 1), torch.stack([hv, v], 1)
+        return q, torch.stack([hk, k], 1), torch.stack([hv, v], 1), fixed.weights
 
     def _attention(
         self, q: Tensor, keys: Tensor, values: Tensor, at: Tensor, places: Tensor
     ) -> Tensor:
         """Of q [B, L, dim] at [L] or [B, L] over keys [B, 2, n, dim] in these places [n]: a token
         sees every persistent one, and reads and tokens up to its own."""
-        _, pk, pv = self.qkv(self.persistent.to(q.dtype).expand(len(q), -1, -1)).chunk(3, -1)
         seen = places <= at[..., None]
-        seen = torch.cat([seen.new_ones(*seen.shape[:-1], pk.shape[1]), seen, seen], -1)
+        seen, k = [seen, seen], [self._rotated(k, places) for k in keys.unbind(1)]
+        v = list(values.unbind(1))
+        if self.persistent is not None:
+            tokens = self.persistent.to(q.dtype).expand(len(q), -1, -1)
+            _, pk, pv = self.qkv(tokens).chunk(3, -1)
+            always = seen[0].new_ones(*seen[0].shape[:-1], pk.shape[1])
+            seen, k, v = [always, *seen], [self._heads(pk), *k], [pv, *v]
+        seen = torch.cat(seen, -1)
         a = F.scaled_dot_product_attention(
             self._rotated(q, at),
-            torch.cat([self._heads(pk), *(self._rotated(k, places) for k in keys.unbind(1))], 2),
-            self._heads(torch.cat([pv, *values.unbind(1)], 1)),
+            torch.cat(k, 2),
+            self._heads(torch.cat(v, 1)),
             attn_mask=seen if at.ndim == 1 else seen[:, None],
         )
         return self.attention_out(a.transpose(1, 2).flatten(-2))
@@ -428,7 +461,10 @@ class MemoryAsContext(Block):
 def _described(description: str) -> MemoryAsContext:
     """The block whose `description` this is, freshly initialised."""
     parts = json.loads(description)
-    return MemoryAsContext(parts["dim"], parts["heads"], Config.from_dict(parts["config"]))
+    block = MemoryAsContext(parts["dim"], parts["heads"], Config.from_dict(parts["config"]))
+    if parts["own_tables"]:
+        block.memory.use_own_tables(True)
+    return block
 
 
 define(_described)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block, Documents
+from atlas_blocks.blocks.parameters import Linear
 
 
 def default_width(dim: int) -> int:
@@ -26,9 +27,9 @@ class SwiGLU(Block):
         width = default_width(dim) if width is None else width
         check.at_least("width", width, 1)
         self.dim = dim
-        self.gate = nn.Linear(dim, width, bias=False)
-        self.up = nn.Linear(dim, width, bias=False)
-        self.down = nn.Linear(width, dim, bias=False)
+        self.gate = Linear(dim, width, bias=False)
+        self.up = Linear(dim, width, bias=False)
+        self.down = Linear(width, dim, bias=False)
 
     def mix(
         self, x: Tensor, state: None, documents: Documents | None = None

@@ -95,20 +95,58 @@ def polynomial_features(x: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def sketch_tables(
-    dim: int, width: int, degree: int, generator: torch.Generator | None = None
+    dim: int, width: int, degree: int, seed: int = 0, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Random tables of `sketch_features`: one hash of the D coordinates for every factor.
+    """Tables of `sketch_features`: one hash of the D coordinates for every factor.
 
-    Returns buckets int64 [F, D] and signs float32 [F, D], F = 2 + 3 + ... + p factors.
-    Raises ValueError where `width` leaves a degree without a bucket.
+    They depend on the arguments alone: no generator is drawn from, every device makes the same.
+    seed: an int in [0, 2^31). Returns buckets int64 [F, D] and signs float32 [F, D],
+    F = 2 + 3 + ... + p factors. Raises ValueError where `width` leaves a degree without a bucket.
     """
     check.at_least("degree", degree, 2)
-    sizes = sketch_sizes(dim, width, degree)
-    buckets, signs = [], []
-    for n, size in zip(range(2, degree + 1), sizes, strict=True):
-        buckets.append(torch.randint(size, (n, dim), generator=generator))
-        signs.append(torch.randint(2, (n, dim), generator=generator) * 2.0 - 1.0)
-    return torch.cat(buckets), torch.cat(signs)
+    check.at_least("seed", seed, 0)
+    sizes, degrees = sketch_sizes(dim, width, degree), list(range(2, degree + 1))
+    place = torch.arange(sum(degrees) * dim, device=device).view(-1, dim)
+    first, second = (_mixed(2 * place + odd, seed) for odd in (0, 1))
+    rows = zip(first.split(degrees), sizes, strict=True)
+    buckets = torch.cat([row.remainder(size) for row, size in rows])
+    return buckets, ((second & 1) * 2 - 1).float()
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # as `monomial_scales`
+def _kept_tables(
+    dim: int, width: int, degree: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return sketch_tables(dim, width, degree, seed, device)
+
+
+def sketch_tables_for(
+    like: Tensor, dim: int, width: int, degree: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`sketch_tables` on the device of `like`, made once where that is data: not to be written."""
+    plain = type(like) is Tensor and not torch.compiler.is_compiling()
+    make = _kept_tables if plain else sketch_tables
+    return make(dim, width, degree, seed, like.device)
+
+
+def _mixed(place: Tensor, seed: int) -> Tensor:
+    """A hash in [0, 2^32) of every integer in [0, 2^31), another for every seed.
+
+    Multiplications and shifts that spread each bit over all; no product leaves 63 bits.
+    """
+    x = (place * 0x9E3779B1 + _mixed_seed(seed)) & 0xFFFFFFFF
+    for _ in range(3):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _mixed_seed(seed: int) -> int:
+    # Far from those of neighbouring seeds, whose tables would else be shifted copies.
+    x = seed + 1
+    for _ in range(3):
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    return x
 
 
 def sketch_sizes(dim: int, width: int, degree: int) -> list[int]:

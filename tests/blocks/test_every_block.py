@@ -221,9 +221,23 @@ def test_bfloat16_autocast_is_finite_and_near_in_both_directions(name: str) -> N
 def test_a_block_built_on_meta_is_whole_after_reset(name: str) -> None:
     with torch.device("meta"):
         block = BLOCKS[name](DIM, 2)
-    names = [n for n, _ in block.named_parameters()]
-    assert all(p.is_meta for p in block.parameters())
-    assert names == [n for n, _ in BLOCKS[name](DIM, 2).named_parameters()]
+    assert all(t.is_meta for t in (*block.parameters(), *block.buffers()))
+    block.to_empty(device="cpu")
+    with torch.no_grad():
+        for t in (*block.parameters(), *block.buffers()):
+            t.fill_(float("nan") if t.is_floating_point() else 123456789)  # as raw memory may be
+    for module in block.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    one, two = (BLOCKS[name](DIM, 2) for _ in range(2))
+    for (key, p), a, b in zip(
+        block.named_parameters(), one.parameters(), two.parameters(), strict=True
+    ):
+        assert p.isfinite().all(), key
+        assert torch.equal(a, b) == torch.equal(a, p), key
+    one.load_state_dict(block.state_dict())
+    x = draw(2, 20, DIM, dtype=torch.float32)
+    assert torch.equal(one(x)[0], block(x)[0])
 
 
 @every_block

@@ -16,11 +16,17 @@ from helpers import (
     draw,
     make_block,
     small_memory,
+    unit,
 )
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig, ShortConv, SwiGLU
-from atlas_blocks.functional import PolynomialMap, SketchMap, omega_rule_reference
+from atlas_blocks.functional import (
+    PolynomialMap,
+    SketchMap,
+    omega_rule_reference,
+    sketch_tables,
+)
 
 
 def conv_by_hand(weight: Tensor, x: Tensor) -> Tensor:
@@ -62,16 +68,16 @@ def test_the_layer_is_its_formula(memory: str, update: str, features: str, momen
         phi = PolynomialMap(block.log_coefficients.exp())
     elif features == "sketch":
         coefficients = block.log_coefficients.exp()
-        phi = SketchMap(coefficients, block.buckets, block.signs, 2 * width)
+        phi = SketchMap(coefficients, *sketch_tables(width, 2 * width, 2), 2 * width)
     read, _ = omega_rule_reference(
-        q / q.norm(dim=-1, keepdim=True),
-        k / k.norm(dim=-1, keepdim=True),
+        unit(q),
+        unit(k),
         v,
         alpha=sigmoid_gate(block.alpha, x),
         eta=sigmoid_gate(block.eta, x),
         theta=sigmoid_gate(block.theta, x, 0.99) if momentum else None,
         gamma=sigmoid_gate(block.gamma, x).reshape(2, 20, HEADS, 5),
-        weights=list(block.memory),
+        weights=block.memory(),
         memory=memory,
         feature_map=phi,
         update=update,
@@ -80,7 +86,7 @@ def test_the_layer_is_its_formula(memory: str, update: str, features: str, momen
         decay_to="initial" if update == "gd" and memory != "matrix" else "zero",
     )
     square = read.square().mean(-1, keepdim=True)
-    read = read / (square + torch.finfo(torch.float64).eps).sqrt() * block.norm.weight
+    read = read / (square + block.norm.eps).sqrt() * block.norm.weight
     gated = read.flatten(-2) * F.silu(x @ block.gate.weight.T)
     assert difference([block(x)[0]], [gated @ block.out.weight.T]) < 1e-10
 

@@ -22,7 +22,7 @@ from atlas_blocks import (
 
 
 def rms(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    scale = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+    scale = (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
     return x / scale * norm.weight
 
 
@@ -87,7 +87,8 @@ def context_by_hand(block: MemoryAsContext, x: Tensor) -> Tensor:
         a = []
         for t in range(len(part)):
             # (input of the key, place or None for the persistent tokens, which are not turned)
-            seen = [(p, None) for p in block.persistent]
+            tokens = () if block.persistent is None else block.persistent
+            seen = [(p, None) for p in tokens]
             seen += [(reads[j], j) for j in range(t + 1)] + [(part[j], j) for j in range(t + 1)]
             heads = []
             for n in range(HEADS):

@@ -93,10 +93,9 @@ def test_taylor_coefficients_make_the_exponential() -> None:
 
 def sketches(tables: int, width: int, a: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Kernels of `tables` sketches [tables, m, n]."""
-    g = torch.Generator().manual_seed(0)
     found = []
-    for _ in range(tables):
-        phi = SketchMap(a, *sketch_tables(x.shape[-1], width, len(a) - 1, g), width)
+    for seed in range(tables):
+        phi = SketchMap(a, *sketch_tables(x.shape[-1], width, len(a) - 1, seed), width)
         found.append(phi.kernel(x, y))
     return torch.stack(found)
 
@@ -128,7 +127,7 @@ def test_constant_and_linear_part_of_a_sketch_are_exact() -> None:
 
 def test_a_sketch_is_the_circular_convolution_of_count_sketches() -> None:
     dim, width, a = 4, 12, coefficients_of(2)
-    buckets, signs = sketch_tables(dim, width, 2, torch.Generator().manual_seed(2))
+    buckets, signs = sketch_tables(dim, width, 2, 2)
     x, size = draw(dim), width - 1 - dim
     counts = torch.zeros(2, size, dtype=torch.float64)
     for n in range(2):
@@ -142,10 +141,27 @@ def test_a_sketch_is_the_circular_convolution_of_count_sketches() -> None:
     assert difference([sketch_features(x, a, buckets, signs, width)], [true]) < 1e-13
 
 
+def test_tables_depend_on_their_arguments_alone() -> None:
+    """Checkpoints do not hold them: these numbers may never change."""
+    buckets, signs = sketch_tables(4, 12, 3, seed=0)
+    assert buckets.tolist() == [
+        [1, 3, 0, 2], [2, 2, 2, 3], [1, 0, 0, 2], [1, 1, 2, 1], [0, 2, 0, 2]
+    ]  # fmt: skip
+    assert signs.tolist() == [
+        [1, 1, 1, -1], [1, 1, -1, 1], [1, 1, 1, -1], [1, 1, 1, -1], [1, -1, 1, 1]
+    ]  # fmt: skip
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        again = sketch_tables(4, 12, 3)
+    assert torch.equal(again[0], buckets)
+    assert torch.equal(again[1], signs)
+    assert not torch.equal(sketch_tables(4, 12, 3, seed=1)[0], buckets)
+
+
 def test_tables_alone_decide_a_sketch() -> None:
     a, x = coefficients_of(3), draw(6, 5)
     first, again, other = (
-        sketch_tables(5, 16, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        sketch_tables(5, 16, 3, seed) for seed in (1, 1, 2)
     )
     torch.manual_seed(4)
     f = sketch_features(x, a, *first, 16)
@@ -161,7 +177,7 @@ def test_no_vectors_have_no_features(shape: tuple[int, ...]) -> None:
 
 
 def test_sketch_gradcheck_with_its_coefficients() -> None:
-    tables = sketch_tables(3, 12, 3, torch.Generator().manual_seed(1))
+    tables = sketch_tables(3, 12, 3, 1)
     x, a = draw(2, 3).requires_grad_(), coefficients_of(3).requires_grad_()
     assert gradcheck(lambda x, a: sketch_features(x, a, *tables, 12), (x, a))
 
@@ -169,7 +185,7 @@ def test_sketch_gradcheck_with_its_coefficients() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_features_have_the_dtype_of_their_input(dtype: torch.dtype) -> None:
     x = (0.5 * draw(6, 5)).to(dtype)
-    tables = sketch_tables(5, 16, 2, torch.Generator().manual_seed(1))
+    tables = sketch_tables(5, 16, 2, 1)
     for phi in (
         PolynomialMap(taylor_coefficients(3)),
         SketchMap(taylor_coefficients(2), *tables, 16),
@@ -193,6 +209,7 @@ def test_features_have_the_dtype_of_their_input(dtype: torch.dtype) -> None:
             "coefficients' length: expected an int >= 1, got 0",
         ),
         (lambda: sketch_tables(5, 16, 1), "degree: expected an int >= 2, got 1"),
+        (lambda: sketch_tables(5, 16, 2, seed=-1), "seed: expected an int >= 0, got -1"),
         (
             lambda: sketch_tables(5, 6, 2),
             r"sketch width: expected at least 1 \+ D \+ \(degree - 1\) = 7, got 6",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import difference, draw
+from helpers import difference, draw, unit
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig
@@ -38,7 +38,7 @@ def agree(layer: AtlasMemory, recurrence: Callable[..., Tensor], tolerance: floa
     with torch.no_grad():
         qkv = F.silu(layer.conv(layer.qkv(x))[0])[0].unflatten(-1, (3, HEADS, -1))
         q, k, v = qkv.unbind(1)
-        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        q, k = unit(q), unit(k)
     y = recurrence(q, k, v, x)
     y = layer.norm(y[None]).flatten(-2) * F.silu(layer.gate(x))
     assert difference([layer(x)[0]], [layer.out(y)]) < tolerance
@@ -172,7 +172,7 @@ def test_titans_is_its_long_term_memory_module(chunk):
     def recurrence(q, k, v, x):
         alpha, theta = layer.alpha(x)[0], layer.theta(x)[0]
         eta = layer.gamma(x)[0]  # the strength of a write, within the momentum
-        w = [m.detach() for m in layer.memory]
+        w = [m.detach() for m in layer.memory()]
         s, start, outputs = [torch.zeros_like(m) for m in w], w, []
         for t in range(LENGTH):
             start = w if t % chunk == 0 else start
@@ -198,7 +198,7 @@ def test_ttt_steps_by_mini_batches():
     @torch.no_grad()
     def recurrence(q, k, v, x):
         eta, outputs = layer.eta(x)[0], []
-        w = start = [m.detach() for m in layer.memory]
+        w = start = [m.detach() for m in layer.memory()]
         for t in range(LENGTH):
             start = w if t % 16 == 0 else start
             grad = slopes(
@@ -218,7 +218,7 @@ def test_dla_writes_values_into_a_deep_memory():
     @torch.no_grad()
     def recurrence(q, k, v, x):
         alpha, eta = layer.alpha(x)[0], layer.eta(x)[0] * layer.gamma(x)[0]
-        phi, w, outputs = layer.feature_map(), [m.detach() for m in layer.memory], []
+        phi, w, outputs = layer.feature_map(), [m.detach() for m in layer.memory()], []
         for t in range(LENGTH):
             grad = slopes(w, lambda a, b, t=t: -(mlp(a, b, phi(k[t]), k[t]) * v[t]).sum())
             w = [

@@ -1,0 +1,115 @@
+"""FSDP2 over units finer than a block, and what is built without storage, in one process."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import BLOCKS, DIM, HEADS, difference, draw, make_block
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from atlas_blocks import AtlasMemory
+from atlas_blocks.recipes import build
+
+# Of what is changed in place after a unit has returned it: nothing is.
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+
+if not dist.is_available():
+    pytest.skip("torch is built without torch.distributed", allow_module_level=True)
+
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+UNITS: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
+    "memories": lambda model: [m for m in model.modules() if isinstance(m, AtlasMemory)],
+    "all that has parameters": lambda model: [
+        m for m in model.modules() if m is not model and any(True for _ in m.parameters(False))
+    ],
+    "every Linear": lambda model: [m for m in model.modules() if isinstance(m, nn.Linear)],
+}
+
+
+def full(t: Tensor) -> Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def gradients(model: nn.Module, y: Tensor) -> list[Tensor]:
+    (y * draw(*y.shape, seed=2, dtype=y.dtype)).sum().backward()
+    return [full(p.grad) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("name", [n for n in BLOCKS if n.startswith(("as", "block-memory"))])
+def test_units_of_a_block_are_the_block(name: str, units: str) -> None:
+    whole, model = make_block(name), make_block(name)
+    for unit in reversed(UNITS[units](model)):  # parts before what holds them
+        fully_shard(unit)
+    fully_shard(model)
+    x = draw(2, 30, DIM)
+    y, state = model(x)
+    true, _ = whole(x)
+    assert difference([y], [true]) < 1e-12
+    assert difference(gradients(model, y), gradients(whole, true)) < 1e-10
+    again, _ = model(x[:, :3], state)
+    assert difference([again], [whole(x[:, :3], state)[0]]) < 1e-12
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["omeganet-tiny", "atlas-mac-tiny"])
+def test_an_embedding_that_is_the_head_too_is_a_unit(name: str, tied: bool) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(build(name, depth=2, tie_embeddings=tied).double())
+    whole, model = models
+    for unit in (model.embedding, *(b.memory for b in model.blocks if hasattr(b, "memory"))):
+        fully_shard(unit)
+    for unit in (*model.blocks, model):
+        fully_shard(unit)
+    tokens = torch.arange(40)[None] % 256
+    y, true = model(tokens).logits, whole(tokens).logits
+    assert difference([y], [true]) < 1e-10
+    assert difference(gradients(model, y), gradients(whole, true)) < 1e-8
+
+
+def test_no_persistent_tokens_are_no_empty_shard() -> None:
+    model, x = make_block("as-context-muon"), draw(1, 9, DIM)
+    assert model.config.persistent_tokens == 0
+    fully_shard(model)
+    model(x)[0].sum().backward()
+
+
+def test_a_memory_keeps_float32_under_a_policy_of_bfloat16() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = make_block("as-context", torch.float32)
+    x = draw(1, 30, DIM, dtype=torch.float32)
+    true = model(x)[0]
+    for unit in (model.memory, model):
+        fully_shard(unit, mp_policy=policy)
+    y, state = model(x)
+    assert all(w.dtype == torch.float32 for w in (*state.memory.rule.weights, *state.read))
+    assert (y - true).norm() < 0.1 * true.norm()
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_sharded_block_built_on_meta_is_whole_after_reset(name: str) -> None:
+    """Whatever the order; with a mesh of one, which is DTensors all the same."""
+    with torch.device("meta"):
+        block = BLOCKS[name](DIM, HEADS)
+    fully_shard(block)
+    block.to_empty(device="cpu")
+    for module in reversed(list(block.modules())):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    built = BLOCKS[name](DIM, HEADS)
+    built.load_state_dict({n: full(t) for n, t in block.state_dict().items()})
+    x = draw(1, 20, DIM, dtype=torch.float32)
+    assert torch.equal(block(x)[0], built(x)[0])
