@@ -23,6 +23,7 @@ from atlas_blocks import (
     check,
 )
 from atlas_blocks.blocks.deep_transformer import NeutralGates
+from atlas_blocks.blocks.parameters import Linear
 
 MODELS = "Gemma, GPT-2, Llama, Mistral, Qwen2 or Qwen3"
 RMS_EPS = 1e-6
@@ -211,7 +212,7 @@ def _of_transformers(hook: Any) -> bool:
 
 def _plain_parts() -> list[type]:
     """The classes that compute with a weight and perhaps a bias, and with nothing else."""
-    found = [nn.Linear, NonDynamicallyQuantizableLinear]
+    found = [nn.Linear, Linear, NonDynamicallyQuantizableLinear]
     for path, kind in (
         ("pytorch_utils", "Conv1D"),
         ("models.qwen3.modeling_qwen3", "Qwen3RMSNorm"),
