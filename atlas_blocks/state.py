@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -48,34 +49,33 @@ def _aligned(values: Sequence[Any]) -> Sequence[Any]:
     return [type(first)(*fields) for fields in zip(*columns, strict=True)]
 
 
-def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _named(value: Any, name: str = "", exact: bool = False) -> Iterator[tuple[str, Tensor, bool]]:
+    """Every tensor under its name, and whether it is of an EXACT field."""
     if isinstance(value, Tensor):
-        yield name, value
-        return
-    parts: Any = ()
-    if isinstance(value, State):
-        parts = zip(value.field_names, value._values(), strict=True)
+        yield name, value, exact
+    elif isinstance(value, State):
+        for key, part in zip(value.field_names, value._values(), strict=True):
+            yield from _named(part, f"{name}.{key}" if name else key, key in value.EXACT)
     elif isinstance(value, tuple):
-        parts = enumerate(value)
-    for key, part in parts:
-        yield from _named(part, f"{name}.{key}" if name else str(key))
+        for i, part in enumerate(value):
+            yield from _named(part, f"{name}.{i}", exact)
 
 
-def _to(value: Any, device: torch.device | None, dtype: torch.dtype | None, exact: bool) -> Any:
-    """exact: of what is never less than float32."""
+def _map_exact(fn: Callable[[Tensor, bool], Tensor], value: Any, exact: bool = False) -> Any:
+    """`map` where `fn` also learns whether the tensor is of an EXACT field."""
+    if isinstance(value, Tensor):
+        return fn(value, exact)
     if isinstance(value, State):
         named = zip(value.field_names, value._values(), strict=True)
-        return type(value)(*(_to(v, device, dtype, name in value.EXACT) for name, v in named))
+        return type(value)(*(_map_exact(fn, v, name in value.EXACT) for name, v in named))
     if isinstance(value, tuple):
-        return tuple(_to(v, device, dtype, exact) for v in value)
-    if not isinstance(value, Tensor):
-        return value
-    if not value.is_floating_point():
-        # Positions are read on the host, where nothing waits for a device.
-        return value.cpu() if device is not None and device.type == "cpu" else value
-    if exact and dtype is not None:
-        dtype = torch.promote_types(dtype, torch.float32)
-    return value.to(device=device, dtype=dtype)
+        return tuple(_map_exact(fn, v, exact) for v in value)
+    return value
+
+
+def _spelt(name: str) -> str:
+    """ "rule.weights.0" as people write it."""
+    return "state." + re.sub(r"\.(\d+)", r"[\1]", name)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -139,7 +139,7 @@ class State:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every tensor under a name such as "rule.weights.0"."""
-        return dict(_named(self, ""))
+        return {name: t for name, t, _ in _named(self)}
 
     @property
     def nbytes(self) -> int:
@@ -186,7 +186,44 @@ class State:
             device, dtype = None, device
         if dtype is not None and not dtype.is_floating_point:
             check.fail("dtype", "a floating dtype", dtype)
-        return _to(self, None if device is None else torch.device(device), dtype, exact=False)
+        place = None if device is None else torch.device(device)
+        least = None if dtype is None else torch.promote_types(dtype, torch.float32)
+
+        def moved(t: Tensor, exact: bool) -> Tensor:
+            if t.is_floating_point():
+                return t.to(device=place, dtype=least if exact else dtype)
+            # Positions are read on the host, where nothing waits for a device.
+            return t.cpu() if place is not None and place.type == "cpu" else t
+
+        return _map_exact(moved, self)
+
+    def fitted(self: S, *inputs: Tensor) -> S:
+        """What a call with these inputs goes on from: in float64 where one is, and with copies of
+        what was computed under inference_mode, where gradients are recorded.
+
+        Raises ValueError for tensors on another device, and for a memory below float32.
+        """
+        device, dtype, copied = inputs[0].device, torch.float32, False
+        tensors = [named for named in _named(self) if named[1].is_floating_point()]
+        if any(
+            t.dtype == torch.float64 for t in (*inputs, *(t for _, t, exact in tensors if exact))
+        ):
+            dtype = torch.float64
+        for name, t, exact in tensors:
+            if t.device != device:
+                check.fail(_spelt(name), f"device {device} (state.to moves it)", t.device)
+            if exact and t.dtype not in (torch.float32, torch.float64):
+                check.fail(_spelt(name), "torch.float32 or torch.float64, as in a memory", t.dtype)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            copied = any(t.is_inference() for t in self.tensors())
+        if not copied and all(t.dtype == dtype for _, t, exact in tensors if exact):
+            return self
+
+        def fit(t: Tensor, exact: bool) -> Tensor:
+            t = t.clone() if copied else t
+            return t.to(dtype) if exact and t.is_floating_point() else t
+
+        return _map_exact(fit, self)
 
     def cpu(self: S) -> S:
         """All of it on the CPU."""

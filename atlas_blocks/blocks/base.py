@@ -103,10 +103,12 @@ class Block(nn.Module, abc.ABC):
         ):
             kind = "" if self.state_type is None else f"{self.state_type.__name__} or "
             check.fail("state", f"{kind}None", type(state).__name__)
+        if state is not None:
+            state = state.fitted(x)
         if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
             cu_seqlens = Documents.check(cu_seqlens, x)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.count
-        if state is not None and (n := state.tensors()[0].shape[0]) != rows:
+        if state is not None and (n := len(state)) != rows:
             what = "that of x" if cu_seqlens is None else "documents in cu_seqlens"
             check.fail("state", f"a batch of {rows} ({what})", n)
         if cu_seqlens is None:

@@ -153,7 +153,7 @@ def complete(
         torch.ones_like(like) if eta is None else eta,
         torch.ones_like(like[..., None]) if gamma is None else gamma,
     )
-    return gates, initial_state(s, q, v) if state is None else state
+    return gates, initial_state(s, q, v) if state is None else state.fitted(q, v)
 
 
 def run(
@@ -168,7 +168,7 @@ def run(
     if not safe and not _finite(y, state.coefficients):
         if not _finite(q, k, v, *gates):
             raise FloatingPointError("kernel_attention: an argument is not finite")
-        top = s.scale * k.detach().double().square().sum(-1).max().item()
+        top = s.scale * k.detach().float().square().sum(-1).max().item()
         raise FloatingPointError(
             f"kernel_attention: the exponential kernel overflows {y.dtype} (the largest "
             f"scale * |k|^2 is {top:.3g}); shorten q and k or lower scale"

@@ -21,9 +21,9 @@ from atlas_blocks.functional.rule import (
     Arguments,
     OmegaState,
     Rule,
+    checked,
     first_state,
     state_dtype,
-    validate,
 )
 from atlas_blocks.functional.walk import ChunkMemory, MuonChunk, walk_gradient, walk_muon
 
@@ -90,8 +90,7 @@ def omega_rule(
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, errors, window, decay_to)
     a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens)
-    validate(*a)
-    return run(a)
+    return run(checked(a))
 
 
 def run(

@@ -228,6 +228,13 @@ def validate(
     check.tensor("state.position", state.position, "[B]", (batch,), (torch.int64,))
 
 
+def checked(a: Arguments) -> Arguments:
+    """The same with a state in the dtype of the arithmetic. Raises ValueError as `validate` does
+    and for a state on another device or of less than float32."""
+    validate(*a)
+    return a if a.state is None else a._replace(state=a.state.fitted(a.q, a.v))
+
+
 def initial_state(
     q: Tensor,
     v: Tensor,

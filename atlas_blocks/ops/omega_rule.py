@@ -139,7 +139,7 @@ def omega_rule(
     window = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     rule = Rule(memory, objective, update, ns_steps, ns_every, chunk_size, errors, window, decay_to)
     a = Arguments(q, k, v, alpha, eta, theta, gamma, weights, feature_map, rule, state, cu_seqlens)
-    rules.validate(*a)
+    a = rules.checked(a)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(a))
     chosen = _choose(provider, providers.context(), *facts_of(a, needs_grad, traced(), place))
     if chosen == providers.DEFINITION and not torch.compiler.is_compiling():

@@ -1,8 +1,11 @@
 """States of every block: whose memory they are, and what a call may be given to go on from."""
 
 import pytest
-from helpers import BLOCKS, DIM, draw, make_block
+import torch
+from helpers import BLOCKS, DIM, cast, draw, make_block, rule_inputs
 from torch import Tensor
+
+from atlas_blocks import State, functional, ops
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
@@ -26,3 +29,125 @@ def test_a_returned_state_shares_memory_with_nothing(name: str, length: int) -> 
     for t in state.tensors():
         assert t.is_contiguous()
         assert t.untyped_storage().nbytes() == t.nbytes
+
+
+def of_all(result: tuple[Tensor, State | None]) -> list[Tensor]:
+    y, state = result
+    return [y, *(() if state is None else state.tensors())]
+
+
+@every_block
+def test_a_float32_state_goes_on_in_float64(name: str) -> None:
+    block, x = make_block(name, torch.float32), draw(2, 20, DIM)
+    _, state = block(x[:, :9].float())
+    if state is None:
+        return
+    block.double()
+    y, after = block(x[:, 9:], state)
+    # As if each number of the state had been written in float64 in the first place.
+    for a, b in zip(
+        of_all((y, after)), of_all(block(x[:, 9:], state.to(torch.float64))), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert a.dtype in (torch.float64, torch.int64)
+
+
+@every_block
+def test_a_float64_state_goes_on_in_float32(name: str) -> None:
+    block, x = make_block(name), draw(2, 20, DIM)
+    _, state = block(x[:, :9])
+    if state is None:
+        return
+    true, _ = block(x[:, 9:], state)
+    y, after = block.float()(x[:, 9:].float(), state)
+    assert y.dtype == torch.float32
+    assert (y - true).norm() < 1e-3 * true.norm()
+    again, _ = block(x[:, :1].float(), after)
+    assert again.isfinite().all()
+
+
+@every_block
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_a_state_lowered_by_to_goes_on_nearby(name: str, low: torch.dtype) -> None:
+    """`to` keeps in float32 what must be; caches of keys and values may be rounded."""
+    block, x = make_block(name, torch.float32), draw(2, 20, DIM, dtype=torch.float32)
+    _, state = block(x[:, :9])
+    if state is None:
+        return
+    true, y = (block(x[:, 9:], s)[0] for s in (state, state.to(low)))
+    assert y.dtype == torch.float32
+    assert (y - true).norm() < 0.05 * true.norm()
+
+
+@every_block
+def test_a_memory_rounded_below_float32_is_refused_by_name(name: str) -> None:
+    block, x = make_block(name, torch.float32), draw(2, 20, DIM, dtype=torch.float32)
+    _, state = block(x[:, :9])
+    if state is None:
+        return
+    low = state.map(lambda t: t.bfloat16() if t.is_floating_point() else t)
+    if not name.startswith(("lstm", "conv", "block-lstm", "block-attention")):
+        message = r"state\.\S+: expected torch\.float32 or torch\.float64, .*, got torch\.bfloat16"
+        with pytest.raises(ValueError, match=message):
+            block(x[:, 9:], low)
+        return
+    assert (block(x[:, 9:], low)[0] - block(x[:, 9:], state)[0]).norm() < 1
+
+
+@every_block
+def test_a_state_on_another_device_is_refused_by_name(name: str) -> None:
+    block, x = make_block(name), draw(2, 20, DIM)
+    _, state = block(x[:, :9])
+    if state is None:
+        return
+    with pytest.raises(ValueError, match=r"state\.\S+: expected device cpu .*, got meta"):
+        block(x[:, 9:], state.to("meta"))
+
+
+def test_nested_states_are_named_as_they_are_reached() -> None:
+    block, x = make_block("as-layer", torch.float32), draw(2, 9, DIM, dtype=torch.float32)
+    _, state = block(x)
+    memory, attention = state.parts
+    rule = memory.parts[0].rule
+    low = rule.replace(momentum=tuple(t.half() for t in rule.momentum))
+    memory = memory.replace(parts=(memory.parts[0].replace(rule=low),))
+    with pytest.raises(ValueError, match=r"state\.parts\[0\]\.parts\[0\]\.rule\.momentum\[0\]: "):
+        block(x, state.replace(parts=(memory, attention)))
+
+
+@pytest.mark.parametrize("rule", [functional.omega_rule, ops.omega_rule])
+def test_the_rule_alone_takes_states_as_a_layer_does(rule) -> None:
+    options = {"memory": "mlp", "chunk_size": 4}
+    inputs = rule_inputs("mlp", length=6)
+    _, state = rule(**cast(inputs, torch.float32, torch.float32), **options)
+    _, after = rule(**inputs, **options, state=state)
+    _, true = rule(**inputs, **options, state=state.to(torch.float64))
+    assert all(torch.equal(a, b) for a, b in zip(after.tensors(), true.tensors(), strict=True))
+    with pytest.raises(ValueError, match=r"state\.weights\[0\]: expected device cpu .*, got meta"):
+        rule(**inputs, **options, state=state.to("meta"))
+    low = state.map(lambda t: t.half() if t.is_floating_point() else t)
+    with pytest.raises(ValueError, match=r"state\.weights\[0\]: expected torch\.float32 or"):
+        rule(**inputs, **options, state=low)
+
+
+@every_block
+def test_a_prefix_read_under_inference_mode_is_trained_on(name: str) -> None:
+    block, x = make_block(name), draw(2, 20, DIM)
+    with torch.inference_mode():
+        _, inferred = block(x[:, :9])
+    _, state = block(x[:, :9])
+    gradients = []
+    for s in (inferred, state):
+        leaf = x[:, 9:].clone().requires_grad_()
+        y, after = block(leaf, s)
+        gradients.append(
+            torch.autograd.grad(
+                y.square().sum(),
+                [leaf, *block.parameters()],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+        assert after is None or not any(t.is_inference() for t in after.tensors())
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
