@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atlas_blocks import check
 from atlas_blocks.functional import attention_providers as providers
+from atlas_blocks.functional.float64 import float64_device
 
 INTS = (torch.int32, torch.int64)
 # Fastest first where there is a GPU; sdpa serves every call.
@@ -24,8 +25,9 @@ def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Rotary position embedding (Su et al. 2021, eq. 15), coordinate i paired with D/2 + i.
 
     x: [B, T, H, D], D even. positions: int [T] or [B, T]. Returns [B, T, H, D] in the dtype of x.
-    Angles are computed in float64, so that a score depends on the distance alone to the precision
-    of x at any position below about 1e12; the product is at least float32.
+    Angles are computed in float64 (on the CPU for a device that has none), so that a score depends
+    on the distance alone to the precision of x at any position below about 1e12; the product is at
+    least float32.
     Raises ValueError on a wrong shape or dtype.
     """
     check.tensor("x", x, "[B, T, H, D]", (None, None, None, None))
@@ -35,10 +37,11 @@ def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     per_row = isinstance(positions, Tensor) and positions.dim() == 2
     axes, sizes = ("[B, T]", (B, T)) if per_row else ("[T]", (T,))
     check.tensor("positions", positions, axes, sizes, INTS)
-    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D
-    angles = positions.to(x.device).double()[..., None, None] * base**-exponents  # [.., T, 1, D/2]
+    device = float64_device(x.device)
+    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=device) / D
+    angles = positions.to(device).double()[..., None, None] * base**-exponents  # [.., T, 1, D/2]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = (t.to(dtype).to(x.device) for t in (angles.cos(), angles.sin()))
     x1, x2 = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 

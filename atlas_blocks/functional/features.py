@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks import check
+from atlas_blocks.functional.float64 import float64_device
 
 
 def taylor_coefficients(degree: int) -> Tensor:
@@ -179,8 +180,8 @@ def sketch_features(
     root = _safe_sqrt(coefficients.to(wide.dtype))
     degrees, sizes = list(range(2, degree + 1)), sketch_sizes(dim, width, degree)
     hashes = zip(buckets.split(degrees), signs.split(degrees), sizes, strict=True)
-    tables = [_spectrum(*one).to(wide.dtype) for one in hashes]
-    back = {size: _back(size, x.device).to(wide.dtype) for size in set(sizes)}
+    tables = [_spectrum(*one, wide.dtype) for one in hashes]
+    back = {size: _back(size, x.device, wide.dtype) for size in set(sizes)}
     # The spectra of all sketches in one product, then all of theirs: compiled, few kernels.
     spectra = (wide @ torch.cat(tables, 1)).split([t.shape[1] for t in tables], -1)
     factors = [
@@ -193,27 +194,28 @@ def sketch_features(
     return torch.cat([constant, root[1] * wide, *parts], dim=-1).to(x.dtype)
 
 
-def _spectrum(buckets: Tensor, signs: Tensor, size: int) -> Tensor:
+def _spectrum(buckets: Tensor, signs: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Of n count sketches, as a matrix on x: [D, n (real and imaginary part) (size // 2 + 1)]."""
     frequency = torch.arange(size // 2 + 1, device=buckets.device)
-    waves = _waves(buckets.mT[..., None] * frequency, size)
-    return (waves * signs.mT[..., None, None].detach()).flatten(1)
+    waves = _waves(buckets.mT[..., None] * frequency, size, dtype)
+    return (waves * signs.mT[..., None, None].detach().to(dtype)).flatten(1)
 
 
-def _back(size: int, device: torch.device) -> Tensor:
+def _back(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """From the first size // 2 + 1 frequencies of a real sequence to it: [2 (size // 2 + 1), size].
 
     The others are the same again, conjugate.
     """
     frequency = torch.arange(size // 2 + 1, device=device)
-    waves = _waves(torch.arange(size, device=device)[:, None] * frequency, size)
+    waves = _waves(torch.arange(size, device=device)[:, None] * frequency, size, dtype)
     return (waves * torch.where(2 * frequency % size == 0, 1, 2) / size).flatten(1).mT
 
 
-def _waves(place: Tensor, size: int) -> Tensor:
-    """exp(-2 pi i place / size) of integers [..., n]: its two parts in float64 [..., 2, n]."""
-    turn = place.remainder(size).double() * (2 * math.pi / size)
-    return torch.stack([turn.cos(), -turn.sin()], -2)
+def _waves(place: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """exp(-2 pi i place / size) of integers [..., n]: its two parts [..., 2, n], rounded once."""
+    device = float64_device(place.device)
+    turn = place.remainder(size).to(device).double() * (2 * math.pi / size)
+    return torch.stack([turn.cos(), -turn.sin()], -2).to(dtype).to(place.device)
 
 
 def _complex_product(a: Tensor, b: Tensor) -> Tensor:

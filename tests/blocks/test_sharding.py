@@ -14,10 +14,8 @@ from atlas_blocks.recipes import build
 # Of what is changed in place after a unit has returned it: nothing is.
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
 
-if not dist.is_available():
-    pytest.skip("torch is built without torch.distributed", allow_module_level=True)
-
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+fully_shard = fsdp.fully_shard
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +85,7 @@ def test_no_persistent_tokens_are_no_empty_shard() -> None:
 
 
 def test_a_memory_keeps_float32_under_a_policy_of_bfloat16() -> None:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     model = make_block("as-context", torch.float32)
     x = draw(1, 30, DIM, dtype=torch.float32)
     true = model(x)[0]
