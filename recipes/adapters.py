@@ -92,6 +92,9 @@ def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
     compute it, where `like` does not fit, and as `from_attention` does for either's parameters.
     """
     layout = _layout(like)
+    if parametrize.type_before_parametrizations(layer) is not DeepTransformerLayer:
+        check.fail("layer", "a DeepTransformerLayer", type(layer).__name__)
+    _check_own("layer", layer, is_part=False)
     gates = layer.gates
     if not isinstance(gates, NeutralGates) or not gates.untouched():
         check.fail("layer", "gates that are still neutral", "gates that are not")

@@ -123,10 +123,11 @@ class HuggingFaceAttention(nn.Module):
         B, T, _ = hidden_states.shape
         if before is not None and (n := before.tensors()[0].shape[0]) != B:
             check.fail("past_key_values", f"a cache of {B} rows", f"{n} rows")
-        visible = None
+        visible, device = None, hidden_states.device
         if attention_mask is not None:
-            visible = _visible(attention_mask, B, T, P)
-        places = _places(visible, position_ids, hidden_states, past)
+            visible = _visible(attention_mask, B, T, P).to(device)
+        positions = None if position_ids is None else position_ids.to(device)
+        places = _places(visible, positions, hidden_states, past)
         if places is None:
             y, after = self.layer(hidden_states, before, detach_state=False)
         else:
@@ -269,7 +270,7 @@ def _documents(
         known = past.real
     if positions is None:
         positions = steps[P:]
-    positions = positions.to(device).expand(B, T)
+    positions = positions.expand(B, T)
     now = steps[P:].expand(B, T)
 
     start = torch.zeros_like(now)

@@ -279,6 +279,12 @@ def test_what_a_layer_has_learnt_through_a_wrapper_is_not_lost_on_the_way_back()
     layer.qkv = LoRA(layer.qkv)
     with pytest.raises(ValueError, match=r"qkv\.weight: expected the parameter of a plain layer"):
         to_attention(layer, module)
+    layer = from_attention(module)
+    layer.register_forward_hook(lambda mod, args, out: (1.5 * out[0], out[1]))
+    with pytest.raises(ValueError, match="layer: expected a module without hooks"):
+        to_attention(layer, module)
+    with pytest.raises(ValueError, match="layer: expected a DeepTransformerLayer, got AtlasMemory"):
+        to_attention(AtlasMemory(16, 2), module)
 
 
 def test_only_biases_may_be_absent_and_all_of_one_kind() -> None:
