@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from atlas_blocks import (
     AtlasBlockConfig,
@@ -18,7 +22,10 @@ from atlas_blocks import (
     MemoryAsLayerConfig,
     SlidingWindowAttentionConfig,
 )
-from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
+from atlas_blocks.recipes.model import BlockConfig, LanguageModel, LanguageModelConfig
+
+# As the specification writes them: decay, step, momentum, weights of the window.
+GATES = {"alpha": "α", "eta": "η", "theta": "θ", "gamma": "γ"}
 
 
 def pattern(config: LanguageModelConfig) -> str:
@@ -51,27 +58,67 @@ def _part(config: Config) -> str:
             return type(config).__name__
 
 
+def gates(config: Config) -> str:
+    """The gates that every token sets, such as "α η θ γ"; of a decay that none sets, "α fixed"."""
+    if not isinstance(config, AtlasMemoryConfig):
+        parts = (getattr(config, field.name) for field in dataclasses.fields(config))
+        return "".join(gates(part) for part in parts if isinstance(part, Config))
+    own = [name for name in GATES if name not in config.fixed]
+    if not config.momentum:
+        own = [name for name in own if name != "theta"]
+    found = [GATES[name] for name in own]
+    if "alpha" in config.fixed and config.retention_init != 1:
+        found.insert(0, f"{GATES['alpha']} fixed")
+    return " ".join(found) or "none"
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Parameters are not initialised, large tensors neither zeroed nor copied: memory that is
+    asked for is never touched."""
+
+    instead: ClassVar[dict[Any, Callable[..., Any]]] = {
+        Tensor.clone: lambda tensor, **_: tensor,
+        Tensor.new_zeros: Tensor.new_empty,
+        torch.zeros_like: torch.empty_like,
+    }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        changes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if changes and isinstance(first, nn.Parameter):
+            return first
+        return self.instead.get(func, func)(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=2)
+def unfilled_block(config: BlockConfig, dim: int, heads: int) -> nn.Module:
+    """One block, its parameters without values: for shapes and counts.
+
+    Not on the meta device, whose operations take seconds to import.
+    """
+    with _ShapesOnly():
+        return config.build(dim, heads)
+
+
 def state_bytes(config: LanguageModelConfig, tokens: int) -> int:
     """Bytes of state that one sequence carries after `tokens` tokens, in float32.
 
-    Measured on one block: before any token, and where the state grows, after one.
+    Measured on one block: before any token, and where the state grows, after one. The state does
+    not depend on the MLP.
     """
-    start = _block_state_bytes(config, 0)
-    each = _block_state_bytes(config, 1) - start if state_grows(config) else 0
+    block = unfilled_block(config.block.replace(mlp_width=1), config.dim, config.heads)
+
+    def after(count: int) -> int:
+        with torch.no_grad(), _ShapesOnly():
+            return block(torch.zeros(1, count, config.dim))[1].nbytes
+
+    start = after(0)
+    each = after(1) - start if state_grows(config) else 0
     return config.depth * (start + tokens * each)
-
-
-def _block_state_bytes(config: LanguageModelConfig, tokens: int) -> int:
-    # Zeros in place of weights: sizes are all that is asked for, and initialising is slow. The
-    # state does not depend on the MLP.
-    with torch.device("meta"):
-        block = config.block.replace(mlp_width=1).build(config.dim, config.heads)
-    block.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*block.parameters(), *block.buffers()):
-            tensor.zero_()
-        _, state = block(torch.zeros(1, tokens, config.dim))
-    return state.nbytes
 
 
 def state_grows(config: Config) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -31,12 +32,11 @@ def recipe_table(part: str = "") -> Group:
     names = [name for name in registry.names() if part in name]
     if not names:
         check.fail("part", "a part of a recipe's name", repr(part))
-    table = Table(title="Recipes", title_justify="left", row_styles=["", "dim"])
+    table = Table(title="Recipes", title_justify="left", row_styles=["", "dim"], box=SIMPLE_HEAD)
     table.add_column("name", style="bold cyan", no_wrap=True)
     table.add_column("pattern")
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("paper", justify="right", no_wrap=True)
-    table.add_column("state", justify="right", no_wrap=True)
+    for column in ("gates", "weights", "paper", "state"):
+        table.add_column(column, justify="right", no_wrap=True)
     notes = []
     for name in names:
         config = registry.config(name)
@@ -45,6 +45,7 @@ def recipe_table(part: str = "") -> Group:
         table.add_row(
             name,
             describe.pattern(config),
+            describe.gates(config),
             describe.human(registry.parameter_count(config)),
             describe.human(paper) if paper else "-",
             state + ("*" if describe.state_grows(config) else " "),
@@ -52,6 +53,9 @@ def recipe_table(part: str = "") -> Group:
         )
         if note := registry.size_note(name):
             notes.append(f"{name}: {note}")
+    notes.append(
+        "gates: those that every token sets, α decay, η step, θ momentum, γ weights of the window."
+    )
     notes.append(
         "state: bytes that one sequence carries in float32; "
         f"* grows with the text, here after {CONTEXT} tokens."

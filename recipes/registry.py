@@ -11,10 +11,10 @@ import difflib
 import functools
 from typing import Any
 
-import torch
-
+from atlas_blocks.blocks.swiglu import SwiGLU, default_width
+from atlas_blocks.recipes import describe
 from atlas_blocks.recipes.architectures import ARCHITECTURES, SIZES
-from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
+from atlas_blocks.recipes.model import BlockConfig, LanguageModel, LanguageModelConfig
 
 
 def names() -> list[str]:
@@ -81,11 +81,22 @@ def size_note(name: str) -> str:
 
 @functools.cache
 def parameter_count(config: LanguageModelConfig) -> int:
-    """Parameters of the whole model, counted on one block without allocating any."""
-    with torch.device("meta"):
-        one = config.replace(depth=1).build()
-    block = sum(p.numel() for p in one.blocks.parameters())
-    return one.parameter_count() + (config.depth - 1) * block
+    """Parameters of the whole model, counted on one block without filling any.
+
+    Embedding, final norm and head; of a block its MLPs alone grow, with every hidden unit alike.
+    """
+    outer = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2) + config.dim
+    width = config.block.mlp_width or default_width(config.dim)
+    block, unit = _least_block(config.block.replace(mlp_width=1), config.dim, config.heads)
+    return outer + config.depth * (block + (width - 1) * unit)
+
+
+@functools.cache
+def _least_block(block: BlockConfig, dim: int, heads: int) -> tuple[int, int]:
+    """Parameters of a block whose MLPs have one hidden unit, and of those units."""
+    built = describe.unfilled_block(block, dim, heads)
+    units = sum(describe.parameters_in(m) for m in built.modules() if isinstance(m, SwiGLU))
+    return describe.parameters_in(built), units
 
 
 def fitted(config: LanguageModelConfig, aim: float, *, multiple: int) -> LanguageModelConfig:

@@ -1,10 +1,12 @@
 """Every recipe: builds on meta at every size, round-trips, and has the parameters it names."""
 
+import time
+
 import pytest
 import torch
 
 from atlas_blocks import Config
-from atlas_blocks.recipes import describe, registry
+from atlas_blocks.recipes import describe, display, registry
 
 TINY = [name for name in registry.names() if name.endswith("-tiny")]
 
@@ -63,3 +65,44 @@ def test_stated_state_size_is_the_real_one(name, tokens):
 def test_numbers_for_people():
     assert [describe.human(n) for n in (7, 1234, 193_598, 1.3e9)] == ["7", "1.23k", "194k", "1.30B"]
     assert describe.human(93_700, "B") == "93.7 kB"
+
+
+@pytest.mark.parametrize("size", list(registry.SIZES))
+def test_no_two_recipes_of_a_size_look_alike(size):
+    configs = [registry.config(f"{name}-{size}") for name in registry.ARCHITECTURES]
+    looks = [(describe.pattern(c), describe.gates(c.block)) for c in configs]
+    assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": False},
+        {"block": registry.config("atlas-mal-tiny").block.replace(mlp_width=None)},
+        {"block": registry.config("atlas-mac-tiny").block.replace(mlp_width=None)},
+        {"depth": 5, "vocab_size": 77},
+    ],
+)
+def test_counts_agree_away_from_the_recipes(changes):
+    config = registry.config("omeganet-tiny").replace(**changes)
+    assert config.build().parameter_count() == registry.parameter_count(config)
+
+
+def test_the_table_takes_no_more_than_a_moment():
+    """CPU seconds, everything counted anew."""
+    cached = (registry.config, registry.target, registry.parameter_count, registry._least_block)
+    for function in (*cached, describe.unfilled_block):
+        function.cache_clear()
+    began = time.process_time()
+    display.recipe_table()
+    assert time.process_time() - began < 1.5
+
+
+def test_counting_leaves_no_trace():
+    """Nothing stays switched off, and no number is drawn."""
+    before = torch.get_rng_state()
+    describe.unfilled_block.cache_clear()
+    describe.state_bytes(registry.config("atlas-mac-tiny"), 3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.nn.Linear(9, 9).weight.isfinite().all()
+    assert torch.zeros_like(torch.ones(3)).sum() == 0
