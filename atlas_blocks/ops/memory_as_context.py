@@ -22,11 +22,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.ops import compiled, kept, omega_inline, providers
-from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
+from atlas_blocks.ops import as_built, compiled, kept, omega_inline, providers
+from atlas_blocks.ops.contract import (
+    LIBRARY,
+    distinct,
+    implement,
+    own,
+    own_empty,
+    recording,
+    untraced,
+)
 
 # block: what `define`'s function builds it from. autocast: its dtype where it is on. provider: of
 # `use_provider`, for the ops inside.
@@ -63,7 +72,18 @@ def define(build: Callable[[str], Any]) -> None:
 
 
 def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """All segments of a call as one node: normed x [B, T, dim] and a ContextState -> y, state."""
+    """All segments of a call as one node: normed x [B, T, dim] and a ContextState -> y, state.
+
+    A block that something was put into (hooks, adapters, parametrisations, other parts) breaks the
+    graph and runs as it is: the node builds the block again and knows nothing of them. Raises
+    ValueError for such a block where it is exported.
+    """
+    reason = _deviation(block.description, as_built.facts_of(block, PARTS))
+    if reason is not None and torch.compiler.is_exporting():
+        check.fail("block", "a MemoryAsContext as its config builds it, to be exported", reason)
+    if reason is not None:
+        torch._dynamo.graph_break(msg=f"MemoryAsContext runs uncompiled: {reason}")
+        return _uncompiled(block, x, state)
     parameters, buffers = tensors_of(block)
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -81,6 +101,16 @@ def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
             x, parameters, buffers, before, *common, []
         )
     return y, _like(state, after)
+
+
+@untraced
+def _deviation(description: str, facts: tuple[tuple, ...]) -> str | None:
+    """Not traced: the block is built here to be compared with."""
+    return as_built.deviation(facts, _body(description, threading.get_ident())[0].block, PARTS)
+
+
+def _uncompiled(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    return torch.compiler.disable(block._rows)(x, state)
 
 
 def tensors_of(block: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -160,9 +160,7 @@ def test_tables_depend_on_their_arguments_alone() -> None:
 
 def test_tables_alone_decide_a_sketch() -> None:
     a, x = coefficients_of(3), draw(6, 5)
-    first, again, other = (
-        sketch_tables(5, 16, 3, seed) for seed in (1, 1, 2)
-    )
+    first, again, other = (sketch_tables(5, 16, 3, seed) for seed in (1, 1, 2))
     torch.manual_seed(4)
     f = sketch_features(x, a, *first, 16)
     torch.manual_seed(5)
