@@ -21,7 +21,7 @@ from atlas_blocks import (
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.state import State
 
-MASK = "padding, or documents one after another, in a causal mask"
+MASK = "a causal mask with padding (that in the cache too) or documents one after another"
 POSITIONS = "counting on by 1 from token to token, padding apart"
 
 
@@ -264,50 +264,71 @@ def _documents(
 ) -> Places:
     B, T, _ = x.shape
     P = 0 if past is None else past.length
-    device, steps = x.device, torch.arange(P + T, device=x.device)
-    known = torch.ones(B, P, dtype=torch.bool, device=device)
+    steps = torch.arange(P + T, device=x.device)
+    positions = (steps[P:] if positions is None else positions).expand(B, T)
+    known = torch.ones(B, P, dtype=torch.bool, device=x.device)
     if past is not None and past.real is not None:
         known = past.real
-    if positions is None:
-        positions = steps[P:]
-    positions = positions.expand(B, T)
-    now = steps[P:].expand(B, T)
-
-    start = torch.zeros_like(now)
+    start = torch.zeros(B, T, dtype=torch.int64, device=x.device)
+    if past is None:
+        start = _starts(visible, positions)
     if visible is None:
-        visible = _causal(T, P + T, device).expand(B, T, P + T)
-        if past is None:
-            jumps = positions.diff(prepend=positions[:, :1]) != 1
-            start = torch.where(jumps, now, 0).cummax(1).values
-            visible = visible & (steps >= start[..., None])
-    elif past is None:
-        start = visible.int().argmax(-1)
+        visible = _causal(T, P + T, x.device) & (steps >= start[..., None])
+
     own = visible.diagonal(P, 1, 2)
     real = torch.cat([known, own], 1)
-    expected = _causal(T, P + T, device) & real[:, None] & (steps >= start[..., None])
-    fits = (visible == expected) | ~own[..., None]
+    expected = _causal(T, P + T, x.device) & real[:, None] & (steps >= start[..., None])
+    # What padding sees does not matter.
+    fits = ((visible == expected).all(-1) | ~own).all()
     if past is None:
-        heads = own & (start == now)
-        fits &= ((torch.where(heads, now, 0).cummax(1).values == start) | ~own)[..., None]
+        heads = own & (start == steps)
+        fits &= (_latest(heads) == start)[own].all()
     else:
         heads = own & (own.cumsum(1) == 1)
-    if not bool(fits.all()):
-        check.fail("attention_mask", f"None, or {MASK}", "another")
+    if not bool(fits):
+        check.fail("attention_mask", MASK, "another")
+    offset = _offset(positions, start, heads, own, real, past)
 
-    ahead = positions + 1 - real.cumsum(1)[:, P:]
+    filled = own.any(1).tolist()
+    rows = [i for i in range(B) if filled[i]], [i for i in range(B) if not filled[i]]
+    cu_seqlens = torch.cat([heads[own].nonzero()[:, 0], own.sum()[None]])
+    return Places(own.flatten().nonzero()[:, 0], cu_seqlens, rows, real, offset)
+
+
+def _starts(visible: Tensor | None, positions: Tensor) -> Tensor:
+    """Where the document of every token begins [B, T]: at the first token that it sees, or where
+    positions do not go on."""
+    if visible is not None:
+        return visible.int().argmax(-1)
+    return _latest(positions.diff(prepend=positions[:, :1]) != 1)
+
+
+def _latest(marks: Tensor) -> Tensor:
+    """The place of the last mark up to every token, 0 before the first [B, T]."""
+    places = torch.arange(marks.shape[1], device=marks.device)
+    return torch.where(marks, places, 0).cummax(1).values
+
+
+def _offset(
+    positions: Tensor,
+    start: Tensor,
+    heads: Tensor,
+    own: Tensor,
+    real: Tensor,
+    past: StateLayer | None,
+) -> Tensor:
+    """What each row's positions are ahead of its tokens' numbers [B], if that is one number in
+    every document: rotary positions count from anywhere."""
+    T = own.shape[1]
+    ahead = positions + 1 - real.cumsum(1)[:, -T:]
     offset = ahead.gather(1, heads.int().argmax(1, keepdim=True))[:, 0]
     if past is None:
         same = ahead == ahead.gather(1, start)
     else:
         before = torch.zeros_like(offset) if past.offset is None else past.offset
-        offset = torch.where(known.any(1), before, offset)
+        offset = torch.where(real[:, :-T].any(1), before, offset)
         same = ahead == offset[:, None]
     if not bool((same | ~own).all()):
         kept = "" if past is None else "; packed documents need use_cache=False"
         check.fail("position_ids", POSITIONS + kept, positions.tolist())
-
-    filled = own.any(1).tolist()
-    rows = [i for i in range(B) if filled[i]], [i for i in range(B) if not filled[i]]
-    bounds = heads[own].nonzero()[:, 0]
-    cu_seqlens = torch.cat([bounds, own.sum()[None]])
-    return Places(own.flatten().nonzero()[:, 0], cu_seqlens, rows, real, offset)
+    return offset

@@ -100,9 +100,37 @@ def test_padding_stays_out_of_rows_and_of_their_memory(
         position_ids=mask.cumsum(1)[:, 9:] - 1,
         past_key_values=outputs.past_key_values,
     )
+    with pytest.raises(ValueError, match=r"attention_mask: .* \(that in the cache too\)"):
+        converted(more, past_key_values=outputs.past_key_values)
     for row in range(3):
         alone = torch.cat([tokens[row][real[row]], more[row]])[None]
         close(after.logits[row], model(alone).logits[0, -2:])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@torch.no_grad()
+def test_padding_may_lie_anywhere_and_come_in_any_pieces(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, converted = both("llama")
+    tokens, real = draw_tokens(4, 12), torch.rand(4, 12) < 0.6
+    real[0, :6], real[1, 6:], real[2], real[3] = False, False, True, False
+    real[3, int(torch.randint(12, ()))] = True
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    cache, outputs, first = None, [], 0
+    for length in torch.randint(1, 6, (12,)).cumsum(0).clamp(max=12).unique().tolist():
+        piece = slice(first, length)
+        out = converted(
+            tokens[:, piece],
+            attention_mask=real[:, :length].long(),
+            position_ids=positions[:, piece],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, first = out.past_key_values, length
+        outputs.append(out.logits)
+    logits = torch.cat(outputs, 1)
+    for row in range(4):
+        close(logits[row, real[row]], model(tokens[row][real[row]][None]).logits[0])
 
 
 @every_kind
@@ -150,7 +178,7 @@ def test_masks_and_positions_of_other_kinds_are_refused() -> None:
     holes = causal.clone()
     holes[8, 2] = False
     for wrong in (torch.ones_like(causal), window, holes):
-        with pytest.raises(ValueError, match="attention_mask: expected None, or padding"):
+        with pytest.raises(ValueError, match="attention_mask: expected a causal mask with padding"):
             converted(tokens, attention_mask=wrong.expand(2, 1, 9, 9), use_cache=False)
     with pytest.raises(ValueError, match="attention_mask: expected None or a tensor"):
         converted(tokens, attention_mask=causal.expand(2, 4, 9, 9))
