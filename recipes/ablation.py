@@ -277,17 +277,15 @@ def against_base(config: AblationConfig, cells: dict[str, Any], switch: str) -> 
     return [score - base[seed] for seed, score in ours.items() if seed in base]
 
 
-def table(config: AblationConfig, cells: dict[str, Any]) -> Table:
+def table(config: AblationConfig, cells: dict[str, Any]) -> display.Whole:
     """Mean and spread of every switch, beside Atlas and the paper."""
     task = TASKS[config.task]
     weights = registry.parameter_count(config.model(BASE))
     found = Table(
         title=f"{task.unit} after {config.steps} steps of {config.batch} x {config.length}, "
         f"{config.seeds} seeds",
-        title_justify="left",
         caption=f"± one standard deviation over seeds; s: median seconds of a cell; every variant "
         f"has {weights:,} weights within 1 %. paper: mean perplexity / accuracy at 760M.",
-        caption_justify="left",
     )
     found.add_column("switch", style="cyan", no_wrap=True)
     for column in ("mean ± spread", "- atlas, by seed", "s", "paper"):
@@ -303,7 +301,7 @@ def table(config: AblationConfig, cells: dict[str, Any]) -> Table:
             f"{statistics.median(seconds.values()):.0f}" if seconds else "-",
             SWITCHES[switch].paper,
         )
-    return found
+    return display.Whole(found)
 
 
 def _mean(values: Sequence[float], form: str) -> str:

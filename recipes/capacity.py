@@ -350,19 +350,15 @@ def tables(config: CapacityConfig, rows: Sequence[Row]) -> Group:
     keys = "unit" if config.unit_keys else "normal"
     solved = Table(
         title=f"pairs stored: D = {config.dim}, {keys} keys, {config.seeds} draws, float64",
-        title_justify="left",
         caption=f"closed form: error below {EXACT:g} in every draw; the largest error there, the "
         f"smallest with one pair more. descent: error below {LEARNT:g}.",
-        caption_justify="left",
     )
     solved.add_column("memory", style="cyan", no_wrap=True)
     for column in ("weights", "stated", "closed form", "error", "one more", "descent"):
         solved.add_column(column, justify="right", no_wrap=True)
     passed = Table(
         title=f"most pairs recalled after one pass: {config.passes} draws of {config.longest}",
-        title_justify="left",
         caption="mean over draws, at the best length of the pass; guessing recalls one.",
-        caption_justify="left",
     )
     passed.add_column("memory", style="cyan", no_wrap=True)
     for rule in RULES:
@@ -379,7 +375,7 @@ def tables(config: CapacityConfig, rows: Sequence[Row]) -> Group:
             f"{row.learnt}",
         )
         passed.add_row(row.name, *(f"{max(row.recalled[rule]):.1f}" for rule in RULES))
-    return Group(solved, passed)
+    return Group(display.Whole(solved), display.Whole(passed))
 
 
 def plot(console: Console, path: Path, config: CapacityConfig, rows: Sequence[Row]) -> list[str]:

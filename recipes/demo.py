@@ -123,10 +123,10 @@ def _introduce(console: Console, settings: training.TrainingConfig, corpus: text
 
 def _comparison(
     learnt: dict[str, Learnt], settings: training.TrainingConfig, corpus: text.Corpus
-) -> Table:
+) -> display.Whole:
     read = settings.length * text.window_count(corpus.held_out, settings.length, training.HELD_OUT)
     title = f"{read:,} held-out bytes, same parameters and token budget"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     for column in ("model", "parameters", "bits per byte", "training", "tokens/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     best = min(one.bits_per_byte for one in learnt.values())
@@ -140,7 +140,7 @@ def _comparison(
             display.duration(one.seconds),
             f"{tokens / one.seconds:,.0f}",
         )
-    return table
+    return display.Whole(table)
 
 
 def _timing_line(timing: StepTiming, asked: bool) -> str:

@@ -8,8 +8,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
@@ -22,6 +24,51 @@ from atlas_blocks.recipes import describe, registry, training
 
 BARS = "▁▂▃▄▅▆▇█"
 CONTEXT = 4096
+# Between the columns of a table.
+GAP = 2
+
+
+class Whole:
+    """A table no cell of which is cut, however narrow the console.
+
+    Words stay whole, and cells of no_wrap columns; where even so it is too wide, every row becomes
+    a paragraph.
+    """
+
+    def __init__(self, table: Table) -> None:
+        table.box, table.show_edge = SIMPLE_HEAD, False
+        table.padding, table.pad_edge, table.collapse_padding = (0, 1), False, True
+        table.title_justify = table.caption_justify = "left"
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns, least, most = self.table.columns, [], []
+        for column in columns:
+            cells = [column.header, *column.cells]
+            sizes = [Measurement.get(console, options, cell) for cell in cells]
+            most.append(max(size.maximum for size in sizes))
+            words = max(size.minimum for size in sizes)
+            least.append(most[-1] if column.no_wrap else words)
+        room = options.max_width - GAP * (len(columns) - 1) - sum(least)
+        if room < 0:
+            yield from self._paragraphs()
+            return
+        for column, width, whole in zip(columns, least, most, strict=True):
+            more = min(room, whole - width)
+            column.width, room = width + more, room - more
+        yield self.table
+
+    def _paragraphs(self) -> Iterator[RenderableType]:
+        columns = self.table.columns
+        yield f"[italic]{self.table.title}[/]" if self.table.title else ""
+        for name, *cells in zip(*(column.cells for column in columns), strict=True):
+            yield name
+            pairs = zip(columns[1:], cells, strict=True)
+            told = [f"{column.header} {cell}" for column, cell in pairs if cell]
+            if told:
+                yield Padding(" · ".join(told), (0, 0, 0, 2))
+        if self.table.caption:
+            yield f"[dim]{self.table.caption}[/]"
 
 
 def recipe_table(part: str = "") -> Group:
@@ -32,7 +79,7 @@ def recipe_table(part: str = "") -> Group:
     names = [name for name in registry.names() if part in name]
     if not names:
         check.fail("part", "a part of a recipe's name", repr(part))
-    table = Table(title="Recipes", title_justify="left", row_styles=["", "dim"], box=SIMPLE_HEAD)
+    table = Table(title="Recipes", row_styles=["", "dim"])
     table.add_column("name", style="bold cyan", no_wrap=True)
     table.add_column("pattern")
     for column in ("gates", "weights", "paper", "state"):
@@ -60,7 +107,7 @@ def recipe_table(part: str = "") -> Group:
         "state: bytes that one sequence carries in float32; "
         f"* grows with the text, here after {CONTEXT} tokens."
     )
-    return Group(table, Text("\n".join(notes), style="dim"))
+    return Group(Whole(table), Text("\n".join(notes), style="dim"))
 
 
 def module_tree(name: str) -> Tree:

@@ -131,7 +131,7 @@ def run(
             f"{min(scores[:seeds]):.3f} to {max(scores[:seeds]):.3f}",
         )
     files.write_json(out, {**result, "complete": True})
-    console.print(table)
+    console.print(display.Whole(table))
     console.print(f"saved [bold]{out}[/]")
     return {name: accuracies[name][:seeds] for name in MIXERS}
 

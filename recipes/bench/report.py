@@ -23,6 +23,7 @@ from atlas_blocks.recipes.bench.gate import Verdict
 from atlas_blocks.recipes.bench.measure import BOTH, FORWARD, Row
 from atlas_blocks.recipes.demo import hardware
 from atlas_blocks.recipes.describe import human
+from atlas_blocks.recipes.display import Whole
 
 if TYPE_CHECKING:
     from atlas_blocks.recipes.bench.model import Row as ModelRow
@@ -123,10 +124,9 @@ def steps(console: Console, total: int) -> Iterator[Callable[[str], None]]:
         yield lambda words: bar.update(task, advance=1, description=words)
 
 
-def gate_table(verdicts: Sequence[Verdict]) -> Table:
+def gate_table(verdicts: Sequence[Verdict]) -> Whole:
     """Errors as multiples of the definition's, the worst of each implementation."""
     table = Table(title="error against float64 / the definition's (at most 2)")
-    table.title_justify = "left"
     table.add_column("provider", style="cyan")
     table.add_column("rule")
     table.add_column("worst", justify="right")
@@ -139,13 +139,13 @@ def gate_table(verdicts: Sequence[Verdict]) -> Table:
         ratios = {n: e / v.definition[n] for n, e in v.errors.items()}
         worst = max(ratios, key=lambda n: float("inf") if ratios[n] != ratios[n] else ratios[n])
         style = "red" if v.problem else "green"
-        table.add_row(v.name, v.rule, f"[{style}]{ratios[worst]:.2f}[/]", worst)
-    return table
+        table.add_row(v.name, v.rule, f"[{style}]{ratios[worst]:.2f}[/]", escape(worst))
+    return Whole(table)
 
 
 def table(rows: Sequence[Row], title: str) -> Group:
     """One shape: both directions, then why there are rows without figures."""
-    found = Table(title=title, title_justify="left")
+    found = Table(title=title)
     found.add_column("contender", style="cyan")
     found.add_column("what")
     for column in ("ms", "quartiles", "tokens/s", "TFLOP/s", "of product", "memory"):
@@ -158,7 +158,7 @@ def table(rows: Sequence[Row], title: str) -> Group:
             if r.direction == direction:
                 found.add_row(r.contender, r.what, *_cells(r))
     lines = [f"{name} ({what}): {problem}" for name, what, problem in problems]
-    return Group(found, Text("\n".join(lines), style="yellow"))
+    return Group(Whole(found), Text("\n".join(lines), style="yellow"))
 
 
 def _cells(r: Row) -> list[str]:
@@ -240,10 +240,9 @@ def _lines(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
 
 def model_table(rows: Sequence[ModelRow], title: str) -> Group:
     """Every mode, spread from quartile to quartile, then why there are rows without figures."""
-    found = Table(title=title, title_justify="left")
+    found = Table(title=title)
     found.add_column("contender", style="cyan", no_wrap=True)
     for column in ("ms", "tokens/s", "spread", "eager / it", "spread", "memory", "error"):
-        # In 80 columns a cell takes two lines, and loses no digit.
         found.add_column(column, justify="right", no_wrap=column in ("ms", "tokens/s", "error"))
     for mode, group in itertools.groupby(rows, lambda r: r.mode):
         found.add_section()
@@ -251,7 +250,7 @@ def model_table(rows: Sequence[ModelRow], title: str) -> Group:
         for r in group:
             found.add_row(r.contender, *_model_cells(r))
     problems = dict.fromkeys(f"{r.contender}, {r.mode}: {r.problem}" for r in rows if r.problem)
-    return Group(found, Text("\n".join(problems), style="yellow"))
+    return Group(Whole(found), Text("\n".join(problems), style="yellow"))
 
 
 def _model_cells(r: ModelRow) -> list[str]:

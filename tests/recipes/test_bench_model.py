@@ -78,6 +78,7 @@ def test_a_wrong_backend_is_not_timed(run, tmp_path):
 
 def record(**changes):
     row = {"contender": "eager", "mode": "forward", "median_ms": 10.0, "quartiles_ms": [9.0, 11.0]}
+    row |= {"samples": 5}
     return {
         "benchmark": "model",
         "what": {"name": "x"},
@@ -91,6 +92,8 @@ def record(**changes):
         ({"median_ms": 10.9, "quartiles_ms": [10.5, 12.0]}, []),
         ({"median_ms": 11.5, "quartiles_ms": [11.1, 12.0]}, ["ms"]),
         ({"median_ms": 8.0, "quartiles_ms": [7.0, 8.9]}, ["ms"]),
+        ({"median_ms": 8.0, "quartiles_ms": [7.0, 8.9], "samples": 4}, []),
+        ({"median_ms": 12.0, "quartiles_ms": [11.0, 12.5]}, []),
         ({"peak_bytes": 1005}, []),
         ({"peak_bytes": 1100}, ["bytes"]),
         ({"median_ms": None, "quartiles_ms": None, "peak_bytes": None}, []),
@@ -103,7 +106,7 @@ def test_what_moved_is_apart_by_more_than_the_quartiles(changes, moved):
 
 
 def test_against_an_earlier_run(run, tmp_path):
-    options = (*TINY, "--modes", "forward", "--out", tmp_path)
+    options = (*TINY, "--modes", "forward", "--out", tmp_path, "--rounds", 5)
     assert run("SwiGLU", *options)[0] == 0
     file = tmp_path / "SwiGLU.json"
     earlier = json.loads(file.read_text())
