@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas_blocks.derivatives import transformed
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Rule
@@ -253,8 +254,15 @@ def decay_matrix(gate: Tensor) -> tuple[Tensor, Tensor]:
     gate: [..., L] -> [..., L, L], [..., L, 1]. Products, not logarithms: exact at a gate of 0, and
     in its gradient there.
     """
-    decay: Tensor = _Decay.apply(gate)  # pyright: ignore[reportAssignmentType]
+    decay: Tensor = _decay(gate) if transformed() else _Decay.apply(gate)  # pyright: ignore
     return decay, gate[..., :1, None] * decay[..., :1]
+
+
+def _decay(gate: Tensor) -> Tensor:
+    """[..., L] -> A [..., L, L]."""
+    span = gate.shape[-1]
+    after = torch.ones(span, span, dtype=torch.bool, device=gate.device).tril(-1)
+    return torch.where(after, gate.unsqueeze(-1), 1.0).cumprod(-2).tril()
 
 
 class _Decay(torch.autograd.Function):
@@ -262,9 +270,7 @@ class _Decay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor) -> Tensor:
-        span = gate.shape[-1]
-        after = torch.ones(span, span, dtype=torch.bool, device=gate.device).tril(-1)
-        decay = torch.where(after, gate.unsqueeze(-1), 1.0).cumprod(-2).tril()
+        decay = _decay(gate)
         ctx.save_for_backward(decay)
         return decay
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.derivatives import transformed
 from atlas_blocks.functional.kernel_walk import KernelWalk, Settings, Tokens, walk
 from atlas_blocks.functional.rule import state_dtype
 from atlas_blocks.omega.online import masses
@@ -165,7 +166,7 @@ def run(
     with no_autocast(q):
         y, state = _by_place(s, q, k, v, gates, state)
     safe = s.normalise and s.objective == "dot"
-    if not safe and not _finite(y, state.coefficients):
+    if not safe and not transformed() and not _finite(y, state.coefficients):
         if not _finite(q, k, v, *gates):
             raise FloatingPointError("kernel_attention: an argument is not finite")
         top = s.scale * k.detach().float().square().sum(-1).max().item()
@@ -278,7 +279,7 @@ def _run(
         start=groups(start),
         errors=groups(state.errors.to(dtype)),
     )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tokens):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tokens) and not transformed():
         y, rows, start, errors = KernelWalk.apply(s, place, *tokens)
     else:
         y, rows, start, errors = walk(s, place, tokens)

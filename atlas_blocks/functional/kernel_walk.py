@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional.chunks import decay_matrix, window_matrix
@@ -376,13 +375,36 @@ class KernelWalk(torch.autograd.Function):
         return y, rows, start.clone() if shared else start, errors
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count = len(Tokens._fields)
         saved = ctx.saved_tensors  # a checkpoint hands them out once
         x, kept = Tokens(*saved[:count]), list(saved[count:])
         with no_autocast(x.q):
+            if torch.is_grad_enabled():  # a second derivative may be asked for
+                found = _differentiable(ctx.settings, ctx.position, x, grads)
+                return None, None, *found
             return None, None, *_backward(ctx.settings, ctx.position, x, kept, grads)
+
+
+def _differentiable(
+    s: Settings, position: int, x: Tokens, grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The same gradients by plain autograd, itself in the graph."""
+    wanted = [t for t in x if t.requires_grad]
+    # A result may be an argument as it came; in the graph it is another tensor.
+    results = [t.view_as(t) for t in walk(s, position, x)]
+    pairs = [(t, g) for t, g in zip(results, grads, strict=True) if t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [t for t, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+    return [next(found) if t.requires_grad else None for t in x]
 
 
 def _backward(

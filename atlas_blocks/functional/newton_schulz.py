@@ -22,6 +22,7 @@ from torch import Tensor
 
 from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.derivatives import transformed
 
 # Polynomials x -> a x + b x^3 + c x^5 on the singular values, one triple a step; the last repeats.
 COEFFICIENTS = {
@@ -85,6 +86,8 @@ def validate(s: Tensor, steps: int, coefficients: str, gradient: str) -> None:
 
 def orthogonalise(s: Tensor, steps: int, coefficients: str = "jordan") -> Tensor:
     """`newton_schulz` with its exact gradient, in the dtype of s [..., m, n]."""
+    if transformed():
+        return forward(s, steps, coefficients)
     return _NewtonSchulz.apply(s, steps, coefficients, steps)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from atlas_blocks.derivatives import transformed
 from atlas_blocks.functional.chunks import Read, Write
 from atlas_blocks.functional.memories import MEMORIES, Factor, Linearised, tangent_kernel
 from atlas_blocks.functional.newton_schulz import orthogonalise
@@ -212,7 +213,7 @@ def walk_muon(
         arguments = (rule, *chunk, memory, place)
         if step is not None:
             y, memory = step(*arguments)
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and not transformed():
             y, memory = checkpoint(
                 muon_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
             )

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.derivatives import once_differentiable
 from atlas_blocks.functional.groups import chunk_count
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.ops import as_built, compiled, kept, omega_inline, providers

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.derivatives import once_differentiable
 from atlas_blocks.functional.newton_schulz import backward as iteration_backward
 from atlas_blocks.functional.newton_schulz import forward as iteration
 from atlas_blocks.functional.newton_schulz import newton_schulz as definition

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.derivatives import once_differentiable
 from atlas_blocks.functional import rule as rules
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, SketchMap
 from atlas_blocks.functional.groups import chunk_count

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from atlas_blocks import check
+from atlas_blocks.derivatives import once_differentiable
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, polynomial_width
 from atlas_blocks.functional.features import polynomial_features as definition
 from atlas_blocks.ops import providers

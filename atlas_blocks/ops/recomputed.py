@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.derivatives import once_differentiable
 from atlas_blocks.ops import kept
 from atlas_blocks.ops.contract import LIBRARY, distinct, implement, own, own_empty, recording
 

@@ -1,0 +1,122 @@
+"""Every block under torch.func, in forward mode and differentiated twice, against differences."""
+
+import pytest
+import torch
+from helpers import BLOCKS, DIM, draw, make_block
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from atlas_blocks import Block, State
+from atlas_blocks.ops import Provider, register_provider, use_provider
+from atlas_blocks.ops.omega_rule import definition_backward, definition_forward
+
+# Of torch: where forward mode is first used, and where vmap takes one row after the other.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
+every_block = pytest.mark.parametrize("name", BLOCKS)
+STEP = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def plain_attention():
+    """torch's fused attention on a CPU has first derivatives alone."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def loss(block: Block, x: Tensor) -> Tensor:
+    return block(x)[0].square().sum()
+
+
+def gradient(block: Block, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(loss(block, x), x)[0]
+
+
+def of_parameters(block: Block, x: Tensor) -> dict[str, Tensor]:
+    names, leaves = zip(*block.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss(block, x), leaves, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found, strict=True))
+
+
+@every_block
+def test_torch_func_grad_is_autograd_s(name: str) -> None:
+    block, x = make_block(name), draw(2, 19, DIM)
+    parameters = dict(block.named_parameters())
+    found = grad(lambda p: functional_call(block, p, (x,))[0].square().sum())(parameters)
+    for key, true in of_parameters(block, x).items():
+        torch.testing.assert_close(found[key], true, rtol=1e-8, atol=1e-8)
+
+
+@every_block
+def test_gradients_of_each_sample_are_those_of_it_alone(name: str) -> None:
+    block, x = make_block(name), draw(2, 19, DIM)
+    if "lstm" in name:
+        return  # torch's LSTM has no rule for vmap of its own
+    parameters = dict(block.named_parameters())
+
+    def one(p: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(block, p, (row[None],))[0].square().sum()
+
+    found = vmap(grad(one), (None, 0))(parameters, x)
+    for i in range(2):
+        for key, true in of_parameters(block, x[[i]]).items():
+            torch.testing.assert_close(found[key][i], true, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["as-layer", "memory-mlp-gd-sketch", "attention-neutral", "conv"])
+def test_an_ensemble_returns_the_state_of_each_member(name: str) -> None:
+    block, x = make_block(name), draw(2, 19, DIM)
+    parameters = dict(block.named_parameters())
+    scaled = {key: 1.1 * t for key, t in parameters.items()}
+    both = {key: torch.stack([t, scaled[key]]) for key, t in parameters.items()}
+
+    def rows(p: dict[str, Tensor]) -> tuple[Tensor, State]:
+        y, state = functional_call(block, p, (x,))
+        return y, state
+
+    y, states = vmap(rows)(both)
+    for i, p in enumerate((parameters, scaled)):
+        true, state = rows(p)
+        torch.testing.assert_close(y[i], true)
+        for a, b in zip(states.tensors(), state.tensors(), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@every_block
+def test_forward_mode_is_the_difference(name: str) -> None:
+    block, x, t = make_block(name), draw(2, 19, DIM), draw(2, 19, DIM, seed=5)
+    with torch.no_grad():
+        true = (block(x + STEP * t)[0] - block(x - STEP * t)[0]) / (2 * STEP)
+        _, found = jvp(lambda x: block(x)[0], (x,), (t,))
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(block(forward_ad.make_dual(x, t))[0]).tangent
+    for tangent in (found, dual):
+        assert (tangent - true).norm() < 1e-6 * true.norm()
+
+
+@every_block
+def test_a_second_derivative_is_the_difference_of_first_ones(name: str) -> None:
+    """autograd.grad of a gradient, which leaves out in silence what it finds no path through."""
+    block, x, t = make_block(name), draw(2, 19, DIM), draw(2, 19, DIM, seed=5)
+    true = (gradient(block, x + STEP * t) - gradient(block, x - STEP * t)) / (2 * STEP)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(block, leaf), leaf, create_graph=True)
+    torch.testing.assert_close(first, gradient(block, x), rtol=1e-8, atol=1e-8)
+    (found,) = torch.autograd.grad((first * t).sum(), leaf)
+    assert (found - true).norm() < 1e-5 * true.norm()
+
+
+def test_a_provider_has_no_second_derivative_and_says_so() -> None:
+    provider = Provider("once", lambda call: None, definition_forward, definition_backward)
+    register_provider("omega_rule", provider, automatic_on=())
+    block, x = make_block("memory-mlp-gd-sketch"), draw(1, 9, DIM).requires_grad_()
+    with use_provider("once"):
+        (first,) = torch.autograd.grad(loss(block, x), x, create_graph=True)
+        torch.testing.assert_close(first, gradient(block, x))
+        with pytest.raises(NotImplementedError, match="OmegaRule: no second derivative"):
+            torch.autograd.grad(first.square().sum(), x)
