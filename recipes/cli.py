@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import sys
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +78,8 @@ app.add_typer(bench, name="bench")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `atlas-blocks`; exits the process."""
     try:
-        code = app(arguments, prog_name="atlas-blocks", standalone_mode=False)
+        with _without_torch_warnings():
+            code = app(arguments, prog_name="atlas-blocks", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has gone, as `head` does; the exit may not write to it either.
@@ -94,6 +97,20 @@ def main(arguments: list[str] | None = None) -> None:
         # Without arguments the help was shown, and there is nothing to add.
         code = _fail(message(), 2) if message() else 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _without_torch_warnings() -> Iterator[None]:
+    """Without what torch and its compiler say of their own parts: nobody here can act on it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Of treespecs that its export pickles, torch warns in the name of copyreg.
+            warnings.filterwarnings("ignore", module=r"torch(\.|$)|copyreg$")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,12 +1,14 @@
 """The command line: what it prints, and one line with exit code 2 for bad input."""
 
 import json
+import logging
 import signal
+import warnings
 
 import pytest
 import torch
 
-from atlas_blocks.recipes import names, training
+from atlas_blocks.recipes import build, checkpoint, cli, display, names, training
 
 
 def test_recipes_lists_every_name(run):
@@ -28,6 +30,52 @@ def test_show_prints_the_tree(run):
     assert code == 0
     assert "MemoryAsGate" in out
     assert "blocks (2 alike)" in out
+
+
+def test_what_torch_warns_of_its_own_parts_is_not_shown(run, monkeypatch):
+    def noisy(recipe):
+        warnings.warn_explicit("old", FutureWarning, "ir.py", 1, module="torch._inductor.ir")
+        warnings.warn_explicit("old", FutureWarning, "copyreg.py", 1, module="copyreg")
+        logging.getLogger("torch._inductor.ir").warning("no c-shim")
+        return recipe
+
+    monkeypatch.setattr(display, "module_tree", noisy)
+    assert run("show", "anything") == (0, "anything\n", "")
+    assert logging.root.manager.disable < logging.WARNING
+    # Ours are.
+    ours = ("ours", UserWarning, "a.py", 1, "atlas_blocks.ops")
+    monkeypatch.setattr(display, "module_tree", lambda recipe: warnings.warn_explicit(*ours))
+    with pytest.raises(UserWarning, match="ours"):
+        cli.main(["show", "anything"])
+
+
+def test_generate_shows_every_byte_when_it_is_there(monkeypatch, tmp_path):
+    """And Ctrl-C leaves what there is."""
+    checkpoint.save(tmp_path / "model", build("linear-attention-tiny", depth=1))
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda *text, **how: shown.append("".join(text)))
+
+    def stream(model, rows, **options):
+        for token in b"a\xc3\xa9\n":
+            yield torch.tensor([token] * len(rows))
+            seen.append("".join(shown))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "stream", stream)
+    for batch, expected in (("1", ["> a", "> a", "> aé", "> aé\n"]), ("2", [""] * 4)):
+        shown, seen = [], []
+        with pytest.raises(SystemExit) as left:
+            cli.main(["generate", str(tmp_path / "model"), "--prompt", "> ", "--batch", batch])
+        assert left.value.code == 130
+        assert seen == expected
+        assert "".join(shown).count("> aé") == int(batch)
+
+
+def test_generate_wants_a_model_of_bytes(run, tmp_path):
+    checkpoint.save(tmp_path / "model", build("linear-attention-tiny", depth=1, vocab_size=300))
+    code, out, err = run("generate", tmp_path / "model")
+    assert (code, out) == (2, "")
+    assert "expected a model of bytes, got a vocabulary of 300" in err
 
 
 def test_train_resume_generate(run, tmp_path):
