@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -253,16 +252,27 @@ def _load(path: Path, config: AblationConfig) -> dict[str, Any]:
             "commit": commit(),
             "cells": {},
         }
+    result = files.read_json("out", path)
+    cells = result.get("cells")
     try:
-        result = json.loads(path.read_text())
-        before = Config.from_dict(result["config"])
-        cells = result["cells"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        before = Config.from_dict(result.get("config"))
+    except ValueError as error:
         raise ValueError(f"out: {path} is no ablation ({error})") from error
-    same = config.replace(seeds=before.seeds, switches=before.switches)
-    if before != same or not isinstance(cells, dict):
+    if not isinstance(cells, dict) or not all(map(_is_cell, cells.values())):
+        raise ValueError(f"out: {path} is no ablation (its cells are none)")
+    if not isinstance(before, AblationConfig) or before != config.replace(
+        seeds=before.seeds, switches=before.switches
+    ):
         raise ValueError(f"out: {path} is of another config; name another folder")
     return {**result, "config": config.to_dict()}
+
+
+def _is_cell(cell: Any) -> bool:
+    """What `train_cell` returns."""
+    if not isinstance(cell, dict):
+        return False
+    figures = (cell.get("score"), cell.get("seconds"))
+    return "diverged" in cell or all(isinstance(value, (int, float)) for value in figures)
 
 
 def _of(config: AblationConfig, cells: dict[str, Any], switch: str, field: str) -> dict[int, float]:

@@ -148,7 +148,7 @@ def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]
     found.update(json.dumps(told, sort_keys=True).encode())
     for name, tensor in tensors:
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -262,8 +262,9 @@ def _kind(part: nn.Module) -> type:
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """That of the weights; buffers may keep one of their own."""
     weight = tensors.get("embedding.weight")
-    known = weight is not None and weight.dtype in check.FLOATS
-    return weight.dtype if known else torch.float32
+    if weight is None or weight.dtype not in check.FLOATS:
+        return torch.float32
+    return weight.dtype
 
 
 def _misfits(config: LanguageModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -91,7 +91,7 @@ class _ShapesOnly(TorchFunctionMode):
         changes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         if changes and isinstance(first, nn.Parameter):
             return first
-        return self.instead.get(func, func)(*args, **kwargs)
+        return (self.instead.get(func) or func)(*args, **kwargs)
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,6 +7,8 @@ Python. For a package an op is replaced by what it computes for one token as pla
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,4 +125,8 @@ def package(model: nn.Module, x: Tensor, state: State, out: Path) -> Path:
     if out.suffix != ".pt2":
         check.fail("out", "a file name that ends in .pt2", out)
     program = export_plain_step(model, x, state)
-    return Path(torch._inductor.aoti_compile_and_package(program, package_path=str(out)))
+    # Elsewhere first: whoever reads `out` finds a whole package, the old one or the new one.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
+        part = str(Path(folder) / out.name)
+        os.replace(torch._inductor.aoti_compile_and_package(program, package_path=part), out)
+    return out

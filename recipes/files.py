@@ -24,7 +24,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        # As any new file may be read: safetensors makes its own for this user alone.
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         # On the disk before it has its name: a power cut must not leave the name to nothing.
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -37,6 +41,17 @@ def write_json(path: Path, record: Any) -> None:
     """In one atomic replacement."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_json(name: str, path: Path) -> dict[str, Any]:
+    """The record that `write_json` wrote. Raises ValueError where the file holds none."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: cannot read {path}: {error}") from error
+    if not isinstance(record, dict):
+        check.fail(name, f"results in {path}", type(record).__name__)
+    return record
 
 
 def check_writable(name: str, path: Path, room: int = 0) -> None:

@@ -11,7 +11,6 @@ stopped.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -140,11 +139,11 @@ def _load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The file as far as it has come, or an empty one of these settings."""
     if not path.exists():
         return {**settings, **stamp(torch.device("cpu")), "accuracy": {}}
-    try:
-        result = json.loads(path.read_text())
-        before = {key: result[key] for key in (*settings, "accuracy")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"out: {path} is no result of this command ({error})") from error
-    if before != {**settings, "accuracy": before["accuracy"]}:
+    result = files.read_json("out", path)
+    accuracies = result.get("accuracy")
+    scores = list(accuracies.values()) if isinstance(accuracies, dict) else [None]
+    if not all(isinstance(s, list) and all(isinstance(x, float) for x in s) for s in scores):
+        raise ValueError(f"out: {path} is no result of this command")
+    if {key: result.get(key) for key in settings} != settings:
         raise ValueError(f"out: {path} is of another run; name another file")
     return {**result, "complete": False}

@@ -38,7 +38,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """Tells this text from others, and from itself with other bytes held out."""
         parts = (self.train, self.held_out)
-        sums = "-".join(f"{len(p)}:{zlib.crc32(p.numpy()):08x}" for p in parts)
+        sums = "-".join(f"{len(p)}:{zlib.crc32(p.numpy().data):08x}" for p in parts)
         return f"{self.source} ({sums})"
 
 

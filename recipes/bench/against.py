@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from atlas_blocks.recipes import files
 from atlas_blocks.recipes.describe import human
 from atlas_blocks.recipes.display import Whole
 
@@ -38,14 +39,11 @@ def load(file: Path, what: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError where the file is none or holds another name, size or number of threads.
     """
-    try:
-        record = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"against: cannot read {file}: {error}") from error
-    if not isinstance(record, dict) or record.get("benchmark") != "model":
+    record = files.read_json("against", file)
+    if record.get("benchmark") != "model" or not isinstance(record.get("rows"), list):
         raise ValueError(f"against: expected a file that `bench NAME` wrote, got {file}")
-    if record["what"] != what:
-        raise ValueError(f"against: expected a run of {what}, got {record['what']}")
+    if record.get("what") != what:
+        raise ValueError(f"against: expected a run of {what}, got {record.get('what')}")
     return record
 
 

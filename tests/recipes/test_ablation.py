@@ -140,8 +140,16 @@ def test_another_config_is_refused(ablate, tmp_path):
     code, _, err = ablate("--only", "atlas", "--seeds", 1, "--lr", 1e-3)
     assert code == 2
     assert "another config" in err
-    (tmp_path / "out" / "ablation.json").write_text("{")
-    assert ablate("--only", "atlas")[0] == 2
+    file = tmp_path / "out" / "ablation.json"
+    whole = file.read_bytes()
+    odd = json.dumps(json.loads(whole) | {"cells": {"atlas/0": {"score": "1"}}})
+    for content in (whole[: len(whole) // 2], b"\xff\xfe", b"[]", b"{}", odd.encode()):
+        file.write_bytes(content)
+        code, _, err = ablate("--only", "atlas")
+        assert code == 2
+        assert len(err.splitlines()) == 1
+        assert str(file) in err
+        assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize(

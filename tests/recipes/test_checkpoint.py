@@ -80,6 +80,9 @@ def test_round_trip(saved):
     assert loaded.config == model.config
     assert same(loaded, model)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    # Whoever may read other files here may read it.
+    (path.parent / "other").touch()
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -56,7 +56,17 @@ def test_a_place_that_cannot_be_written_is_named_first(run, tmp_path, data, no_s
     assert str(out if place == "folder" else out.parent) in err
 
 
-@pytest.mark.parametrize("command", ["demo", "ablate", "capacity", "bench SwiGLU", "separation"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo",
+        "ablate",
+        "capacity",
+        "separation",
+        "bench SwiGLU",
+        "bench kernels --device cpu",
+    ],
+)
 def test_every_command_tries_its_place_first(run, tmp_path, data, no_step, command):
     code, printed, err = run(*command.split(), "--out", data / "results")
     assert (code, printed) == (2, "")

@@ -76,9 +76,11 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch) -> None:
     assert len(trained) == 1 + len(separation.MIXERS) * 2
     with pytest.raises(ValueError, match="of another run"):
         separation.run(Console(quiet=True), out=out, seeds=2, **{**options, "steps": 3})
-    out.write_text("{}")
-    with pytest.raises(ValueError, match="no result"):
-        separation.run(Console(quiet=True), out=out, seeds=2, **options)
+    for content in (b"{}", b'{"accuracy": {"dot": ["1"]}}', b"[]", b"{", b"\xff"):
+        out.write_bytes(content)
+        with pytest.raises(ValueError, match=f"out: .*{out.name}"):
+            separation.run(Console(quiet=True), out=out, seeds=2, **options)
+        assert out.read_bytes() == content
 
 
 @pytest.mark.slow
