@@ -24,6 +24,7 @@ from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
+from atlas_blocks.data import numbers
 from atlas_blocks.functional.attention import rotary
 from atlas_blocks.ops.memory_as_context import define, memory_as_context
 from atlas_blocks.state import State
@@ -322,7 +323,7 @@ class MemoryAsContext(Block):
         if state is None:
             # Without a state made first: a unit of FSDP gets no gradient through one.
             return self.segments(h, None) if h.shape[1] else (h, self.initial_state(h))
-        positions = state.position.tolist()
+        positions = numbers(state.position)
         if len(set(positions)) <= 1:
             return self.segments(h, state)
         if h.shape[1] == 1:
@@ -344,7 +345,7 @@ class MemoryAsContext(Block):
         every segment. whole: `piece` of a whole segment.
         """
         outputs = [h[:, :0]]
-        position = int(state.position[0]) if state is not None and len(state.position) else 0
+        position = numbers(state.position[:1])[0] if state is not None and len(state) else 0
         for first, span, offset in self.pieces(h.shape[1], position):
             if kept is not None:
                 kept.append(state.memory)

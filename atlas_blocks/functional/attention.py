@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks import check
+from atlas_blocks.data import there
 from atlas_blocks.functional import attention_providers as providers
 from atlas_blocks.functional.float64 import float64_device
 
@@ -195,7 +196,7 @@ def _check(
 
 def _readable(valid: Tensor) -> bool:
     """Values may be looked at without waiting for a GPU and without breaking a traced graph."""
-    return valid.device.type == "cpu" and not torch.compiler.is_compiling()
+    return there(valid) and valid.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _drop_unseen(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks import check
+from atlas_blocks.data import remembered
 from atlas_blocks.functional.float64 import float64_device
 
 
@@ -43,8 +44,7 @@ def multinomials(dim: int, degree: int) -> tuple[tuple[float, ...], ...]:
     )
 
 
-@functools.lru_cache
-@torch.inference_mode(False)  # or what inference has left here could not be differentiated with
+@remembered
 def monomial_scales(dim: int, degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The square root of every monomial's multinomial weight, [W] in the order of `monomials`."""
     weights = [w for level in multinomials(dim, degree) for w in level]

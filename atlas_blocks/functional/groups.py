@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from atlas_blocks.data import numbers
 from atlas_blocks.functional.documents import document_bounds
 from atlas_blocks.functional.rule import Arguments, OmegaState, first_state
 
@@ -49,7 +50,7 @@ class Groups:
         """Reads positions and bounds on the host. Raises ValueError for bounds that do not fit."""
         (batch, length), chunk = a.q.shape[:2], a.rule.chunk_size
         begun = a.state is not None
-        positions = a.state.position.tolist() if a.state is not None else a.sequences * [0]
+        positions = numbers(a.state.position) if a.state is not None else a.sequences * [0]
         if a.cu_seqlens is None:
             chunks = chunk_count(length, chunk, begun)
             bounds, slots = (

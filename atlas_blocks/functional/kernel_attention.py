@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.data import numbers, there
 from atlas_blocks.derivatives import transformed
 from atlas_blocks.functional.kernel_walk import KernelWalk, Settings, Tokens, walk
 from atlas_blocks.functional.rule import state_dtype
@@ -166,7 +167,8 @@ def run(
     with no_autocast(q):
         y, state = _by_place(s, q, k, v, gates, state)
     safe = s.normalise and s.objective == "dot"
-    if not safe and not transformed() and not _finite(y, state.coefficients):
+    looked_at = there(y) and not transformed()
+    if not safe and looked_at and not _finite(y, state.coefficients):
         if not _finite(q, k, v, *gates):
             raise FloatingPointError("kernel_attention: an argument is not finite")
         top = s.scale * k.detach().float().square().sum(-1).max().item()
@@ -219,7 +221,7 @@ def _by_place(
     """Rows that stand at one place of their chunk share a call."""
     groups: dict[int, list[int]] = {}
     if s.chunked:
-        for row, position in enumerate(state.position.tolist()):
+        for row, position in enumerate(numbers(state.position)):
             groups.setdefault(position % s.chunk, []).append(row)
     if len(groups) <= 1:
         return _run(s, next(iter(groups), 0), q, k, v, gates, state)

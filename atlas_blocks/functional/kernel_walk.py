@@ -11,6 +11,7 @@ several: L tokens, e keys before them that it sees again, E pairs (chunk, key th
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks.autocast import no_autocast
+from atlas_blocks.data import remembered
 from atlas_blocks.functional.chunks import decay_matrix, window_matrix
 from atlas_blocks.omega.online import pending_matrix
 
@@ -122,8 +124,7 @@ def _pairs(s: Settings, block: Block, device: torch.device) -> Pairs:
     return _pairs_at(s, block.length, min(block.place, s.window), device)
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)  # or what inference has left here could not be differentiated with
+@remembered
 def _pairs_at(s: Settings, length: int, place: int, device: torch.device) -> Pairs:
     halo = s.window - 1
     starts = [-place] if place else list(range(0, length, s.chunk))
@@ -344,9 +345,9 @@ class Rebuilt:
         added, fades = kept[:count], kept[count:]
         self.rows, self.added, self.fades = x.rows, torch.cat(added, 1), torch.stack(fades, 1)
         self.target = torch.cat([_targets(s, x, block) for block in plan])
-        sizes = torch.tensor([t.shape[1] for t in added], device=x.q.device)
-        self.block = torch.arange(count, device=x.q.device).repeat_interleave(sizes)
-        self.ends = [0, *sizes.cumsum(0).tolist()]
+        sizes = [t.shape[1] for t in added]
+        blocks = [torch.full((size,), n, device=x.q.device) for n, size in enumerate(sizes)]
+        self.block, self.ends = torch.cat(blocks), [0, *itertools.accumulate(sizes)]
 
     def at(self, n: int, known: int) -> Tensor:
         """The rows of the first `known` keys before block n, [G, known, W]."""

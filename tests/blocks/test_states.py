@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import BLOCKS, DIM, cast, draw, make_block, rule_inputs
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from atlas_blocks import State, functional, ops
 
@@ -151,3 +152,57 @@ def test_a_prefix_read_under_inference_mode_is_trained_on(name: str) -> None:
         assert after is None or not any(t.is_inference() for t in after.tensors())
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def shapes(result: tuple[Tensor, State | None]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(t.shape, t.dtype) for t in of_all(result)]
+
+
+@every_block
+def test_on_the_meta_device_a_call_gives_shapes(name: str) -> None:
+    block, x = make_block(name, torch.float32), draw(2, 11, DIM, dtype=torch.float32)
+    bounds = torch.tensor([0, 4, 11])
+    first, packed = block(x), block(x[:1], cu_seqlens=bounds)
+    true = [shapes(first), shapes(block(x, first[1])), shapes(packed)]
+    with torch.device("meta"):
+        block = BLOCKS[name](DIM, 2)
+    x = x.to("meta").requires_grad_()
+    y, state = block(x)
+    again = block(x, state)
+    # A state that was moved keeps its positions; one made here has none to be read.
+    moved = block(x, first[1] and first[1].to("meta"))
+    packed = block(x[:1], cu_seqlens=bounds)
+    assert [shapes((y, state)), shapes(again), shapes(packed)] == true
+    assert shapes(moved) == shapes(again)
+    again[0].sum().backward()
+    assert x.grad is not None
+
+
+@every_block
+def test_among_fake_tensors_a_call_gives_shapes(name: str) -> None:
+    real, x = make_block(name, torch.float32), draw(3, 13, DIM, dtype=torch.float32)
+    with FakeTensorMode():
+        block, fake = BLOCKS[name](DIM, 2), torch.empty(3, 13, DIM, requires_grad=True)
+        y, state = block(fake)
+        again = block(fake, state)
+        again[0].sum().backward()
+        assert fake.grad is not None
+    # What was made on the way is not kept for calls on data.
+    first = real(x)
+    assert all(type(t) is Tensor for t in of_all(first))
+    assert shapes((y, state)) == shapes(first)
+    assert shapes(again) == shapes(real(x, first[1]))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own doing
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("name", ["memory-mlp-gd-sketch", "dot"])
+def test_compiled_too_a_state_is_not_the_parameters_it_began_as(name: str) -> None:
+    block, x = make_block(name), draw(2, 3, DIM)
+    _, state = torch.compile(block, backend="aot_eager")(x)
+    kept = state.clone()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.fill_(7.0)
+    for a, b in zip(state.tensors(), kept.tensors(), strict=True):
+        assert torch.equal(a, b)
