@@ -17,6 +17,7 @@ from atlas_blocks import check
 from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.norm import rms_norm
 from atlas_blocks.blocks.parameters import Linear
+from atlas_blocks.blocks.settings import takes
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import (
     BACKENDS,
@@ -93,6 +94,7 @@ class SlidingWindowAttention(Block):
 
     state_type = AttentionState
 
+    @takes(SlidingWindowAttentionConfig)
     def __init__(
         self,
         dim: int,

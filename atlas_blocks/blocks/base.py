@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
+from atlas_blocks.blocks.settings import changed
+from atlas_blocks.config import Config
 from atlas_blocks.functional.documents import check_packed, document_of
 from atlas_blocks.ops.documents import checked_bounds
 from atlas_blocks.state import State
@@ -53,6 +55,11 @@ class Block(nn.Module, abc.ABC):
 
     dim: int
     state_type: ClassVar[type[State] | None] = None  # None: stateless
+
+    def extra_repr(self) -> str:
+        config = getattr(self, "config", None)
+        parts = [str(self.dim), changed(config) if isinstance(config, Config) else ""]
+        return ", ".join(part for part in parts if part)
 
     @abc.abstractmethod
     def mix(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:

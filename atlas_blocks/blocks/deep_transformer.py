@@ -18,6 +18,7 @@ from atlas_blocks.blocks.conv import ConvState, ShortConv
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, Gate, GateLogits
 from atlas_blocks.blocks.norm import RMSNorm, rms_norm, unit_length
 from atlas_blocks.blocks.parameters import Linear
+from atlas_blocks.blocks.settings import takes
 from atlas_blocks.config import Config
 from atlas_blocks.functional.attention import rotary
 from atlas_blocks.functional.kernel_attention import KernelState
@@ -216,6 +217,7 @@ class DeepTransformerLayer(Block):
 
     state_type = DeepTransformerState
 
+    @takes(DeepTransformerConfig)
     def __init__(
         self, dim: int, heads: int, config: DeepTransformerConfig = DeepTransformerConfig()
     ) -> None:

@@ -18,6 +18,7 @@ from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.conv import ConvState, ShortConv
 from atlas_blocks.blocks.norm import RMSNorm, unit_length
 from atlas_blocks.blocks.parameters import Linear, fill
+from atlas_blocks.blocks.settings import takes
 from atlas_blocks.config import Config
 from atlas_blocks.functional.features import (
     FeatureMap,
@@ -284,6 +285,7 @@ class AtlasMemory(Block):
     coefficients: Tensor
     signs: Tensor | None
 
+    @takes(AtlasMemoryConfig)
     def __init__(
         self, dim: int, heads: int, config: AtlasMemoryConfig = AtlasMemoryConfig()
     ) -> None:

@@ -22,6 +22,7 @@ from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, FixedMemory, MemoryState
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.parameters import Linear
+from atlas_blocks.blocks.settings import takes
 from atlas_blocks.blocks.swiglu import SwiGLU
 from atlas_blocks.config import Config
 from atlas_blocks.data import numbers
@@ -80,6 +81,7 @@ class AtlasBlock(Block):
 
     state_type = StackState
 
+    @takes(AtlasBlockConfig)
     def __init__(self, dim: int, heads: int, config: AtlasBlockConfig = AtlasBlockConfig()) -> None:
         super().__init__()
         self.dim, self.config = dim, config
@@ -127,6 +129,7 @@ class MemoryAsLayer(Block):
 
     state_type = StackState
 
+    @takes(MemoryAsLayerConfig)
     def __init__(
         self, dim: int, heads: int, config: MemoryAsLayerConfig = MemoryAsLayerConfig()
     ) -> None:
@@ -175,6 +178,7 @@ class MemoryAsGate(Block):
 
     state_type = StackState
 
+    @takes(MemoryAsGateConfig)
     def __init__(
         self, dim: int, heads: int, config: MemoryAsGateConfig = MemoryAsGateConfig()
     ) -> None:
@@ -252,6 +256,7 @@ class MemoryAsContext(Block):
 
     state_type = ContextState
 
+    @takes(MemoryAsContextConfig)
     def __init__(
         self, dim: int, heads: int, config: MemoryAsContextConfig = MemoryAsContextConfig()
     ) -> None:
