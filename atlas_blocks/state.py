@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,23 +96,28 @@ class State:
         super().__init_subclass__(**options)
         if cls.__mro__[1].__dict__.get("field_names"):
             raise TypeError(f"{cls.__name__}: a state with fields is not subclassed; hold one")
-        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-        cls.field_names = tuple(f.name for f in dataclasses.fields(cls))
-        del cls.__dataclass_fields__
+        made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        cls.field_names = tuple(f.name for f in dataclasses.fields(made))
+        del made.__dataclass_fields__
         name = full_name(cls)
         State._classes[name] = cls
+
+        def flat(state: Any) -> tuple[list[Any], str]:
+            # Without what is None, which is a leaf to torch.
+            there = state._present()
+            return list(there.values()), ",".join(there)
+
+        def whole(parts: Any, names: Any) -> Any:
+            found = dict(zip(names.split(",") if names else (), parts, strict=True))
+            return cls(**dict.fromkeys(cls.field_names) | found)
+
+        def keyed(state: Any) -> tuple[list[tuple[Any, Any]], str]:
+            parts, names = flat(state)
+            keys = map(pytree.GetAttrKey, state._present())
+            return list(zip(keys, parts, strict=True)), names
+
         pytree.register_pytree_node(
-            cls,
-            lambda state: (list(state._present().values()), ",".join(state._present())),
-            lambda parts, names: cls(
-                **dict.fromkeys(cls.field_names)
-                | dict(zip(names.split(",") if names else (), parts, strict=True))
-            ),
-            serialized_type_name=name,
-            flatten_with_keys_fn=lambda state: (
-                [(pytree.GetAttrKey(name), part) for name, part in state._present().items()],
-                ",".join(state._present()),
-            ),
+            cls, flat, whole, serialized_type_name=name, flatten_with_keys_fn=keyed
         )
 
     def _values(self) -> list[Any]:
@@ -120,7 +125,7 @@ class State:
         return [getattr(self, name) for name in self.field_names]
 
     def _present(self) -> dict[str, Any]:
-        """The fields but those that are None, which is a leaf to torch's pytrees."""
+        """The fields that are not None."""
         return {name: v for name in self.field_names if (v := getattr(self, name)) is not None}
 
     def replace(self: S, **changes: Any) -> S:
@@ -151,7 +156,7 @@ class State:
         tensors = self.tensors()
         return tensors[0].shape[0] if tensors else 0
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[True]:
         """A state of no rows is a state."""
         return True
 

@@ -301,7 +301,7 @@ class DeepTransformerLayer(Block):
             normalise=c.normalise,
             chunk_size=c.chunk_size,
             errors=c.errors,
-            state=state and state.kernel,
+            state=None if state is None else state.kernel,
         )
         y = (y if self.norm is None else self.norm(y)).flatten(-2)
         if self.gate is not None:

@@ -454,7 +454,7 @@ class AtlasMemory(Block):
             chunk_size=c.chunk_size,
             errors=c.rule_errors,
             decay_to=c.rule_decay_to,
-            state=state and state.rule,
+            state=None if state is None else state.rule,
             cu_seqlens=documents and documents.cu_seqlens,
             place=place,
         )
