@@ -3,6 +3,8 @@
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from atlas_blocks import (
 )
 from atlas_blocks.blocks.memory import FixedGate, Gate
 from atlas_blocks.functional import SketchMap, sketch_tables
-from atlas_blocks.recipes import build
+from atlas_blocks.recipes import build, checkpoint
 
 MODELS = {
     "memory": lambda: build("omeganet-tiny", depth=1),
@@ -261,3 +263,57 @@ def test_a_memory_as_context_runs_no_linear_on_no_tokens() -> None:
     block(draw(1, 20, DIM))
     assert sizes
     assert 0 not in sizes
+
+
+def test_a_saved_model_with_tables_of_its_own_keeps_them(tmp_path: Path) -> None:
+    model, tokens = build("omeganet-tiny", depth=1), torch.arange(40)[None]
+    tables = sketch_tables(16, 32, 2, 77)
+    names = ("blocks.0.mixer.buckets", "blocks.0.mixer.signs")
+    model.load_state_dict(model.state_dict() | dict(zip(names, tables, strict=True)))
+    file = tmp_path / "model.safetensors"
+    checkpoint.save(file, model)
+    loaded = checkpoint.load(file)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert torch.equal(loaded.blocks[0].mixer.buckets, tables[0])
+    # Another checkpoint, without any, is none the wiser.
+    checkpoint.save(file, build("omeganet-tiny", depth=1))
+    assert checkpoint.load(file).blocks[0].mixer.buckets is None
+
+
+def test_a_layer_added_to_a_pretrained_model_starts_as_it_is_built(tmp_path: Path) -> None:
+    """transformers builds on meta, loads what there is and has `_init_weights` fill the rest."""
+    transformers = pytest.importorskip("transformers")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config: Any, memories: bool = True) -> None:
+            super().__init__(config)
+            self.base = nn.Linear(DIM, DIM)
+            self.layers = nn.ModuleList(
+                [BLOCKS[name](DIM, HEADS) for name in FRESH] if memories else []
+            )
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    config = transformers.LlamaConfig()
+    base = Model(config, memories=False)
+    base.save_pretrained(tmp_path)
+    model = Model.from_pretrained(tmp_path)
+    assert torch.equal(model.base.weight, base.base.weight)
+    x = draw(2, 20, DIM, dtype=torch.float32)
+    for name, layer in zip(FRESH, model.layers, strict=True):
+        built = BLOCKS[name](DIM, HEADS)
+        built.load_state_dict(layer.state_dict())
+        assert torch.equal(built(x)[0], layer(x)[0])
+        one, two = BLOCKS[name](DIM, HEADS), BLOCKS[name](DIM, HEADS)
+        pairs = zip(layer.parameters(), one.parameters(), two.parameters(), strict=True)
+        for p, a, b in pairs:
+            assert p.isfinite().all()
+            assert torch.equal(a, b) == torch.equal(a, p)
+
+
+FRESH = ("memory-mlp-gd-sketch", "memory-fixed-gates", "as-context", "dot", "block-attention")
