@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 from torch import nn
@@ -174,8 +174,8 @@ def working(console: Console, words: str) -> Iterator[Callable[[str], None]]:
 class _Field(ProgressColumn):
     """One named value of a task."""
 
-    def __init__(self, name: str, style: str = "") -> None:
-        super().__init__()
+    def __init__(self, name: str, style: str = "", *, no_wrap: bool = False) -> None:
+        super().__init__(Column(no_wrap=no_wrap))
         self.name, self.style = name, style
 
     def render(self, task: Task) -> Text:
@@ -194,9 +194,9 @@ class TrainingView:
         self.console = console
         self.losses: dict[str, list[float]] = {name: [] for name in runs}
         self.progress = Progress(
-            TextColumn("[bold cyan]{task.description}"),
-            BarColumn(bar_width=24),
-            _Field("count"),
+            TextColumn("[bold cyan]{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=8 if console.width < 100 else 24),
+            _Field("count", no_wrap=True),
             _Field("loss", "bold yellow"),
             _Field("speed", "green"),
             _Field("left", "magenta"),

@@ -118,6 +118,17 @@ def test_no_number_is_cut(table, width):
             assert re.search(rf"(?<![\w.,]){re.escape(word)}(?![\w]|[.,]\d)", out), word
 
 
+def test_no_number_of_a_run_is_cut():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    view = display.TrainingView(console, {"deep-transformer-tiny": 100_000})
+    step = training.Progress(99_059, 100_000, 2.345, 1e-3, 1.0, 123_456.0, 54_321.0)
+    view.callback("deep-transformer-tiny")(step)
+    out = shown(view._render(), 80)
+    assert "…" not in out
+    for figure in ("deep-transformer-tiny", "99059/100000", "3.383", "123,456", "905:21"):
+        assert figure in out
+
+
 def test_a_table_too_wide_becomes_paragraphs():
     table = Table("name", "first", "second", title="figures", caption="a note")
     table.add_row("[b]row[/]", "12345678", "87654321")
