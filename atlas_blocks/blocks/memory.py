@@ -6,6 +6,7 @@ B batch, T tokens, H heads, D head width, c window.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,7 +254,7 @@ class InitialMemory(nn.Module):
     1 / sqrt(din) entries before training. Parameters "0", "1", ...
     """
 
-    def __init__(self, heads: int, shapes: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, heads: int, shapes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         for i, shape in enumerate(shapes):
             self.register_parameter(str(i), nn.Parameter(torch.empty(heads, *shape)))

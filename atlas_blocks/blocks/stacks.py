@@ -350,7 +350,7 @@ class MemoryAsContext(Block):
         every segment. whole: `piece` of a whole segment.
         """
         outputs = [h[:, :0]]
-        position = numbers(state.position[:1])[0] if state is not None and len(state) else 0
+        position = _position(state)
         for first, span, offset in self.pieces(h.shape[1], position):
             if kept is not None:
                 kept.append(state.memory)
@@ -462,6 +462,11 @@ class MemoryAsContext(Block):
     def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
         rows = x.unflatten(-1, (self.heads, -1))
         return rotary(rows, places, base=self.config.rope_base).transpose(1, 2)
+
+
+def _position(state: ContextState | None) -> int:
+    """Tokens that the rows of a state have seen, all of them as many."""
+    return numbers(state.position[:1])[0] if state is not None and len(state) else 0
 
 
 def _described(description: str) -> MemoryAsContext:
