@@ -27,6 +27,7 @@ from pathlib import Path
 
 from atlas_blocks.recipes import names
 from atlas_blocks.recipes.demo import hardware
+from atlas_blocks.recipes.files import write_json
 
 
 def measure(recipe: str, batch: int, length: int, threads: int, rounds: int) -> dict[str, float]:
@@ -134,7 +135,7 @@ def main() -> None:
             flush=True,
         )
         if a.json:
-            a.json.write_text(json.dumps(record, indent=2) + "\n")
+            write_json(a.json, record)
 
 
 if __name__ == "__main__":
