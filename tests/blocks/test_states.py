@@ -19,17 +19,18 @@ def storages(tensors: list[Tensor]) -> list[int]:
 @pytest.mark.parametrize("length", [0, 3, 6, 8, 12, 20])
 def test_a_returned_state_shares_memory_with_nothing(name: str, length: int) -> None:
     """With the parameters that a step of an optimizer writes to, the input, the output, itself."""
-    block, x = make_block(name), draw(2, length, DIM)
-    y, state = block(x)
-    if state is None:
-        return
-    own = storages(state.tensors())
-    others = storages([x, y, *block.parameters(), *block.buffers()])
-    assert not set(own) & set(others)
-    assert len(own) == len(set(own))
-    for t in state.tensors():
-        assert t.is_contiguous()
-        assert t.untyped_storage().nbytes() == t.nbytes
+    block, x, state = make_block(name), draw(2, length, DIM), None
+    for _ in range(2):
+        y, state = block(x, state)
+        if state is None:
+            return
+        own = storages(state.tensors())
+        others = storages([x, y, *block.parameters(), *block.buffers()])
+        assert not set(own) & set(others)
+        assert len(own) == len(set(own))
+        for t in state.tensors():
+            assert t.is_contiguous()
+            assert t.untyped_storage().nbytes() == t.nbytes
 
 
 def of_all(result: tuple[Tensor, State | None]) -> list[Tensor]:
