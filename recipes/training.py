@@ -52,9 +52,9 @@ class TrainingConfig(Config):
         check.between("warmup", self.warmup, 0, 1)
         check.between("clip", self.clip, 1e-6, 1e6)
         check.between("weight_decay", self.weight_decay, 0, 1e6)
-        check.at_least("seed", self.seed, 0)
         # Every step has a seed of its own, and a generator takes 64 bits.
-        check.between("seed", self.seed, 0, 2**32)
+        check.at_least("seed", self.seed, -(2**32))
+        check.between("seed", self.seed, -(2**32), 2**32)
         check.boolean("bf16", self.bf16)
 
     def lr_at(self, step: int) -> float:
@@ -235,7 +235,8 @@ def _graceful_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: it was not set from Python, and Python cannot set it again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @torch.no_grad()

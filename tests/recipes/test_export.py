@@ -115,6 +115,23 @@ def test_more_than_one_token_is_refused():
         export.package(block, draw(1, 1, DIM), state, Path("step.so"))
 
 
+def test_a_package_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    def fail(program, package_path):
+        Path(package_path).write_bytes(b"half")
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    out = tmp_path / "step.pt2"
+    out.write_bytes(b"old")
+    block = make_block("memory-plain")
+    with torch.no_grad():
+        _, state = block(draw(1, 0, DIM))
+    with pytest.raises(RuntimeError, match="no compiler"):
+        export.package(block, draw(1, 1, DIM), state, out)
+    assert out.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_the_command_names_bad_input(capsys, tmp_path):
     for arguments in (["atlas-huge"], ["omeganet-tiny", "--batch", "0"]):
         with pytest.raises(SystemExit) as left:

@@ -46,10 +46,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights():
     assert torch.equal(before, model.embedding.weight)
 
 
-@pytest.mark.parametrize("field", ["steps", "batch", "length", "lr", "warmup", "clip"])
-def test_bad_settings_are_named(field):
-    with pytest.raises(ValueError, match=field):
-        TrainingConfig(**{"steps": 1, field: -1})
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((f, -1) for f in ("steps", "batch", "length", "lr", "warmup", "clip", "weight_decay")),
+        ("seed", 2**33),
+        ("seed", "0"),
+        ("seed", True),
+        ("bf16", 1),
+        ("lr", float("nan")),
+    ],
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected"):
+        TrainingConfig(**{"steps": 1, field: value})
 
 
 @pytest.mark.slow
