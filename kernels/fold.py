@@ -22,17 +22,18 @@ from atlas_blocks.kernels.tiles import (
 
 @triton.jit
 def _fold(
-    own, halo, out, slots, rows, SIGN,
+    own, halo, out, slots, rows, SIGN, PARTS,
     H: tl.constexpr, D: tl.constexpr, HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(1) // H, tl.program_id(1) % H
-    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    line, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    row, head = line // H, line % H
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
     first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
     at = slots + first_slot.to(tl.int64) * 4
     first, low, high = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    past = tl.program_id(0) * BT + tl.arange(0, BT)
+    past = part * BT + tl.arange(0, BT)
     there = past < high - low + HISTORY
     token = low - HISTORY + past
     # Division rounds to zero; history reaches no further back than HALO + CHUNK.
@@ -72,9 +73,10 @@ def fold(
     [slots, H, HALO, width]."""
     heads, width = out.shape[-2:]
     block = min(16 if width % 16 else 64, padded(width))
-    grid = (ceil_div(at.longest + spans.history, 64), at.batch * heads, ceil_div(width, block))
+    # Of rows, heads and tokens there may be more than the second axis of a grid can have.
+    parts = ceil_div(at.longest + spans.history, 64)
     launch(
-        _fold, grid,
-        own, halo, out, at.slots, at.rows, sign, heads, width, spans.history,
+        _fold, (at.batch * heads * parts, ceil_div(width, block)),
+        own, halo, out, at.slots, at.rows, sign, parts, heads, width, spans.history,
         CHUNK=spans.chunk, SPAN=spans.span, HALO=spans.halo, BT=64, BD=block, STREAM=stream,
     )  # fmt: skip

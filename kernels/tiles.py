@@ -100,12 +100,19 @@ class Launch(NamedTuple):
     settings: dict[str, Any]
 
 
+LONGEST_AXIS = 65_535
 _recording: list[Launch] | None = None
 _recorded_for = 0
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """kernel[grid](*arguments, **settings), or under `recorded` a note that it would be."""
+    """kernel[grid](*arguments, **settings), or under `recorded` a note that it would be.
+
+    Raises ValueError for a second or third axis longer than a GPU takes: what grows with a call
+    lies along the first.
+    """
+    if max(grid[1:], default=0) > LONGEST_AXIS:
+        raise ValueError(f"grid: expected at most {LONGEST_AXIS} along y and z, got {grid}")
     if _recording is not None:
         _recording.append(Launch(kernel, arguments, settings))
     elif grid[0]:

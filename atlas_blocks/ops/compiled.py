@@ -38,20 +38,42 @@ def key(rule: Rule, write: Write, sizes: Iterable[torch.Size]) -> Key:
 
 def here() -> tuple[bool, str | None]:
     """What is compiled depends on besides: gradients or not, and the backend."""
-    return torch.is_grad_enabled(), BACKEND
+    return torch.is_grad_enabled(), _backend()
+
+
+def _backend() -> str | None:
+    """BACKEND, or None where it would not work."""
+    return None if BACKEND == "inductor" and not _has_cpp_compiler() else BACKEND
+
+
+@functools.cache
+def _has_cpp_compiler() -> bool:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        message = "no C++ compiler is found: nodes of compiled graphs run uncompiled, and slower"
+        warnings.warn(message, stacklevel=2)
+        return False
+    return True
 
 
 def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
     """torch.compile of a function made for the purpose, in one graph."""
-    if BACKEND is None:
+    backend = _backend()
+    if backend is None:
         return fn
+    from torch.fx.experimental import _config as shapes
+
     # Dynamo keeps what it compiled by code object, and not much for each.
     fn.__code__ = fn.__code__.replace()
-    run = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=BACKEND)
+    run = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend)
 
     def call(*arguments: Any) -> Any:
         # Under one set of dispatch keys, whether a forward or a backward calls: they are guarded.
-        with recording(), warnings.catch_warnings():
+        # And no guard that a length is the offset of a view, as happened to be when it was traced.
+        with recording(), shapes.patch(use_duck_shape=False), warnings.catch_warnings():
             # Of Dynamo's own doing, where it first sees a tensor and an autograd.Function.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
             warnings.filterwarnings("ignore", ".*should not be instantiated")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +21,28 @@ def implement(name: str, body: Callable, fake: Callable) -> None:
     def run(*arguments: Any) -> Any:
         # A compiled graph runs with every view noting how to be made again, which in a loop over
         # many chunks costs ten times what is computed.
-        with torch.autograd.grad_mode._force_original_view_tracking(False):
+        with torch.autograd.grad_mode._force_original_view_tracking(False), _device_of(arguments):
             return body(*arguments)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"atlas::{name}", fake, lib=LIBRARY)
+
+
+def _device_of(arguments: Sequence[Any]) -> AbstractContextManager[object]:
+    """The GPU of the first tensor made the current one, which kernels are launched on and asked of:
+    the tensors may lie on another."""
+    first = next(
+        (a[0] if isinstance(a, (list, tuple)) else a for a in arguments if _holds(a)), None
+    )
+    if first is None or first.device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.device(first.device)
+
+
+def _holds(argument: Any) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return len(argument) > 0 and isinstance(argument[0], Tensor)
+    return isinstance(argument, Tensor)
 
 
 def untraced(fn: F) -> F:

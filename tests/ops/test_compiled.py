@@ -1,13 +1,18 @@
 """What nodes compile for themselves is what they would do without."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from helpers import DIM, HEADS, MEMORIES, Recorder, difference, draw, rule_inputs
+from helpers import DIM, HEADS, MEMORIES, Recorder, difference, draw, leaves, rule_inputs
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
-from atlas_blocks import AtlasMemoryConfig, MemoryAsContextConfig
+from atlas_blocks import AtlasMemoryConfig, MemoryAsContextConfig, ops
 from atlas_blocks.functional import omega_rule
 from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops import compiled, kept, omega_inline
+from atlas_blocks.ops import compiled, contract, kept, omega_inline
 from atlas_blocks.ops.memory_as_context import _compiled_piece
 from atlas_blocks.ops.omega_rule import definition_backward, definition_forward, flatten
 
@@ -69,3 +74,60 @@ def test_one_sequence_compiles_nothing_again(config, count, monkeypatch):
     y, _ = torch.compile(block, backend="aot_eager", fullgraph=True)(x.requires_grad_())
     torch.autograd.grad(y.sum(), [x, *block.parameters()], allow_unused=True)
     assert inner.compiles == count
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_chunk_s_step_is_compiled_once_for_all_lengths(monkeypatch):
+    """And once more where chunks begin elsewhere in memory, forward and backward: no length is
+    taken for the offset of a view that happens to be as large."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(compiled, "BACKEND", counter)
+
+    def rule(x):
+        return ops.omega_rule(**x, memory="mlp", chunk_size=4, errors="online")[0]
+
+    recorder = Recorder()
+    run = torch.compile(rule, backend=recorder, fullgraph=True, dynamic=True)
+    for length in (20, 33):
+        inputs = leaves(rule_inputs("mlp", length=length, window=3))
+        y, true = run(inputs), rule(inputs)
+        assert difference([y], [true]) < 1e-10
+        y.sum().backward()
+    assert recorder.count("atlas.omega_walk.default")[0] == 1
+    assert 1 <= counter.frame_count <= 2
+
+
+def test_without_a_cpp_compiler_nodes_run_uncompiled(monkeypatch):
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    compiled._has_cpp_compiler.cache_clear()
+    compiled._whole_chunk.cache_clear()
+    inputs = rule_inputs("mlp", window=3, update="muon")
+    run = torch.compile(
+        lambda x: ops.omega_rule(**x, memory="mlp", **SETTINGS)[0], backend="aot_eager"
+    )
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler is found"):
+        y = run(inputs)
+    assert difference([y], [omega_rule(**inputs, memory="mlp", **SETTINGS)[0]]) < 1e-9
+    run(inputs)  # a second warning would be an error
+    compiled._has_cpp_compiler.cache_clear()
+
+
+def test_a_node_runs_on_the_gpu_of_its_tensors(monkeypatch):
+    """Kernels are launched on the current one, whatever tensors they are given."""
+
+    class OnSecond(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d) or nullcontext())
+    here, there = torch.ones(2), torch.ones(2).as_subclass(OnSecond)
+    for arguments in ((1, there), ("name", [there, here]), ([], there)):
+        contract._device_of(arguments)
+    assert entered == 3 * [torch.device("cuda:1")]
+    contract._device_of((here, [here]))
+    contract._device_of((1, []))
+    assert len(entered) == 3
