@@ -8,6 +8,7 @@ momentum, P = A diag(eta), see specification section 6.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.rule import Rule
 from atlas_blocks.omega import online
 from atlas_blocks.omega.record import Record
+
+# `online.scales_before`, or another form of it.
+Scan = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Tokens(NamedTuple):
@@ -73,8 +77,9 @@ class Write(Record):
     thbar_last: Tensor | None  # [N, G, 1, 1]
     window: Tensor  # C = Theta Gam  [N, G, L, E]
     window_last: Tensor  # last row of C as a column  [N, G, E, 1]
-    online: online.Chunk | None  # where limits and corrections wait for the memory or the scale
+    online: online.Chunk | None  # where limits and corrections wait for the memory
     correction: online.Correction | None  # where they are known ahead
+    scale: Tensor | None  # after the chunk, likewise, with momentum  [N, G]
     last: Last | None  # for gradient descent; known ahead unless `online` is there
     initial: Tensor | None  # what M_0 reads of each key, where decay leads there  [N, G, E, Dv]
 
@@ -96,8 +101,15 @@ class Read(Record):
     decay: Tensor  # A  [N, G, R, L]
 
 
-def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> tuple[Write, Read]:
-    """Cut a piece's chunks out of a call."""
+def cut(
+    rule: Rule,
+    feature_map: FeatureMap | None,
+    x: Tokens,
+    piece: Piece,
+    scale: Tensor,
+    scan: Scan = online.scales_before,
+) -> tuple[Write, Read]:
+    """Cut a piece's chunks out of a call. scale [G]: see `online.running_scale`, before them."""
     first, span, count, place = piece
     n, n_g = (t.shape[1] - x.q.shape[1] for t in (x.k, x.alpha))
     again = place if rule.rewinds else 0
@@ -159,6 +171,8 @@ def cut(rule: Rule, feature_map: FeatureMap | None, x: Tokens, piece: Piece) -> 
         gram,
         pending,
         initial,
+        scale,
+        scan,
     )
     dots = kernel(feature_map, q, k, q_raw, k_raw)
     read = Read(q, q_raw if residual else None, dots, abar[..., again:, :], decay[..., again:, :])
@@ -191,11 +205,13 @@ def write_of(
     gram: Tensor | None,
     pending: Tensor | None,
     initial: Tensor | None,
+    scale: Tensor,
+    scan: Scan,
 ) -> tuple[Write, Tensor, Tensor]:
     """The write of chunks from what is cut, with A and abar.
 
     k, target: of the keys; alpha, eta, theta: of the tokens [..., L]; seen: Gam [..., L, E];
-    masses [..., E, c], gram and pending [..., E, E]: see `online`.
+    masses [..., E, c], gram and pending [..., E, E]: see `online`; scale: before the first chunk.
     """
     decay, abar = decay_matrix(alpha)
     window, momentum, thbar = seen, None, None
@@ -214,6 +230,7 @@ def write_of(
         window_last=window[..., -1:, :].mT,
         online=None,
         correction=None,
+        scale=None,
         last=None,
         initial=initial,
     )
@@ -230,8 +247,8 @@ def write_of(
             decay=decay if needs else None,
             abar=abar if needs else None,
         )
-        if rule.memory == "matrix" and momentum is None:
-            write = _known_ahead(write, chunk)
+        if rule.memory == "matrix":
+            write = _known_ahead(write, chunk, scale, scan)
         else:
             write = replace(write, online=chunk)
     if write.online is None and rule.update == "gd":
@@ -239,13 +256,17 @@ def write_of(
     return write, decay, abar
 
 
-def _known_ahead(write: Write, x: online.Chunk) -> Write:
-    """A matrix memory's own steps and corrections wait for nothing, unless its momentum's scale
-    comes from the chunk before."""
+def _known_ahead(write: Write, x: online.Chunk, scale: Tensor, scan: Scan) -> Write:
+    """A matrix memory's kappa is phi(k) . phi(k): its limits and corrections wait for nothing."""
     assert x.gram is not None
-    eta = online.limited(write.eta, x, online.running_scale(x.squares, x, None, write.eta))
-    found = online.correction(x, x.gram, x.squares, eta, write.window, None)
-    return replace(write, eta=eta, correction=found)
+    own, after = online.chunk_scale(x.squares, x), None
+    if write.thbar is not None and write.thbar_last is not None:
+        last, keep = own[..., -1], write.thbar_last[..., 0, 0]
+        scale = scan(last, keep, scale)
+        after = torch.maximum(last, keep * scale)
+    eta = online.limited(write.eta, x, online.running_scale(own, write.thbar, scale))
+    found = online.correction(x, x.gram, x.squares, eta, write.window, write.thbar)
+    return replace(write, eta=eta, correction=found, scale=after)
 
 
 def decay_matrix(gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,9 +66,11 @@ def _one_group(
     tokens, before, history = prepare(a, group.position)
     grad_y, after, grads_of_history = _split(a, grads)
     pairs = list(zip(history.values(), grads_of_history, strict=True))
-    cuts, chunk, slots = [], 0, group.places(a.q)
+    cuts, chunk, slots, scale = [], 0, group.places(a.q), before.scale
     for piece in pieces(a.q.shape[1], a.rule.place(group.position), a.rule.chunk_size):
-        cuts.append((piece, chunk, *cut(a.rule, a.feature_map, tokens, piece)))
+        write, read = cut(a.rule, a.feature_map, tokens, piece, scale)
+        cuts.append((piece, chunk, write, read))
+        scale = scale if write.scale is None else write.scale[-1]
         chunk += piece.count
     together = TOGETHER[a.rule.update]
     for piece, chunk, write, read in reversed(cuts):

@@ -137,7 +137,7 @@ def run_at(
     walk = walk_gradient if a.rule.update == "gd" else partial(walk_muon, step=muon)
     outputs = []
     for piece in pieces(a.q.shape[1], place, a.rule.chunk_size):
-        write, read = cut(a.rule, a.feature_map, tokens, piece)
+        write, read = cut(a.rule, a.feature_map, tokens, piece, memory.scale)
         y, memory = walk(a.rule, write, read, memory, piece.place, kept)
         outputs.append(y)
 

@@ -43,7 +43,7 @@ def one_token(a: Arguments) -> tuple[Tensor, OmegaState]:
     tokens, memory, history = prepare(a, position)
     place = (position % rule.chunk_size).expand(size).reshape(-1, 1)
     if rule.update == "gd":
-        after = chunk_end(rule, _chunk_so_far(rule, a.feature_map, tokens, place), memory)[-1]
+        after = chunk_end(rule, _chunk_so_far(a, tokens, memory, place), memory)[-1]
     else:
         after = _muon_step(rule, a.feature_map, tokens, memory, place)
     q = tokens.q.transpose(1, 2).flatten(0, 1)
@@ -68,7 +68,7 @@ def _left(rule: Rule, memory: ChunkMemory, place: Tensor) -> ChunkMemory:
     return ChunkMemory(weights, momentum, start, momentum_start, scale, scale_start, initial)
 
 
-def _chunk_so_far(rule: Rule, feature_map: FeatureMap | None, x: Tokens, place: Tensor) -> Write:
+def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -> Write:
     """The begun chunk [G, ...] as one of E tokens, of which those before it change nothing.
 
     place [G, 1]: of the newest token in it.
@@ -78,7 +78,7 @@ def _chunk_so_far(rule: Rule, feature_map: FeatureMap | None, x: Tokens, place: 
         """[B, n, H, ...] -> [G, n, ...]."""
         return t.transpose(1, 2).flatten(0, 1)
 
-    k_raw = groups(x.k_raw)
+    rule, feature_map, k_raw = a.rule, a.feature_map, groups(x.k_raw)
     k = k_raw if feature_map is None else groups(x.k)
     target = groups(x.v)
     if has_residual(rule, x) and rule.objective == "l2":
@@ -110,6 +110,8 @@ def _chunk_so_far(rule: Rule, feature_map: FeatureMap | None, x: Tokens, place: 
         gram,
         pending,
         None if x.initial is None else groups(x.initial),
+        memory.scale,
+        lambda _last, _keep, before: before,
     )
     return write
 
@@ -122,7 +124,7 @@ def _muon_step(
     place: Tensor,
 ) -> ChunkMemory:
     """S_t = theta_t S_{t-1} + G_t;  M_t = alpha_t M_{t-1} - eta_t NS(S_t), where a step is due."""
-    (write,) = cut(rule, feature_map, x, Piece(0, 1, 1, 0))[0].unbind()
+    (write,) = cut(rule, feature_map, x, Piece(0, 1, 1, 0), memory.scale)[0].unbind()
     place = place.unsqueeze(-1)
     both = zip(memory.weights, memory.chunk_start, strict=True)
     start = [torch.where(place == 0, m, m0) for m, m0 in both]

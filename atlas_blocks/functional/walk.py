@@ -147,10 +147,11 @@ def _gradients(rule: Rule, x: Write, memory: ChunkMemory) -> tuple[list[Factor],
     """A chunk's gradient factors at M^(0), its write strengths and the scale after it."""
     at = MEMORIES[rule.memory].linearise(memory.chunk_start, x.k)
     errors = _errors(rule, x, at)
-    factors, eta, scale, correction = at.factors(errors), x.eta, memory.scale, x.correction
+    factors, eta, correction = at.factors(errors), x.eta, x.correction
+    scale = memory.scale if x.scale is None else x.scale
     if x.online is not None:
         kappa, own = tangent_kernel(factors, errors, x.online.squares, x.online.gram)
-        scales = online.running_scale(own, x.online, x.thbar, scale)
+        scales = online.running_scale(online.chunk_scale(own, x.online), x.thbar, scale)
         eta = online.limited(eta, x.online, scales)
         scale = scale if x.thbar is None else scales[..., -1]
         if kappa is not None:

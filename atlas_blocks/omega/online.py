@@ -25,7 +25,7 @@ MAX_THETA = 0.999
 
 @dataclass(frozen=True)
 class Chunk(Record):
-    """What limits and corrects a chunk's writes, and needs no memory."""
+    """What limits and corrects a chunk's writes once kappa is known, and needs no memory."""
 
     mass: Tensor  # m_i, what key i will have been written in all  [N, G, E]
     held: Tensor  # whether the window of t weighs key i  [N, G, L, E]
@@ -66,16 +66,29 @@ def pending_matrix(masses: Tensor) -> Tensor:
     return rows.unflatten(-1, (keys, width))[..., :keys].mT
 
 
-def running_scale(own: Tensor, x: Chunk, thbar: Tensor | None, before: Tensor) -> Tensor:
-    """scale_t = max(max_{i in the window of t} kappa(i, i), theta_t scale_{t-1}): the largest of
-    what S_t still holds. own: [..., E]; thbar: [..., L, 1]; before: [...]. -> [..., L]."""
+def chunk_scale(own: Tensor, x: Chunk) -> Tensor:
+    """`running_scale` of what the chunk's own windows hold alone: [..., E] -> [..., L]."""
     # By index: amax looks for its value again in the backward, where a compiler may have computed
     # it once more and rounded it otherwise.
     scale = torch.where(x.held, own.unsqueeze(-2), 0.0).max(-1).values
-    if x.momentum is None or thbar is None:
+    return scale if x.momentum is None else (x.momentum * scale.unsqueeze(-2)).max(-1).values
+
+
+def running_scale(scale: Tensor, thbar: Tensor | None, before: Tensor) -> Tensor:
+    """scale_t = max(max_{i in the window of t} kappa(i, i), theta_t scale_{t-1}): the largest of
+    what S_t still holds. scale: `chunk_scale` [..., L]; thbar: [..., L, 1]; before: [...]."""
+    if thbar is None:
         return scale
-    scale = (x.momentum * scale.unsqueeze(-2)).max(-1).values
     return torch.maximum(scale, thbar.squeeze(-1) * before.unsqueeze(-1))
+
+
+def scales_before(last: Tensor, keep: Tensor, before: Tensor) -> Tensor:
+    """The running scale at the start of each of N chunks [N, G]. last: `chunk_scale` of their last
+    tokens, keep: their products of theta [N, G]; before: at the start of the first [G]."""
+    found = [before]
+    for own, kept in zip(last.unbind(), keep.unbind(), strict=True):
+        found.append(torch.maximum(own, kept * found[-1]))
+    return torch.stack(found[:-1])
 
 
 def limited(eta: Tensor, x: Chunk, scale: Tensor) -> Tensor:

@@ -90,7 +90,14 @@ def run(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
         tokens, memory, history = prepare(a, position)
         count = (length + chunk - 1) // chunk
         piece = Piece(0, chunk, count, 0)
-        write, read = cut(rule, a.feature_map, _whole_chunks(tokens, rule, count), piece)
+        write, read = cut(
+            rule,
+            a.feature_map,
+            _whole_chunks(tokens, rule, count),
+            piece,
+            memory.scale,
+            _scales_before,
+        )
         found = iter(
             _walk(
                 [*write.tensors(), *memory.start(), *memory.initial],
@@ -165,8 +172,8 @@ def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkM
     k, target, eta, abar, decay = several(5)
     thbar, thbar_last = optional(momentum), optional(momentum)
     window, window_last = several(2)
-    waits = correction = last = None
-    ahead = rule.memory == "matrix" and not momentum
+    waits = correction = scale = last = None
+    ahead = rule.memory == "matrix"
     if rule.limits and not ahead:
         waits = online.Chunk(
             mass=next(parts),
@@ -179,19 +186,19 @@ def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkM
             abar=optional(rule.corrects),
         )
     elif rule.limits:
-        correction = online.Correction(next(parts), next(parts), None)
+        correction = online.Correction(next(parts), next(parts), optional(momentum))
+        scale = optional(momentum)
     if waits is None:
         last = Last(next(parts), optional(momentum))
     towards = rule.decay_to == "initial"
     initial = optional(towards and rule.corrects)
     write = Write(
         k, target, eta, abar, decay, thbar, thbar_last, window, window_last, waits, correction,
-        last, initial,
+        scale, last, initial,
     )  # fmt: skip
     count = MEMORIES[rule.memory].weights
     weights, s = several(count), several(count if momentum else 0)
-    scale = next(parts)
-    start = ChunkMemory.begin(weights, s, scale, several(count if towards else 0))
+    start = ChunkMemory.begin(weights, s, next(parts), several(count if towards else 0))
     return rule, write, start
 
 
@@ -296,3 +303,15 @@ _walk = recomputed.define(
     _fake,
     _differentiate,
 )
+
+# A loop over the chunks, which tracing would unroll.
+_scan = recomputed.define(
+    "omega_scales",
+    "",
+    lambda tensors: [online.scales_before(*tensors)],
+    lambda tensors: [torch.empty_like(tensors[0], memory_format=torch.contiguous_format)],
+)
+
+
+def _scales_before(last: Tensor, keep: Tensor, before: Tensor) -> Tensor:
+    return _scan([last, keep, before])[0]
