@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., A
     backend = _backend()
     if backend is None:
         return fn
-    from torch.fx.experimental import _config as shapes
+    shapes: Any = importlib.import_module("torch.fx.experimental._config")
 
     # Dynamo keeps what it compiled by code object, and not much for each.
     fn.__code__ = fn.__code__.replace()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from atlas_blocks.ops.contract import own, recording
@@ -35,7 +36,7 @@ def serves(stream: Tensor, size: int | None = None) -> bool:
     Not where hooks say what becomes of saved tensors, as under a checkpoint: they would be called
     for every tensor of the graph, of which they are to know nothing.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if _autograd._top_saved_tensors_default_hooks(True) is not None:
         return False
     return stream.device.type == "cpu" and (stream.numel() if size is None else size) <= LARGEST
 

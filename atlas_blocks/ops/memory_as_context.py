@@ -110,7 +110,8 @@ def _deviation(description: str, facts: tuple[tuple, ...]) -> str | None:
 
 
 def _uncompiled(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    return torch.compiler.disable(block._rows)(x, state)
+    run: Any = torch.compiler.disable(block._rows)
+    return run(x, state)
 
 
 def tensors_of(block: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
