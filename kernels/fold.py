@@ -27,8 +27,8 @@ def _fold(
     CHUNK: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    line, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    row, head = line // H, line % H
+    both, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    row, head = both // H, both % H
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     first_slot, count = tl.load(rows + row * 2), tl.load(rows + row * 2 + 1)
     at = slots + first_slot.to(tl.int64) * 4
