@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ def _rule(a: Arguments) -> tuple[Tensor, OmegaState]:
     position = before.position + (length if packed is None else packed.diff())
     # No history: neither a window nor, where chunks are of one token, a chunk to begin again.
     start = (m,) if a.rule.rewinds else ()
-    state = replace(before, weights=(m,), chunk_start=start, position=position)
+    state = before.replace(weights=(m,), chunk_start=start, position=position)
     return y.to(a.q.dtype), state
 
 

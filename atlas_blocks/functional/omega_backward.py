@@ -99,10 +99,10 @@ def _one_group(
             write.tensors() + read.tensors(), zip(*reversed(found), strict=True), strict=True
         ):
             # What no chunk has looked at, as Muon at phi(q) . phi(k), has no gradient.
-            there = [g for g in parts if g is not None]
-            if there:
-                zero = torch.zeros_like(there[0])
-                pairs.append((t, torch.cat([zero if g is None else g for g in parts])))
+            if any(g is not None for g in parts):
+                cuts_of_t = zip(parts, t.split(together), strict=True)
+                whole = [torch.zeros_like(own) if g is None else g for g, own in cuts_of_t]
+                pairs.append((t, torch.cat(whole)))
     return pairs + list(zip(before.tensors(), after.tensors(), strict=True))
 
 
