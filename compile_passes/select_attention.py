@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.node import map_arg
 
 from atlas_blocks.compile_passes.graph_pass import GraphPass
@@ -150,7 +151,8 @@ def _written(graph: fx.Graph, nodes: set[fx.Node]) -> bool:
     """Whether anything in the graph writes to memory of these nodes.
 
     By the versions of the tensors it was traced with: writes have too many forms to be recognised
-    (setitem, masked_fill_, out=, .data, an op of somebody's), and their results need have no use.
+    (setitem, masked_fill_, out=, .data), and their results need have no use. An op or a kernel of
+    somebody's may write and leave the version as it was: its schema says so, or nothing does.
     """
 
     def memory(node: fx.Node) -> int | None:
@@ -158,8 +160,23 @@ def _written(graph: fx.Graph, nodes: set[fx.Node]) -> bool:
         return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
     theirs = {memory(n) for n in nodes} - {None}
-    same = (n for n in graph.nodes if memory(n) in theirs)
-    return any(n.meta["example_value"]._version > 0 for n in same)
+    for node in graph.nodes:
+        if memory(node) in theirs and node.meta["example_value"]._version > 0:
+            return True
+        if _may_write(node) and any(memory(n) in theirs for n in node.all_input_nodes):
+            return True
+    return False
+
+
+def _may_write(node: fx.Node) -> bool:
+    """Whether it is an op that writes to an argument by its schema, or that has no schema."""
+    target: Any = node.target
+    if isinstance(target, OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+        return any(op._schema.is_mutable for op in overloads)
+    if isinstance(target, OpOverload):
+        return target._schema.is_mutable
+    return isinstance(target, HigherOrderOperator)
 
 
 def _value(node: fx.Node, needed: set[fx.Node]) -> Tensor:

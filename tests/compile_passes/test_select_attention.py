@@ -142,6 +142,26 @@ def opened_as_bytes(mask: Tensor) -> None:
     mask.view(torch.uint8).index_fill_(1, torch.tensor([3]), 1)
 
 
+def opened_by_an_op_of_somebodys(mask: Tensor) -> None:
+    torch.ops.atlas_test.open_first(mask)
+
+
+@pytest.fixture
+def writing_op():
+    """An op that writes to its argument, as C++ extensions do, without a word to autograd."""
+
+    def write(mask: Tensor) -> None:
+        mask[:, :4] = True
+
+    library = torch.library.Library("atlas_test", "FRAGMENT")
+    library.define("open_first(Tensor(a!) mask) -> ()")
+    library.impl("open_first", write, "CPU")
+    library.impl("open_first", lambda mask: None, "Meta")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("writing_op")
 @pytest.mark.parametrize(
     "edit",
     [
@@ -152,6 +172,7 @@ def opened_as_bytes(mask: Tensor) -> None:
         opened_as_data,
         opened_as_an_array,
         opened_as_bytes,
+        opened_by_an_op_of_somebodys,
     ],
 )
 @pytest.mark.parametrize("adds", [False, True], ids=["boolean", "additive"])
