@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from atlas_blocks.config import Config
+
+PLAIN = (int, float, str, Config)
 # Of a tensor that computes as any other; export traces with the last two.
 USUAL = ("Parameter", "Buffer", "Tensor", "FakeTensor", "FunctionalTensor")
 
@@ -26,7 +29,7 @@ class Facts(NamedTuple):
     classes: tuple[str, ...]  # its own, then those that it inherits from
     hooked: bool
     tensors: tuple[tuple[str, str], ...]  # name and type of its parameters and buffers
-    plain: tuple[tuple[str, object], ...]  # its numbers and words
+    plain: tuple[tuple[str, object], ...]  # its numbers, words and config
     attributes: tuple[str, ...]
 
 
@@ -51,18 +54,20 @@ def facts_of(module: nn.Module, parts: Collection[str]) -> tuple[tuple, ...]:
                 tuple([f"{c.__module__}.{c.__qualname__}" for c in type(part).__mro__]),
                 any([len(each) > 0 for each in hooks]),
                 tuple([(n, type(t).__qualname__) for n, t in own]),
-                tuple([(n, _plain(v)) for n, v in values if type(v) in (int, float, str)]),
+                tuple([(n, _plain(v)) for n, v in values if isinstance(v, PLAIN)]),
                 tuple(part.__dict__),
             )
         )
     return tuple(found)
 
 
-def _plain(value: float | str) -> object:
+def _plain(value: object) -> object:
     """The value as a constant, in a graph too whose numbers are symbolic."""
+    if isinstance(value, Config):
+        return tuple([(name, _plain(v)) for name, v in value.__dict__.items()])
     if isinstance(value, float):
         return math.frexp(value)
-    return operator.index(value) if isinstance(value, int) else value
+    return operator.index(value) if type(value) is int else value
 
 
 def deviation(facts: tuple[tuple, ...], built: nn.Module, parts: Collection[str]) -> str | None:

@@ -1,5 +1,6 @@
 """A compiled MemoryAsContext computes what the block does with all that was put into it."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -106,6 +107,14 @@ def another_number(block: MemoryAsContext) -> None:
     block.memory_norm.eps = 1.0
 
 
+def another_config(block: MemoryAsContext) -> None:
+    block.memory.config = dataclasses.replace(block.memory.config, objective="dot")
+
+
+def another_segment(block: MemoryAsContext) -> None:
+    block.config = dataclasses.replace(block.config, segment=3)
+
+
 def another_class(block: MemoryAsContext) -> None:
     block.__class__ = Mine
 
@@ -124,6 +133,8 @@ PUT_IN = {
     another_forward: "attention_out has a forward of its own",
     another_method: "it has a _attention of its own",
     another_number: "memory_norm has another eps",
+    another_config: "memory has another config",
+    another_segment: "it has another config",
     another_class: r"it is a .*\.Mine",
 }
 
@@ -152,7 +163,8 @@ def test_what_was_put_in_is_named(put_in: Callable[[MemoryAsContext], None]) -> 
 
 # What other parts would not tell: a hook's, a parametrisation's, a subclass's and a method's ways.
 @pytest.mark.parametrize(
-    "put_in", [hooked, parametrised, adapted, biased, another_class, another_method]
+    "put_in",
+    [hooked, parametrised, adapted, biased, another_class, another_method, another_config],
 )
 def test_compiled_it_is_the_block_as_it_is(put_in: Callable[[MemoryAsContext], None]) -> None:
     block, plain = make_block("as-context", segment=4), make_block("as-context", segment=4)
