@@ -33,6 +33,8 @@ MODEL, OPTIMIZER = "model.", "optimizer."
 SLOTS = ("step", "exp_avg", "exp_avg_sq")
 # What torch.compile and activation checkpointing put into the names of what they wrap.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+# Attributes that say how parameters are initialised, and nothing more.
+STARTS = {"start", "std"}
 C = TypeVar("C", bound=Config)
 
 
@@ -250,7 +252,18 @@ def _replaced(model: LanguageModel) -> list[str]:
             problems.append(f"{name} is {type(part).__name__}, not {type(expected).__name__}")
         elif getattr(part, "config", None) != getattr(expected, "config", None):
             problems.append(f"{name} has another config")
+        else:
+            theirs = vars(part)
+            others = (key for key, value in _numbers(expected) if theirs.get(key) != value)
+            problems += [f"{name or 'the model'} has another {key}" for key in others]
     return problems + [f"{name} unknown" for name in parts if name not in expected_parts]
+
+
+def _numbers(part: nn.Module) -> list[tuple[str, object]]:
+    """What a part computes with and no tensor holds (eps, the values of fixed gates)."""
+    kinds = (int, float, str, list)
+    read = ((k, v) for k, v in vars(part).items() if k not in STARTS and not k.startswith("_"))
+    return [(key, value) for key, value in read if type(value) in kinds]
 
 
 def _kind(part: nn.Module) -> type:

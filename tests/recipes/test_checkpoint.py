@@ -212,6 +212,10 @@ def normed(model):
     nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.down)
 
 
+def other_eps(model):
+    model.blocks[0].mlp_norm.eps = 0.1
+
+
 def poisoned(model):
     with torch.no_grad():
         model.norm.weight[3] = float("nan")
@@ -222,6 +226,7 @@ def poisoned(model):
     [
         (other_window, "blocks.0.attention has another config"),
         (louder, "blocks.0.mlp.down is Louder, not Linear"),
+        (other_eps, r"blocks\.0\.mlp_norm has another eps"),
         (normed, "blocks.0.mlp.down is ParametrizedLinear, not Linear"),
         (lambda m: m.blocks.append(nn.Identity()), "blocks.2 unknown"),
         (lambda m: m.blocks.__delitem__(1), r"blocks\.1 missing"),
