@@ -203,6 +203,7 @@ def _check_own(name: str, owner: nn.Module, is_part: bool) -> None:
         check.fail(name, wanted, f"one inside a {kind.__module__}.{kind.__name__}")
     hooks = [h for h in owner._forward_hooks.values() if not _of_transformers(h)]
     hooks += [h for h in owner._forward_pre_hooks.values() if not isinstance(h, REFRESHED)]
+    hooks += [*owner._backward_hooks.values(), *owner._backward_pre_hooks.values()]
     # accelerate places its hooks, which only move tensors, in the same way.
     if hooks or ("forward" in vars(owner) and not hasattr(owner, "_hf_hook")):
         check.fail(name, "a module without hooks, which conversion would lose", "hooks")

@@ -218,6 +218,10 @@ def hooked_before(m: nn.Module, name: str) -> None:
     m.get_submodule(name).register_forward_pre_hook(lambda mod, args: (1.5 * args[0],))
 
 
+def hooked_backward(m: nn.Module, name: str) -> None:
+    m.get_submodule(name).register_full_backward_hook(lambda mod, into, out: (2 * into[0],))
+
+
 def patched(m: nn.Module, name: str) -> None:
     old = m.get_submodule(name)
     old.forward = Doubled.forward.__get__(old)
@@ -244,7 +248,7 @@ def wrapped(m: nn.Module, name: str) -> None:
     m.set_submodule(name, LoRA(m.get_submodule(name)))
 
 
-HOOKS = (hooked, hooked_before, patched)
+HOOKS = (hooked, hooked_before, hooked_backward, patched)
 CHANGES = [
     *itertools.product(
         (wrapped, replaced, sharded, offloaded, of_integers), ("q_proj", "v_proj", "o_proj")
