@@ -1,6 +1,6 @@
 """Whether the hidden units of deep memories stay alive over long text, and streaming stays fast.
 
-    python benchmarks/alive_units.py [RECIPE ...]            none: every tiny recipe that is deep
+    python benchmarks/alive_units.py [RECIPE ...] [--decay-to zero]    every tiny recipe that is deep
     python benchmarks/alive_units.py --speed omeganet-tiny
 
 Freshly built and after 250 training steps (AdamW, 4 sequences of 128 bytes of the standard
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from recall import with_memory
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, State
@@ -107,6 +108,7 @@ def speed(model: nn.Module, data: Tensor) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipes", nargs="*")
+    parser.add_argument("--decay-to", choices=("zero", "initial"), help="of every memory")
     parser.add_argument("--speed", action="store_true", help="tokens/s instead of units")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -124,9 +126,15 @@ def main() -> None:
     for name in recipes:
         for when in ["speed"] if args.speed else ["fresh", f"after {STEPS} steps"]:
             key = f"{name} / {when}"
+            if args.decay_to:
+                key += f" / decay to {args.decay_to}"
             if key not in results["cells"]:
                 torch.manual_seed(0)
                 model = build(name)
+                if args.decay_to:
+                    block = with_memory(model.config.block, {"decay_to": args.decay_to})
+                    torch.manual_seed(0)
+                    model = model.config.replace(block=block).build()
                 if when.startswith("after"):
                     train(model, corpus.train)
                 measure = speed if args.speed else share_alive

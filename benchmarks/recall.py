@@ -56,6 +56,8 @@ SWEEP: dict[str, dict[str, Any]] = {
     "a step every 4": {"ns_every": 4},
     "a step every 16": {"ns_every": 16},
     "identity features": {"feature_map": "identity"},
+    "decay to zero": {"decay_to": "zero"},
+    "decay to M_0": {"decay_to": "initial"},
 }
 
 

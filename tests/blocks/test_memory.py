@@ -83,7 +83,7 @@ def test_the_layer_is_its_formula(memory: str, update: str, features: str, momen
         update=update,
         chunk_size=8,
         errors="online" if update == "gd" else "chunk",
-        decay_to="initial" if update == "gd" and memory != "matrix" else "zero",
+        decay_to="zero" if memory == "matrix" else "initial",
     )
     square = read.square().mean(-1, keepdim=True)
     read = read / (square + block.norm.eps).sqrt() * block.norm.weight
@@ -144,7 +144,7 @@ def test_gradient_descent_corrects_its_errors_and_keeps_deep_memories_alive() ->
         assert torch.equal(found[None], found[default])
         assert difference([found["zero"]], [found["initial"]]) > 1e-4
     muon = small_memory(update="muon")
-    assert (muon.rule_errors, muon.rule_decay_to) == ("chunk", "zero")
+    assert (muon.rule_errors, muon.rule_decay_to) == ("chunk", "initial")
     with pytest.raises(ValueError, match="errors"):
         small_memory(update="muon", errors="online")
 
