@@ -1,6 +1,6 @@
 """Whether the hidden units of deep memories stay alive over long text, and streaming stays fast.
 
-    python benchmarks/alive_units.py [RECIPE ...] [--decay-to zero]    every tiny recipe that is deep
+    python benchmarks/alive_units.py [RECIPE ...] [--decay-to zero]      all deep tiny recipes
     python benchmarks/alive_units.py --speed omeganet-tiny
 
 Freshly built and after 250 training steps (AdamW, 4 sequences of 128 bytes of the standard
