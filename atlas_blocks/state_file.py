@@ -1,13 +1,16 @@
-"""A state as a safetensors file: its tensors by name, its structure as JSON in the header."""
+"""A state as a safetensors file: its tensors by name, its structure as JSON in the header, beside
+a checksum of both."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FORMAT = "atlas_blocks.state"
@@ -27,10 +30,11 @@ def save(path: Path, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
             return {key: named(v) for key, v in value.items()}
         return [named(v) for v in value] if isinstance(value, list) else value
 
-    header = {"format": FORMAT, "state": json.dumps(named(structure))}
+    apart, text = _apart(tensors), json.dumps(named(structure))
+    header = {"format": FORMAT, "state": text, "checksum": _checksum(text, apart)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(_apart(tensors), partial, header)
+        save_file(apart, partial, header)
         # On the disk before it has its name: a power cut must not leave the name to nothing.
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -52,9 +56,20 @@ def load(path: Path, build: Callable[[dict[str, Any]], Any]) -> Any:
             if header.get("format") != FORMAT:
                 raise ValueError(f"format {header.get('format')!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header["checksum"] != _checksum(header["state"], tensors):
+            raise ValueError("one whose checksum is another: it is damaged")
         return build(_filled(json.loads(header["state"]), tensors))
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected a file that State.save wrote, got {error}") from error
+
+
+def _checksum(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the structure and of all tensors, contiguous on the CPU."""
+    found = hashlib.sha256(structure.encode())
+    for name, t in sorted(tensors.items()):
+        found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _filled(value: Any, tensors: Mapping[str, Tensor]) -> Any:

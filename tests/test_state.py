@@ -322,6 +322,20 @@ def test_a_file_that_holds_no_state_is_named(tmp_path) -> None:
         State.load(path)
 
 
+def test_a_flipped_bit_in_a_saved_file_is_refused(tmp_path) -> None:
+    path = tmp_path / "state"
+    tree(1.0, 2.0).save(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"expected a file that State.save wrote, got"):
+            State.load(path)
+    tree(1.0, 2.0)[:0].save(path)  # without numbers there is a file too
+    assert len(State.load(path)) == 0
+
+
 def test_pytrees_reach_every_tensor() -> None:
     state = tree(1.0, 2.0)
     doubled = pytree.tree_map_only(torch.Tensor, lambda t: 2 * t, state)
