@@ -56,7 +56,7 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
             (ours, our_gradients), (true, true_gradients) = (
                 run(f, x, state) for f in (compiled, block)
             )
-            assert difference(ours, true) < 1e-10
+            assert difference(ours, true) < 1e-9
             gap = difference(our_gradients, true_gradients)
             if gap >= 1e-8:
                 # Newton-Schulz magnifies rounding: the measure is what one rounding of x does.

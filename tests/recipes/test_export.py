@@ -37,8 +37,7 @@ def one_each(block: Block, begun: bool) -> collections.Counter:
     for module in block.modules():
         if isinstance(module, MemoryAsContext):
             found["atlas.memory_as_context.default"] += 1
-            # The memory inside is part of that node; its first state is made by the rule.
-            found["atlas.omega_rule.default"] -= begun
+            found["atlas.omega_rule.default"] -= 1  # the memory inside is part of that node
         elif isinstance(module, AtlasMemory):
             found["atlas.omega_rule.default"] += 1
         elif isinstance(module, LSTM):
