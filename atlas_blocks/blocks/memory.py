@@ -55,8 +55,8 @@ class AtlasMemoryConfig(Config):
     "identity". degree: p.
     expansion: hidden units of a deep memory, as a multiple of the head width.
     errors: None is "online" for update="gd", where "chunk" may diverge, and "chunk" for "muon".
-    decay_to: None is "initial" for a deep memory, whose hidden units fade away where retention leads
-    to "zero", and "zero" for a matrix.
+    decay_to: None is "initial" for a deep memory, whose hidden units fade away where retention
+    leads to "zero", and "zero" for a matrix.
     conv_width, gate_rank: of the short convolution and of the gates' low-rank Linears.
     retention_init, eta_init, momentum_init, own_init, lag_init: what alpha, eta, theta, the gamma
     of the token itself and that of older lags start at. eta_init: None is 0.5 for update="gd" and

@@ -54,7 +54,14 @@ def facts_of(module: nn.Module, parts: Collection[str]) -> tuple[tuple, ...]:
                 tuple([f"{c.__module__}.{c.__qualname__}" for c in type(part).__mro__]),
                 any([len(each) > 0 for each in hooks]),
                 tuple([(n, type(t).__qualname__) for n, t in own]),
-                tuple([(n, _plain(v)) for n, v in values if isinstance(v, PLAIN)]),
+                # Not bool: `training` is no setting.
+                tuple(
+                    [
+                        (n, _plain(v))
+                        for n, v in values
+                        if isinstance(v, PLAIN) and not isinstance(v, bool)
+                    ]
+                ),
                 tuple(part.__dict__),
             )
         )
