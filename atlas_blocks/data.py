@@ -26,14 +26,19 @@ def numbers(t: Tensor) -> list[int]:
 
 
 def remembered(fn: Callable[..., R]) -> Callable[..., R]:
-    """`fn`, of hashable arguments, called once for each; what it makes among fake tensors or
-    under another mode is not kept, for it may be no data, or not to be differentiated with."""
+    """`fn`, of hashable arguments, called once for each; what it makes among fake tensors, under
+    another mode or inside of torch.func is not kept, for it may be no data, or of no use outside.
+    """
     outside = torch.inference_mode(False)(fn)
     kept = functools.lru_cache(maxsize=256)(outside)
 
     @functools.wraps(fn)
     def call(*arguments: object) -> R:
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        if (
+            torch.compiler.is_compiling()
+            or _get_current_dispatch_mode() is not None
+            or torch._C._are_functorch_transforms_active()
+        ):
             return outside(*arguments)
         return kept(*arguments)
 

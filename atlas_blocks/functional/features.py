@@ -114,20 +114,14 @@ def sketch_tables(
     return buckets, ((second & 1) * 2 - 1).float()
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)  # as `monomial_scales`
-def _kept_tables(
-    dim: int, width: int, degree: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    return sketch_tables(dim, width, degree, seed, device)
+_kept_tables = remembered(sketch_tables)
 
 
 def sketch_tables_for(
     like: Tensor, dim: int, width: int, degree: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """`sketch_tables` on the device of `like`, made once where that is data: not to be written."""
-    plain = type(like) is Tensor and not torch.compiler.is_compiling()
-    make = _kept_tables if plain else sketch_tables
+    make = _kept_tables if type(like) is Tensor else sketch_tables
     return make(dim, width, degree, seed, like.device)
 
 

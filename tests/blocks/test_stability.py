@@ -53,20 +53,22 @@ def largest_along_the_stream(
     return m, s, y
 
 
-# Measured over 100,000 tokens, with room: gradient descent keeps |M| below 2, below 13 where gated.
-# Muon's steps do not shrink with the error: at retention 1, M grows until steps of size 1 turn
-# it back.
-LARGEST_MEMORY = {"gd": 30.0, "muon": 2e4}
+# Measured over 100,000 tokens, with room: gradient descent keeps |M| below 2, of a gated memory, a
+# product of three weights, below 13. Muon's steps do not shrink with the error: at retention 1, M
+# grows until steps of size 1 turn it back.
+LARGEST_MEMORY = {"gd": 10.0, "muon": 2e4}
+LARGEST_GATED = {"gd": 30.0, "muon": 2e4}
 # A gated memory's gradients hold products of two weights: of twenty draws one reached 1.1e4, the
 # others less than 800.
 LARGEST_MOMENTUM = {"gd": 1e5, "muon": 1e15}
 
 
-def assert_bounded(found: tuple[Tensor, Tensor, Tensor], update: str) -> None:
+def assert_bounded(found: tuple[Tensor, Tensor, Tensor], memory: str, update: str) -> None:
     m, s, y = found
+    largest = LARGEST_GATED if memory == "gated_mlp" else LARGEST_MEMORY
     for t in found:
         assert t.isfinite().all()
-    assert m.max() < LARGEST_MEMORY[update]
+    assert m.max() < largest[update]
     assert s.max() < LARGEST_MOMENTUM[update]
     # The read is normed before it leaves the layer.
     assert y.max() < 20
@@ -76,7 +78,7 @@ def assert_bounded(found: tuple[Tensor, Tensor, Tensor], update: str) -> None:
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_repetitive_streams_leave_every_memory_bounded(memory: str, update: str) -> None:
     block = layer(memory, update)
-    assert_bounded(largest_along_the_stream(block, 4000, 10), update)
+    assert_bounded(largest_along_the_stream(block, 4000, 10), memory, update)
 
 
 @pytest.mark.slow
@@ -87,7 +89,7 @@ def test_a_hundred_thousand_repetitive_tokens_leave_every_memory_bounded(
 ) -> None:
     block = layer(memory, update)
     found = largest_along_the_stream(block, 100_000, 50)
-    assert_bounded(found, update)
+    assert_bounded(found, memory, update)
     # Nor is it on its way: no larger at the end than in the middle, beyond its own fluctuation.
     m = found[0].amax(1)  # [pieces, heads]
     middle, end = m[15:30].amax(0), m[35:].amax(0)
@@ -103,7 +105,7 @@ SETTINGS = {"extreme": GATES, "moderate": MODERATE}
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_every_feature_map_is_bounded(memory: str, features: str, gates: str) -> None:
     block = layer(memory, "gd", features, SETTINGS[gates])
-    assert_bounded(largest_along_the_stream(block, 2000, 5), "gd")
+    assert_bounded(largest_along_the_stream(block, 2000, 5), memory, "gd")
 
 
 @pytest.mark.slow
@@ -115,14 +117,14 @@ def test_every_feature_map_is_bounded_over_twenty_thousand_tokens(
     memory: str, update: str, features: str, gates: str
 ) -> None:
     block = layer(memory, update, features, SETTINGS[gates])
-    assert_bounded(largest_along_the_stream(block, 20_000, 10), update)
+    assert_bounded(largest_along_the_stream(block, 20_000, 10), memory, update)
 
 
 def test_a_write_is_limited_by_everything_it_writes() -> None:
     """Without momentum to speak of, a gated memory once went to NaN: S_t holds the whole window,
     and the limit on the write knew only its newest token."""
     block = layer("gated_mlp", "gd", "identity", MODERATE)
-    assert_bounded(largest_along_the_stream(block, 20_000, 10), "gd")
+    assert_bounded(largest_along_the_stream(block, 20_000, 10), "gated_mlp", "gd")
 
 
 def test_errors_at_the_chunk_s_start_do_diverge_on_repetition() -> None:

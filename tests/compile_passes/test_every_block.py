@@ -56,12 +56,12 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
             (ours, our_gradients), (true, true_gradients) = (
                 run(f, x, state) for f in (compiled, block)
             )
-            assert difference(ours, true) < 1e-9
-            gap = difference(our_gradients, true_gradients)
-            if gap >= 1e-8:
+            gaps = difference(ours, true), difference(our_gradients, true_gradients)
+            if gaps[0] >= 1e-10 or gaps[1] >= 1e-8:
                 # Newton-Schulz magnifies rounding: the measure is what one rounding of x does.
-                _, shaken = run(block, x * (1 + 2**-52), state)
-                assert gap < 100 * difference(shaken, true_gradients)
+                near, near_gradients = run(block, x * (1 + 2**-52), state)
+                assert gaps[0] < max(1e-10, 100 * difference(near, true))
+                assert gaps[1] < max(1e-8, 100 * difference(near_gradients, true_gradients))
         assert backend.compiles - before <= 2, "more than one recompile"
 
 

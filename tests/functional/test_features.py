@@ -17,6 +17,7 @@ from atlas_blocks.functional import (
     sketch_tables,
     taylor_coefficients,
 )
+from atlas_blocks.functional.features import monomial_scales, sketch_tables_for
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -221,3 +222,15 @@ def test_features_have_the_dtype_of_their_input(dtype: torch.dtype) -> None:
 def test_wrong_arguments_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_is_first_made_inside_of_torch_func_serves_outside() -> None:
+    """A tensor of a level of torch.func that has ended works in some places and not in others."""
+
+    def made(x: Tensor) -> tuple[Tensor, ...]:
+        scales = monomial_scales(11, 3, torch.float64, x.device)
+        return scales, *sketch_tables_for(x, 11, 24, 3, 5)
+
+    x = draw(5, 11)
+    torch.func.grad(lambda x: sum((t * x[0, 0]).sum() for t in made(x)))(x)
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in made(x))
