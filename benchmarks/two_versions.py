@@ -177,9 +177,16 @@ def main() -> None:
             process.stdin.close()
             process.wait()
     if args.json:
+        import torch
+
         from atlas_blocks.recipes.bench.report import stamp
 
-        record = {**stamp("cpu"), "commits": commits, "threads": args.threads, "rows": rows}
+        record = {
+            **stamp(torch.device("cpu")),
+            "commits": commits,
+            "threads": args.threads,
+            "rows": rows,
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -39,8 +39,8 @@ class Tokens(NamedTuple):
     alpha: Tensor  # [B, n_g + T, H]
     eta: Tensor  # [B, n_g + T, H]
     theta: Tensor | None  # [B, n_g + T, H]
-    gamma: Tensor  # [B, n_g + T, H, c]
     seen: Tensor  # gamma where the window has not reached back over the start [B, n_g + T, H, c]
+    masses: Tensor | None  # see `online.masses`, where writes are limited  [B, n_g + T, H, c]
     initial: Tensor | None  # what M_0 reads of the keys, where errors are corrected and decay leads
     # there  [B, n + T, H, Dv]
 
@@ -57,11 +57,15 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Last(Record):
-    """What the weights after a chunk are made of: the last rows of the coefficients of W_t."""
+class Coefficients(Record):
+    """What W_t takes of every gradient and of S^(0): a row per token, or only the last one's."""
 
-    written: Tensor  # last row of P C as a column  [N, G, E, 1]
-    carried: Tensor | None  # last of P thbar  [N, G, 1, 1]
+    written: Tensor  # P C  [N, G, L, E]
+    carried: Tensor | None  # P thbar  [N, G, L, 1]
+
+    def rows(self, first: int) -> Coefficients:
+        """Those of the tokens from `first` on."""
+        return self.map(lambda t: t[..., first:, :])
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,6 @@ class Write(Record):
     target: Tensor  # what M(k) without its residual should be: v - r(k), or v  [N, G, E, Dv]
     eta: Tensor  # limited already unless `online` is there  [N, G, L]
     abar: Tensor  # product of all alpha  [N, G, 1, 1]
-    decay: Tensor  # last row of A  [N, G, 1, L]
     thbar: Tensor | None  # running product of theta  [N, G, L, 1]
     thbar_last: Tensor | None  # [N, G, 1, 1]
     window: Tensor  # C = Theta Gam  [N, G, L, E]
@@ -80,14 +83,13 @@ class Write(Record):
     online: online.Chunk | None  # where limits and corrections wait for the memory
     correction: online.Correction | None  # where they are known ahead
     scale: Tensor | None  # after the chunk, likewise, with momentum  [N, G]
-    last: Last | None  # for gradient descent; known ahead unless `online` is there
+    last: Coefficients | None  # for gradient descent; known ahead unless `online` is there
     initial: Tensor | None  # what M_0 reads of each key, where decay leads there  [N, G, E, Dv]
 
-    def last_coefficients(self, eta: Tensor) -> Last:
-        """The last rows for a write strength eta [..., L], of one chunk or of all."""
-        step = self.decay * eta.unsqueeze(-2)
-        carried = None if self.thbar is None else step @ self.thbar
-        return Last((step @ self.window).mT, carried)
+    def coefficients(self, decay: Tensor, eta: Tensor) -> Coefficients:
+        """Those for a write strength eta [..., L] and A [..., L, L], of one chunk or of all."""
+        step = decay * eta.unsqueeze(-2)  # P
+        return Coefficients(step @ self.window, None if self.thbar is None else step @ self.thbar)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Read(Record):
     residual: Tensor | None  # r(q)  [N, G, R, Dv]
     dots: Tensor  # phi(q) . phi(k)  [N, G, R, E]
     abar: Tensor  # running product of alpha  [N, G, R, 1]
-    decay: Tensor  # A  [N, G, R, L]
+    decay: Tensor | None  # A, for Muon  [N, G, R, L]
+    coefficients: Coefficients | None  # for gradient descent, where they are known ahead
 
 
 def cut(
@@ -143,11 +146,8 @@ def cut(
         target = target - k_raw
     alpha, eta, seen = (with_past(t, again, n_g) for t in (x.alpha, x.eta, x.seen))
     theta = None if x.theta is None else with_past(x.theta, again, n_g)
-    masses = gram = None
-    if rule.limits:
-        key_theta = None if x.theta is None else with_past(x.theta, halo + again, n_g)
-        key_eta, key_gamma = (with_past(t, halo + again, n_g) for t in (x.eta, x.gamma))
-        masses = online.masses(key_eta, key_theta, key_gamma)
+    masses = None if x.masses is None else with_past(x.masses, halo + again, n_g)
+    gram = None
     if rule.corrects:
         gram = kernel(feature_map, k, k, k_raw, k_raw)
     pending = None
@@ -159,7 +159,7 @@ def cut(
              pending[..., halo:, :]], -2,
         )  # fmt: skip
     initial = None if x.initial is None else with_past(x.initial, halo + again, n)
-    write, decay, abar = write_of(
+    write, decay, abar, known = write_of(
         rule,
         k,
         target,
@@ -175,7 +175,14 @@ def cut(
         scan,
     )
     dots = kernel(feature_map, q, k, q_raw, k_raw)
-    read = Read(q, q_raw if residual else None, dots, abar[..., again:, :], decay[..., again:, :])
+    read = Read(
+        q=q,
+        residual=q_raw if residual else None,
+        dots=dots,
+        abar=abar[..., again:, :],
+        decay=decay[..., again:, :] if rule.update == "muon" else None,
+        coefficients=None if known is None else known.rows(again),
+    )
     return write, read
 
 
@@ -207,8 +214,8 @@ def write_of(
     initial: Tensor | None,
     scale: Tensor,
     scan: Scan,
-) -> tuple[Write, Tensor, Tensor]:
-    """The write of chunks from what is cut, with A and abar.
+) -> tuple[Write, Tensor, Tensor, Coefficients | None]:
+    """The write of chunks from what is cut, with A, abar and the coefficients if they are known.
 
     k, target: of the keys; alpha, eta, theta: of the tokens [..., L]; seen: Gam [..., L, E];
     masses [..., E, c], gram and pending [..., E, E]: see `online`; scale: before the first chunk.
@@ -223,7 +230,6 @@ def write_of(
         target=target,
         eta=eta,
         abar=abar[..., -1:, :],
-        decay=decay[..., -1:, :],
         thbar=thbar,
         thbar_last=None if thbar is None else thbar[..., -1:, :],
         window=window,
@@ -236,7 +242,6 @@ def write_of(
     )
     if masses is not None:
         squares = k.square().sum(-1)
-        needs = gram is not None
         chunk = online.Chunk(
             mass=masses[..., 0],
             held=seen > 0,
@@ -244,19 +249,22 @@ def write_of(
             squares=squares,
             gram=gram,
             pending=pending,
-            decay=decay if needs else None,
-            abar=abar if needs else None,
+            decay=decay,
+            abar=None if gram is None else abar,
         )
-        if rule.memory == "matrix":
-            write = _known_ahead(write, chunk, scale, scan)
-        else:
-            write = replace(write, online=chunk)
-    if write.online is None and rule.update == "gd":
-        write = replace(write, last=write.last_coefficients(write.eta))
-    return write, decay, abar
+        if rule.memory != "matrix":
+            return replace(write, online=chunk), decay, abar, None
+        write, known = _known_ahead(write, chunk, scale, scan)
+    elif rule.update == "gd":
+        known = write.coefficients(decay, write.eta)
+    else:
+        return write, decay, abar, None
+    return replace(write, last=known.rows(-1)), decay, abar, known
 
 
-def _known_ahead(write: Write, x: online.Chunk, scale: Tensor, scan: Scan) -> Write:
+def _known_ahead(
+    write: Write, x: online.Chunk, scale: Tensor, scan: Scan
+) -> tuple[Write, Coefficients]:
     """A matrix memory's kappa is phi(k) . phi(k): its limits and corrections wait for nothing."""
     assert x.gram is not None
     own, after = online.chunk_scale(x.squares, x), None
@@ -265,8 +273,9 @@ def _known_ahead(write: Write, x: online.Chunk, scale: Tensor, scan: Scan) -> Wr
         scale = scan(last, keep, scale)
         after = torch.maximum(last, keep * scale)
     eta = online.limited(write.eta, x, online.running_scale(own, write.thbar, scale))
-    found = online.correction(x, x.gram, x.squares, eta, write.window, write.thbar)
-    return replace(write, eta=eta, correction=found, scale=after)
+    known = write.coefficients(x.decay, eta)
+    found = online.correction(x, x.gram, x.squares, known.written, known.carried)
+    return replace(write, eta=eta, correction=found, scale=after), known
 
 
 def decay_matrix(gate: Tensor) -> tuple[Tensor, Tensor]:

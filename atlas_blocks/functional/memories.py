@@ -22,9 +22,9 @@ Factor = tuple[Tensor, Tensor]
 Weights = Sequence[Tensor]
 
 
-def gelu_slope(z: Tensor, times: Tensor) -> Tensor:
-    """times * d/dz of the exact GELU at z."""
-    return torch.ops.aten.gelu_backward(times, z)
+def gelu_slope(z: Tensor) -> Tensor:
+    """d/dz of the exact GELU at z."""
+    return torch.ops.aten.gelu_backward(torch.ones_like(z), z)
 
 
 # Under the roots of sizes, so that zero errors have finite values and gradients.
@@ -80,13 +80,13 @@ def _mlp_forward(linear: Linear, x: Tensor) -> Tensor:
 def _mlp_linearise(weights: Weights, x: Tensor) -> Linearised:
     w1, w2 = weights
     z = x @ w2.mT
-    h = F.gelu(z)
+    h, slope = F.gelu(z), gelu_slope(z)
 
     def factors(e: Tensor) -> list[Factor]:
-        return [(e, h), (gelu_slope(z, times=e @ w1), x)]
+        return [(e, h), (slope * (e @ w1), x)]
 
     def along(s: Weights) -> Tensor:
-        return h @ s[0].mT + gelu_slope(z, times=x @ s[1].mT) @ w1.mT
+        return h @ s[0].mT + (slope * (x @ s[1].mT)) @ w1.mT
 
     return Linearised(h @ w1.mT, factors, along)
 
@@ -101,15 +101,15 @@ def _gated_forward(linear: Linear, x: Tensor) -> Tensor:
 def _gated_linearise(weights: Weights, x: Tensor) -> Linearised:
     w1, w2, w3 = weights
     z, u = x @ w2.mT, x @ w3.mT
-    s = F.gelu(z)
+    s, slope = F.gelu(z), gelu_slope(z)
     h = s * u
 
     def factors(e: Tensor) -> list[Factor]:
         back = e @ w1
-        return [(e, h), (gelu_slope(z, times=back * u), x), (back * s, x)]
+        return [(e, h), (slope * u * back, x), (back * s, x)]
 
     def along(d: Weights) -> Tensor:
-        dh = gelu_slope(z, times=u * (x @ d[1].mT)) + s * (x @ d[2].mT)
+        dh = slope * u * (x @ d[1].mT) + s * (x @ d[2].mT)
         return h @ d[0].mT + dh @ w1.mT
 
     return Linearised(h @ w1.mT, factors, along)
@@ -135,10 +135,13 @@ def tangent_kernel(
     if not inner:
         return gram, squares
     scale = (errors.square().sum(-1, keepdim=True) + TINY).rsqrt()
-    size = [((left * scale).square().sum(-1) + TINY).sqrt() for left, _ in inner]
-    f = torch.stack(size, -1)  # c of every inner weight  [G, n, w]
-    own = h.square().sum(-1) + f.square().sum(-1) * squares
-    return None if gram is None else h @ h.mT + (f @ f.mT) * gram, own
+    own, kappa = h.square().sum(-1), None if gram is None else h @ h.mT
+    for left, _ in inner:
+        c = ((left * scale).square().sum(-1, keepdim=True) + TINY).sqrt()
+        own = own + c.squeeze(-1).square() * squares
+        if kappa is not None and gram is not None:
+            kappa = kappa + (c * c.mT) * gram
+    return kappa, own
 
 
 def weight_shapes(memory: str, din: int, dout: int, hidden: int) -> list[tuple[int, int]]:

@@ -26,6 +26,7 @@ from atlas_blocks.functional.rule import (
     state_dtype,
 )
 from atlas_blocks.functional.walk import ChunkMemory, MuonChunk, walk_gradient, walk_muon
+from atlas_blocks.omega import online
 
 
 def omega_rule(
@@ -192,6 +193,8 @@ def prepare(a: Arguments, position: int | Tensor) -> tuple[Tokens, ChunkMemory, 
     seen = gamma * (lags <= times[..., None])[..., None, :]
     q, k = q.to(dtype), with_past(state.keys, k)
     phi_q, phi_k = features_of(feature_map, q, k)
+    eta = with_past(state.eta, eta)
+    theta = None if theta is None else with_past(state.theta, theta)
     tokens = Tokens(
         q_raw=q,
         k_raw=k,
@@ -199,10 +202,10 @@ def prepare(a: Arguments, position: int | Tensor) -> tuple[Tokens, ChunkMemory, 
         k=phi_k,
         v=with_past(state.values, v),
         alpha=with_past(state.alpha, alpha),
-        eta=with_past(state.eta, eta),
-        theta=None if theta is None else with_past(state.theta, theta),
-        gamma=gamma,
+        eta=eta,
+        theta=theta,
         seen=seen,
+        masses=online.masses(eta, theta, gamma) if rule.limits else None,
         initial=None,
     )
     initial = []

@@ -83,14 +83,13 @@ def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -
     target = groups(x.v)
     if has_residual(rule, x) and rule.objective == "l2":
         target = target - k_raw
-    alpha, eta, gamma = groups(x.alpha), groups(x.eta), groups(x.gamma)
+    alpha, eta = groups(x.alpha), groups(x.eta)
     theta = None if x.theta is None else groups(x.theta)
     keys = k.shape[1]
     age = torch.arange(keys - 1, -1, -1, device=k.device)
     own = age <= place  # [G, E]
-    masses = gram = pending = None
-    if rule.limits:
-        masses = online.masses(eta, theta, gamma)
+    masses = None if x.masses is None else groups(x.masses)
+    gram = pending = None
     if rule.corrects:
         gram = kernel(feature_map, k, k, k_raw, k_raw)
     if masses is not None and gram is not None and rule.window > 1:
@@ -98,7 +97,7 @@ def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -
         rows = torch.where(own, torch.arange(keys, device=k.device), keys - 1 - place)
         pending = online.pending_matrix(masses)
         pending = pending.gather(-2, rows.unsqueeze(-1).expand_as(pending))
-    write, _, _ = write_of(
+    write, *_ = write_of(
         rule,
         k,
         target,

@@ -6,6 +6,7 @@ Axes as in chunks.py, which computes what needs no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atlas_blocks.derivatives import transformed
-from atlas_blocks.functional.chunks import Read, Write
+from atlas_blocks.functional.chunks import Coefficients, Read, Write
 from atlas_blocks.functional.memories import MEMORIES, Factor, Linearised, tangent_kernel
 from atlas_blocks.functional.newton_schulz import orthogonalise
 from atlas_blocks.functional.rule import Rule
@@ -65,7 +66,9 @@ class ChunkMemory(NamedTuple):
 
 # `muon_chunk` with one Newton-Schulz or another, or compiled.
 MuonChunk = Callable[[Rule, Write, Read, ChunkMemory, int], tuple[Tensor, ChunkMemory]]
-Step = Callable[[Rule, Write, ChunkMemory], tuple[list[Factor], Tensor, ChunkMemory]]
+# A chunk's gradient factors, its coefficients if they had to wait, and the memory at its end.
+ChunkEnd = tuple[list[Factor], Coefficients | None, ChunkMemory]
+Step = Callable[[Rule, Write, ChunkMemory], ChunkEnd]
 
 
 class Ends(NamedTuple):
@@ -73,7 +76,7 @@ class Ends(NamedTuple):
 
     starts: list[Tensor]  # what each starts from: W and S [N, G, dout, din], the scale [N, G]
     factors: list[Factor]  # of every weight, [N, G, E, dout] and [N, G, E, din]
-    eta: Tensor  # limited write strengths  [N, G, L]
+    coefficients: Coefficients | None  # unless they were known before
 
 
 def walk_gradient(
@@ -92,7 +95,7 @@ def walk_gradient(
     ends, after = walk_ends(rule, write.unbind(), memory, kept)
     if write.eta.shape[-1] == rule.chunk_size:
         after = after.begun()
-    return read_chunks(rule, write, read, ends, memory.initial), after
+    return read_chunks(rule, read, ends, memory.initial), after
 
 
 def walk_ends(
@@ -104,13 +107,13 @@ def walk_ends(
 ) -> tuple[Ends, ChunkMemory]:
     """From each chunk's start to its end, and the memory there. step: `chunk_end`, or that
     compiled."""
-    starts, all_factors, strengths = [], [], []
+    starts, all_factors, waited = [], [], []
     for x in chunks:
         memory = memory.begun()
         starts.append(memory)
-        factors, eta, memory = (step or chunk_end)(rule, x, memory)
+        factors, coefficients, memory = (step or chunk_end)(rule, x, memory)
         all_factors.append(factors)
-        strengths.append(eta)
+        waited.append(coefficients)
     if kept is not None:
         kept.extend(starts)
 
@@ -122,44 +125,54 @@ def walk_ends(
         (stacked(left for left, _ in ends), stacked(right for _, right in ends))
         for ends in zip(*all_factors, strict=True)
     ]
-    return Ends(tensors, factors, stacked(strengths)), memory
+    found = [c for c in waited if c is not None]
+    return Ends(tensors, factors, Coefficients.stack(found) if found else None), memory
 
 
-def chunk_end(
-    rule: Rule, x: Write, memory: ChunkMemory
-) -> tuple[list[Factor], Tensor, ChunkMemory]:
-    """One chunk's gradient factors, its limited write strengths, and the memory at its end."""
-    factors, eta, scale = _gradients(rule, x, memory)
-    last = x.last or x.last_coefficients(eta)
-    weights = []
+def chunk_end(rule: Rule, x: Write, memory: ChunkMemory) -> ChunkEnd:
+    """One chunk of `walk_ends`."""
+    factors, coefficients, scale = _gradients(rule, x, memory)
+    last = x.last if coefficients is None else coefficients.rows(-1)
+    assert last is not None
+    written, weights = last.written.mT, []
     for i, (left, right) in enumerate(factors):
         now = x.abar * memory.weights[i]
         if memory.initial:
             now.addcmul_(1 - x.abar, memory.initial[i])
         if last.carried is not None:
             now.addcmul_(last.carried, memory.momentum[i], value=-1)
-        weights.append(now.baddbmm((left * last.written).mT, right, alpha=-1))
+        weights.append(now.baddbmm((left * written).mT, right, alpha=-1))
     momentum = _next_momentum(x, memory, factors)
-    return factors, eta, memory._replace(weights=weights, momentum=momentum, scale=scale)
+    end = memory._replace(weights=weights, momentum=momentum, scale=scale)
+    return factors, coefficients, end
 
 
-def _gradients(rule: Rule, x: Write, memory: ChunkMemory) -> tuple[list[Factor], Tensor, Tensor]:
-    """A chunk's gradient factors at M^(0), its write strengths and the scale after it."""
+def _gradients(
+    rule: Rule, x: Write, memory: ChunkMemory
+) -> tuple[list[Factor], Coefficients | None, Tensor]:
+    """A chunk's gradient factors at M^(0), its coefficients if they wait for that, and the scale
+    after it."""
     at = MEMORIES[rule.memory].linearise(memory.chunk_start, x.k)
-    errors = _errors(rule, x, at)
-    factors, eta, correction = at.factors(errors), x.eta, x.correction
     scale = memory.scale if x.scale is None else x.scale
-    if x.online is not None:
-        kappa, own = tangent_kernel(factors, errors, x.online.squares, x.online.gram)
-        scales = online.running_scale(online.chunk_scale(own, x.online), x.thbar, scale)
-        eta = online.limited(eta, x.online, scales)
-        scale = scale if x.thbar is None else scales[..., -1]
-        if kappa is not None:
-            correction = online.correction(x.online, kappa, own, eta, x.window, x.thbar)
-    if correction is not None:
-        along = at.along(memory.momentum) if correction.carried is not None else None
-        factors = at.factors(online.corrected(correction, at.read, along, x.initial, x.target))
-    return factors, eta, scale
+
+    def corrected(by: online.Correction) -> list[Factor]:
+        along = at.along(memory.momentum) if by.carried is not None else None
+        return at.factors(online.corrected(by, at.read, along, x.initial, x.target))
+
+    if x.correction is not None:
+        return corrected(x.correction), None, scale
+    errors = _errors(rule, x, at)
+    factors = at.factors(errors)
+    if x.online is None:
+        return factors, None, scale
+    kappa, own = tangent_kernel(factors, errors, x.online.squares, x.online.gram)
+    scales = online.running_scale(online.chunk_scale(own, x.online), x.thbar, scale)
+    after = scale if x.thbar is None else scales[..., -1]
+    found = x.coefficients(x.online.decay, online.limited(x.eta, x.online, scales))
+    if kappa is not None:
+        by = online.correction(x.online, kappa, own, found.written, found.carried)
+        factors = corrected(by)
+    return factors, found, after
 
 
 def _errors(rule: Rule, x: Write, at: Linearised) -> Tensor:
@@ -167,15 +180,16 @@ def _errors(rule: Rule, x: Write, at: Linearised) -> Tensor:
     return at.read - x.target if rule.objective == "l2" else -x.target
 
 
-def read_chunks(rule: Rule, write: Write, read: Read, ends: Ends, initial: list[Tensor]) -> Tensor:
+def read_chunks(rule: Rule, read: Read, ends: Ends, initial: list[Tensor]) -> Tensor:
     """y [G, N R, Dv] of all chunks at once. initial: M_0 [G, dout, din] if decay leads there."""
-    count, groups = ends.eta.shape[:2]
+    count, groups, rows = read.q.shape[:3]
     starts = [t.flatten(0, 1) for t in ends.starts]
     factors = [(left.flatten(0, 1), right.flatten(0, 1)) for left, right in ends.factors]
+    if ends.coefficients is not None:
+        read = replace(read, coefficients=ends.coefficients.rows(-rows))
     x = read.flatten()
-    step = x.decay * ends.eta.flatten(0, 1).unsqueeze(-2)  # P
-    written = step @ write.window.flatten(0, 1)  # P C
-    carried = None if write.thbar is None else step @ write.thbar.flatten(0, 1)  # P thbar
+    assert x.coefficients is not None
+    written, carried = x.coefficients.written, x.coefficients.carried
 
     def linear(i: int, z: Tensor) -> Tensor:
         """W_t z_t = abar_t W z_t - (P thbar)_t S z_t - sum_i (P C)[t, i] (R_i . z_t) L_i, and
@@ -238,6 +252,7 @@ def muon_chunk(
         memory = memory._replace(chunk_start=memory.weights)
     at = MEMORIES[rule.memory].linearise(memory.chunk_start, write.k)
     factors = at.factors(_errors(rule, write, at))
+    assert read.decay is not None
     step = read.decay * write.eta.unsqueeze(-2)  # P
     span = step.shape[-1]
     taken = [t for t in range(span) if rule.steps_at(place + t)]

@@ -34,8 +34,8 @@ class Chunk(Record):
     gram: Tensor | None  # phi(k) . phi(k), where errors are corrected  [N, G, E, E]
     # m_s(t - s) for 1 <= t - s < c, with a window; in the halo's rows of the first own token
     pending: Tensor | None  # [N, G, E, E]
-    decay: Tensor | None  # A, where errors are corrected  [N, G, L, L]
-    abar: Tensor | None  # running product of alpha, likewise  [N, G, L, 1]
+    decay: Tensor  # A  [N, G, L, L]
+    abar: Tensor | None  # running product of alpha, where errors are corrected  [N, G, L, 1]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Correction(Record):
     """What takes the errors at M^(0) to the online ones. Halo rows of `faded` and `carried` leave
     the bare errors."""
 
-    system: Tensor  # kappa N below the diagonal  [N, G, E, E]
+    system: Tensor  # kappa N; below the diagonal it counts  [N, G, E, E]
     faded: Tensor  # abar before each key's token  [N, G, E, 1]
     carried: Tensor | None  # P thbar before it  [N, G, E, 1]
 
@@ -97,29 +97,25 @@ def limited(eta: Tensor, x: Chunk, scale: Tensor) -> Tensor:
 
 
 def correction(
-    x: Chunk, kappa: Tensor, own: Tensor, eta: Tensor, window: Tensor, thbar: Tensor | None
+    x: Chunk, kappa: Tensor, own: Tensor, written: Tensor, carried: Tensor | None
 ) -> Correction:
-    """The chunk's system for the limited write strengths eta [..., L].
-
-    kappa: [..., E, E]; own: [..., E]; window: C [..., L, E].
+    """The chunk's system, given what is written of each key, B [..., L, E], and of S^(0),
+    [..., L, 1], by the limited write strengths. kappa: [..., E, E]; own: [..., E].
 
         N[t, s] = B[t-1, s] + pend(t, s),   B = P C
 
     What is pending has not been written yet, and so does not fade with the memory.
     """
-    assert x.decay is not None
     assert x.abar is not None
-    halo = kappa.shape[-1] - eta.shape[-1]
-    step = x.decay * eta.unsqueeze(-2)  # P
+    halo = kappa.shape[-1] - written.shape[-2]
     # Nothing has been written of the halo before the chunk, nor has anything faded.
-    written = F.pad(_before(step @ window), (0, 0, halo, 0))
+    written = F.pad(_before(written), (0, 0, halo, 0))
     faded = F.pad(_before(x.abar, first=1.0), (0, 0, halo, 0), value=1.0)
     if x.pending is not None:
         written = written + x.pending / (x.mass * own).clamp(min=1).unsqueeze(-2)
-    carried = None
-    if thbar is not None:
-        carried = F.pad(_before(step @ thbar), (0, 0, halo, 0))
-    return Correction((kappa * written).tril(-1), faded, carried)
+    if carried is not None:
+        carried = F.pad(_before(carried), (0, 0, halo, 0))
+    return Correction(kappa * written, faded, carried)
 
 
 def corrected(
@@ -130,10 +126,13 @@ def corrected(
     should be."""
     e = x.faded * read - target
     if initial is not None:
-        e = e + (1 - x.faded) * initial
+        e = torch.addcmul(e, 1 - x.faded, initial)
     if x.carried is not None and along is not None:
-        e = e - x.carried * along
-    return torch.linalg.solve_triangular(x.system, e, upper=False, unitriangular=True)
+        e = torch.addcmul(e, x.carried, along, value=-1)
+    # Transposed, because LAPACK goes by columns: else both would be copied.
+    return torch.linalg.solve_triangular(
+        x.system.mT, e.mT, upper=True, left=False, unitriangular=True
+    ).mT
 
 
 def _before(x: Tensor, first: float = 0.0) -> Tensor:

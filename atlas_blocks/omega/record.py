@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ class Record:
         count = next(len(c) for c in columns.values() if c is not None)
         for n in range(count):
             yield type(self)(**{k: None if c is None else c[n] for k, c in columns.items()})
+
+    @classmethod
+    def stack(cls, records: Sequence[Self]) -> Self:
+        """The reverse of `unbind`, of records without others in them."""
+        columns = zip(*(vars(r).values() for r in records), strict=True)
+        return cls(*(None if c[0] is None else torch.stack(c) for c in columns))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """The same record with `fn` applied to every tensor."""

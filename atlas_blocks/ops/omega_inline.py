@@ -21,7 +21,7 @@ from torch import Tensor
 
 from atlas_blocks.autocast import no_autocast
 from atlas_blocks.functional import walk
-from atlas_blocks.functional.chunks import Last, Piece, Tokens, Write, cut
+from atlas_blocks.functional.chunks import Coefficients, Piece, Tokens, Write, cut
 from atlas_blocks.functional.memories import MEMORIES
 from atlas_blocks.functional.omega_rule import next_state, prepare, run_at
 from atlas_blocks.functional.one_token import one_token
@@ -105,8 +105,8 @@ def run(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
                 a.theta is not None,
             )
         )  # fmt: skip
-        ends, after = _unflatten_ends(found, rule.memory, a.theta is not None)
-        y = walk.read_chunks(rule, write, read, ends, memory.initial)
+        ends, after = _unflatten_ends(found, rule, a.theta is not None)
+        y = walk.read_chunks(rule, read, ends, memory.initial)
 
     # A chunk longer than it can be: whether the cut leaves it contiguous would be a guard.
     y = F.pad(y.unflatten(0, (batch, heads)), [0, 0, 0, chunk])[:, :, :length].transpose(1, 2)
@@ -140,8 +140,8 @@ def _whole_chunks(x: Tokens, rule: Rule, count: int) -> Tokens:
         alpha=more(x.alpha, n_g, 1.0),
         eta=more(x.eta, n_g),
         theta=None if x.theta is None else more(x.theta, n_g, 1.0),
-        gamma=more(x.gamma, n_g),
         seen=more(x.seen, n_g),
+        masses=None if x.masses is None else more(x.masses, n_g),
         initial=None if x.initial is None else more(x.initial, n),
     )
 
@@ -157,6 +157,11 @@ def _rule(
     return Rule(memory, objective, "gd", 0, 1, chunk, errors, window, decay_to)
 
 
+def _waits(rule: Rule) -> bool:
+    """Whether limits and corrections wait for the memory."""
+    return rule.limits and rule.memory != "matrix"
+
+
 def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkMemory]:
     """The op's rule and records, given its tensors and settings."""
     *settings, momentum = how
@@ -169,12 +174,11 @@ def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkM
     def optional(there: bool) -> Tensor | None:
         return next(parts) if there else None
 
-    k, target, eta, abar, decay = several(5)
+    k, target, eta, abar = several(4)
     thbar, thbar_last = optional(momentum), optional(momentum)
     window, window_last = several(2)
     waits = correction = scale = last = None
-    ahead = rule.memory == "matrix"
-    if rule.limits and not ahead:
+    if _waits(rule):
         waits = online.Chunk(
             mass=next(parts),
             held=next(parts),
@@ -182,19 +186,19 @@ def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkM
             squares=next(parts),
             gram=optional(rule.corrects),
             pending=optional(rule.corrects and rule.window > 1),
-            decay=optional(rule.corrects),
+            decay=next(parts),
             abar=optional(rule.corrects),
         )
     elif rule.limits:
         correction = online.Correction(next(parts), next(parts), optional(momentum))
         scale = optional(momentum)
     if waits is None:
-        last = Last(next(parts), optional(momentum))
+        last = Coefficients(next(parts), optional(momentum))
     towards = rule.decay_to == "initial"
     initial = optional(towards and rule.corrects)
     write = Write(
-        k, target, eta, abar, decay, thbar, thbar_last, window, window_last, waits, correction,
-        scale, last, initial,
+        k, target, eta, abar, thbar, thbar_last, window, window_last, waits, correction, scale,
+        last, initial,
     )  # fmt: skip
     count = MEMORIES[rule.memory].weights
     weights, s = several(count), several(count if momentum else 0)
@@ -203,21 +207,24 @@ def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkM
 
 
 def _unflatten_ends(
-    parts: Iterator[Tensor], memory: str, momentum: bool
+    parts: Iterator[Tensor], rule: Rule, momentum: bool
 ) -> tuple[Ends, ChunkMemory]:
-    count = MEMORIES[memory].weights
+    count = MEMORIES[rule.memory].weights
     both = count * (2 if momentum else 1)
     starts = [next(parts) for _ in range(both + 1)]
     factors = [(next(parts), next(parts)) for _ in range(count)]
-    eta = next(parts)
+    waited = None
+    if _waits(rule):
+        waited = Coefficients(next(parts), next(parts) if momentum else None)
     weights, s = ([next(parts) for _ in range(n)] for n in (count, both - count))
-    return Ends(starts, factors, eta), ChunkMemory.begin(weights, s, next(parts), [])
+    return Ends(starts, factors, waited), ChunkMemory.begin(weights, s, next(parts), [])
 
 
 def outputs(ends: Ends, after: ChunkMemory) -> list[Tensor]:
     """What the op returns."""
     factors = [t for factor in ends.factors for t in factor]
-    return [*ends.starts, *factors, ends.eta, *after.start()]
+    waited = [] if ends.coefficients is None else ends.coefficients.tensors()
+    return [*ends.starts, *factors, *waited, *after.start()]
 
 
 def _prepare(tensors: Sequence[Tensor], *settings: Any) -> tuple[Rule, Write, ChunkMemory, Step]:
@@ -276,9 +283,9 @@ def _compiled_step(key: compiled.Key) -> Step:
         return walk.chunk_end
 
     def step(rule: Rule, x: Write, memory: ChunkMemory) -> Any:
-        factors, eta, end = walk.chunk_end(rule, x, memory)
+        factors, waited, end = walk.chunk_end(rule, x, memory)
         # Laid out as the memory it began with, so that the next chunk is served by what serves it.
-        return factors, eta, end.map(Tensor.contiguous)
+        return factors, waited, end.map(Tensor.contiguous)
 
     return compiled.once(step)
 
@@ -293,7 +300,12 @@ def _fake(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
         for width in w.shape[1:]
     ]
     end = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in start.start()]
-    return [*begin, *factors, write.eta.new_empty(write.eta.shape), *end]
+    waited = []
+    if write.online is not None:
+        # P C and P thbar, of the shapes of C and thbar
+        there = (t for t in (write.window, write.thbar) if t is not None)
+        waited = [t.new_empty(t.shape) for t in there]
+    return [*begin, *factors, *waited, *end]
 
 
 _walk = recomputed.define(
