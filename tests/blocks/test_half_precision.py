@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import BLOCKS, DIM, draw, make_block
 from torch import Tensor
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig, DeepTransformerLayer
 from atlas_blocks.blocks.norm import RMSNorm, rms_norm, unit_length
+from atlas_blocks.recipes import build
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
-# Their norms stand before and after: at zero the derivative of each is 1 / sqrt(eps) = 2.9e3.
-STACKS = ("block", "as")
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
@@ -34,7 +34,7 @@ def test_zero_tokens_leave_every_output_and_gradient_finite(name: str, dtype: to
         assert p.grad is not None
         assert p.grad.isfinite().all()
     assert x.grad is not None
-    assert x.grad.isfinite().all() or (name.startswith(STACKS) and dtype == torch.float16)
+    assert x.grad.isfinite().all()
     assert all(t.isfinite().all() for t in (state.tensors() if state is not None else ()))
     assert block(torch.zeros_like(x))[0].isfinite().all()
 
@@ -52,7 +52,7 @@ def test_a_half_precision_layer_is_near_the_layer_of_its_weights(name: str) -> N
     assert error < bound
 
 
-@pytest.mark.parametrize("name", [n for n in BLOCKS if not n.startswith(STACKS)])
+@every_block
 def test_zero_tokens_get_no_enormous_gradient(name: str) -> None:
     block = make_block(name, torch.float32)
     x = draw(1, 16, DIM, dtype=torch.float32)
@@ -61,7 +61,8 @@ def test_zero_tokens_get_no_enormous_gradient(name: str) -> None:
     y, _ = block(x)
     (y * draw(*y.shape, seed=5, dtype=torch.float32)).sum().backward()
     assert x.grad is not None
-    assert x.grad[:, :8].abs().max() < 100 * x.grad[:, 8:].abs().max()
+    # Sink tokens make small numbers of zeros, which the next norm enlarges a hundredfold.
+    assert x.grad[:, :8].abs().max() < 200 * x.grad[:, 8:].abs().max()
 
 
 @pytest.mark.parametrize("kind", [AtlasMemory, DeepTransformerLayer])
@@ -73,6 +74,55 @@ def test_zero_tokens_get_no_enormous_gradient_at_full_size(kind: type) -> None:
     (y * torch.randn_like(y)).sum().backward()
     assert x.grad is not None
     assert x.grad[:, :8].abs().max() < 1e4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["transformer", "atlas-mag", "atlas-mal", "titans-mac", "samba"])
+def test_zero_tokens_in_many_layers_get_gradients_as_others_do(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Norms in series, each with 1 / sqrt(eps) for a derivative, gave 1e50 or NaN here."""
+    torch.manual_seed(0)
+    model = build(f"{name}-tiny", depth=8).to(dtype)
+    with torch.no_grad():
+        model.embedding.weight[0] = 0
+    tokens = torch.randint(1, 256, (1, 24))
+    tokens[:, :8] = 0
+    found = []
+    hook = model.embedding.register_forward_hook(lambda m, args, y: found.append(y))
+    logits = model(tokens).logits
+    hook.remove()
+    loss = F.cross_entropy(logits[0, 8:-1].float(), tokens[0, 9:])
+    x, *others = torch.autograd.grad(loss, [found[0], *model.parameters()])
+    assert all(t.isfinite().all() for t in others)
+    assert 0 < x[:, :8].abs().max() < 10 * x[:, 8:].abs().max()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0])
+def test_a_norm_is_torchs_but_for_the_gradient_of_zero_rows(scale: float) -> None:
+    x, weight = scale * torch.randn(6, 8), torch.rand(8) + 0.5
+    x[2] = x[4] = 0
+    x[4, 3] = scale  # one number is enough for a row
+    norm = RMSNorm(8)
+    norm.load_state_dict({"weight": weight})
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, true = norm(ours), F.rms_norm(theirs, (8,), weight, norm.eps)
+    assert torch.equal(y, true)
+    y.sum().backward()
+    true.sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    rows = [0, 1, 3, 4, 5]
+    assert torch.equal(ours.grad[rows], theirs.grad[rows])
+    torch.testing.assert_close(ours.grad[2], weight)
+
+
+def test_norms_leave_a_row_of_zeros_a_gradient_of_size_one() -> None:
+    x, norm, scale = torch.zeros(3, 8, requires_grad=True), RMSNorm(8), torch.ones(8)
+    for y in (norm(x), rms_norm(x, scale), unit_length(x)):
+        assert torch.equal(y, torch.zeros(3, 8))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(gradient, torch.ones(3, 8))
 
 
 def test_unit_length_is_its_formula_in_every_dtype() -> None:
