@@ -24,8 +24,8 @@ from atlas_blocks.blocks.stacks import (
     MemoryAsLayer,
     MemoryAsLayerConfig,
 )
-from atlas_blocks.blocks.swiglu import SwiGLU
-from atlas_blocks.config import Config
+from atlas_blocks.blocks.swiglu import SquaredReLU, SwiGLU
+from atlas_blocks.config import Config, with_settings
 from atlas_blocks.ops import ProviderWarning, checkpoint_policy, keep_provider, use_provider
 from atlas_blocks.state import State
 
@@ -50,6 +50,7 @@ __all__ = [
     "ShortConv",
     "SlidingWindowAttention",
     "SlidingWindowAttentionConfig",
+    "SquaredReLU",
     "State",
     "SwiGLU",
     "checkpoint_policy",
@@ -57,6 +58,7 @@ __all__ = [
     "keep_provider",
     "phi_star",
     "use_provider",
+    "with_settings",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from atlas_blocks import (
     AtlasBlockConfig,
     AtlasMemoryConfig,
     Block,
+    Config,
     DeepTransformerConfig,
     LSTMConfig,
     MemoryAsContextConfig,
@@ -21,6 +23,7 @@ from atlas_blocks import (
     MemoryAsLayerConfig,
     ShortConv,
     SlidingWindowAttentionConfig,
+    SquaredReLU,
     SwiGLU,
 )
 from atlas_blocks.blocks.deep_transformer import Amount
@@ -222,6 +225,34 @@ def small_memory(**changes: Any) -> AtlasMemoryConfig:
     return small.replace(**changes)
 
 
+class Average(torch.nn.Module):
+    """A mixer of somebody's, no block: y_t = W s_t, s_t = rate s_{t-1} + (1 - rate) x_t.
+
+    forward(x [B, T, dim], state [B, dim] or None) -> y, s_T.
+    """
+
+    def __init__(self, dim: int, rate: float) -> None:
+        super().__init__()
+        self.rate, self.out = rate, torch.nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = x.to(self.out.weight.dtype)
+        before = x.new_zeros(x.shape[0], x.shape[2]) if state is None else state.to(x.dtype)
+        i = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
+        powers = ((1 - self.rate) * self.rate ** (i[:, None] - i).clamp(min=0)).tril()
+        faded = (self.rate ** (i + 1)).to(x.dtype)[:, None] * before[:, None]
+        after = powers.to(x.dtype) @ x + faded
+        return self.out(after), torch.cat([before[:, None], after], 1)[:, -1]
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageConfig(Config):
+    rate: float = 0.9
+
+    def build(self, dim: int, heads: int) -> Average:
+        return Average(dim, self.rate)
+
+
 _MEMORY, _ATTENTION = small_memory(), SlidingWindowAttentionConfig(window=7, sink_tokens=2)
 _PHI_STAR = DeepTransformerConfig(gate_rank=4, chunk_size=8)
 _DESCENT = small_memory(update="gd", feature_map="polynomial")
@@ -278,7 +309,9 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
     "block-phi-star": AtlasBlockConfig(_PHI_STAR, mlp_width=10).build,
     "block-memory": AtlasBlockConfig(_MEMORY).build,
     "block-attention": AtlasBlockConfig(_ATTENTION, mlp_width=10).build,
-    "block-lstm": AtlasBlockConfig(LSTMConfig()).build,
+    "block-attention-grouped": AtlasBlockConfig(_ATTENTION.replace(kv_heads=1), 10).build,
+    "block-lstm": AtlasBlockConfig(LSTMConfig(), mlp="relu2").build,
+    "block-foreign": AtlasBlockConfig(AverageConfig(), mlp_width=10).build,
     "as-layer": MemoryAsLayerConfig(_MEMORY, _ATTENTION).build,
     "as-gate-sum": MemoryAsGateConfig(_MEMORY, _ATTENTION).build,
     "as-gate-product": MemoryAsGateConfig(_DESCENT, _ATTENTION, "product").build,
@@ -287,6 +320,7 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
     "lstm": LSTMConfig().build,
     "conv": lambda dim, heads: ShortConv(dim),
     "swiglu": lambda dim, heads: SwiGLU(dim),
+    "squared-relu": lambda dim, heads: SquaredReLU(dim),
 }
 # Their states hold every key.
 GROWING = ("deep-transformer", "swdt", "dot", "dot-each-token", "attention", "block-phi-star")

@@ -1,6 +1,6 @@
 """Sliding-window attention as a block (rotary positions, optional sink tokens), and its state.
 
-B batch, T tokens, H heads, D head width, P sink tokens.
+B batch, T tokens, H heads, G <= H heads of keys and values, D head width, P sink tokens.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class SlidingWindowAttentionConfig(Config):
     backend: "auto" or one of atlas_blocks.functional.attention.BACKENDS.
     rope_base: base of the rotary frequencies.
     qk_norm: RMS-normalise each head's queries and keys, with a learned scale.
+    kv_heads: heads of keys and values, each shared by heads / kv_heads of the queries (grouped-query
+    attention, Ainslie et al. 2023); None: as many as of queries.
     """
 
     window: int | None = 512
@@ -45,6 +47,7 @@ class SlidingWindowAttentionConfig(Config):
     backend: str = "auto"
     rope_base: float = 10000.0
     qk_norm: bool = True
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -52,19 +55,21 @@ class SlidingWindowAttentionConfig(Config):
         check.at_least("sink_tokens", self.sink_tokens, 0)
         check.choice("backend", self.backend, ("auto", *BACKENDS))
         check.between("rope_base", self.rope_base, 1.0, 1e12)
-        if not isinstance(self.qk_norm, bool):
-            check.fail("qk_norm", "True or False", repr(self.qk_norm))
+        check.boolean("qk_norm", self.qk_norm)
+        if self.kv_heads is not None:
+            check.at_least("kv_heads", self.kv_heads, 1)
 
     def build(self, dim: int, heads: int) -> SlidingWindowAttention:
-        """The block. Raises ValueError where `heads` does not divide `dim` into even widths."""
+        """The block. Raises ValueError where `heads` does not divide `dim` into even widths, or
+        kv_heads does not divide `heads`."""
         return SlidingWindowAttention(dim, heads, self)
 
 
 class AttentionState(State):
     """The keys and values that later tokens will see.
 
-    keys, values: [B, window - 1, H, D], the newest last and zeros where nothing has been seen
-    yet, so that the size never changes; with window=None [B, tokens so far, H, D]. They have the
+    keys, values: [B, window - 1, G, D], the newest last and zeros where nothing has been seen
+    yet, so that the size never changes; with window=None [B, tokens so far, G, D]. They have the
     dtype they were computed in. Keys are stored rotated by their absolute position.
     position: int64 [B] on the CPU, tokens seen; rows may differ.
     """
@@ -101,20 +106,23 @@ class SlidingWindowAttention(Block):
         heads: int,
         config: SlidingWindowAttentionConfig = SlidingWindowAttentionConfig(),
     ) -> None:
-        """Raises ValueError where `heads` does not divide `dim` into heads of even width."""
+        """Raises ValueError as `SlidingWindowAttentionConfig.build`."""
         super().__init__()
         check.at_least("heads", heads, 1)
         check.at_least("dim", dim, 1)
         if dim % (2 * heads):
             check.fail("dim", f"a multiple of 2 * heads = {2 * heads}", dim)
-        self.dim, self.heads, self.config = dim, heads, config
+        kv_heads = config.kv_heads or heads
+        if heads % kv_heads:
+            check.fail("kv_heads", f"a divisor of heads = {heads}", kv_heads)
+        self.dim, self.heads, self.kv_heads, self.config = dim, heads, kv_heads, config
         width, sinks = dim // heads, config.sink_tokens
-        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, (heads + 2 * kv_heads) * width, bias=False)
         self.out = Linear(dim, dim, bias=False)
         self.q_scale = nn.Parameter(torch.empty(width)) if config.qk_norm else None
         self.k_scale = nn.Parameter(torch.empty(width)) if config.qk_norm else None
-        self.sink_k = nn.Parameter(torch.empty(heads, sinks, width)) if sinks else None
-        self.sink_v = nn.Parameter(torch.empty(heads, sinks, width)) if sinks else None
+        self.sink_k = nn.Parameter(torch.empty(kv_heads, sinks, width)) if sinks else None
+        self.sink_v = nn.Parameter(torch.empty(kv_heads, sinks, width)) if sinks else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,15 +138,17 @@ class SlidingWindowAttention(Block):
         self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
     ) -> tuple[Tensor, AttentionState]:
         """x [B, T, dim] -> y [B, T, dim], state after token T. Raises ValueError: see Block."""
-        tensors, options, position = self._inputs(x, state, documents)
-        y = sliding_window_attention(*tensors, **options, backend=self.config.backend)
+        (q, k, v), options, position = self._inputs(x, state, documents)
+        y = sliding_window_attention(
+            q, self._shared(k), self._shared(v), **options, backend=self.config.backend
+        )
         bounds = None
         if documents is not None:
             cached = 0 if state is None else state.keys.shape[1]
             own = torch.arange(x.shape[1], device=x.device) + (documents.of + 1) * cached
             y = y.index_select(1, own) if cached else y
             bounds = _stretched(documents.bounds, cached)
-        return self.out(y.flatten(2)), self._remember(*tensors[1:], position, bounds)
+        return self.out(y.flatten(2)), self._remember(k, v, position, bounds)
 
     def mix_packed(
         self, x: Tensor, state: AttentionState | None, documents: Documents
@@ -154,22 +164,30 @@ class SlidingWindowAttention(Block):
         Raises ValueError where the configured backend cannot serve them.
         """
         check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
-        tensors, options, _ = self._inputs(x, state)
-        return choose_backend(*tensors, **options, backend=self.config.backend)
+        (q, k, v), options, _ = self._inputs(x, state)
+        shared = self._shared(k), self._shared(v)
+        return choose_backend(q, *shared, **options, backend=self.config.backend)
+
+    def _shared(self, t: Tensor, axis: int = 2) -> Tensor:
+        """Of G heads of keys or values on this axis: one for each head of queries."""
+        if self.kv_heads == self.heads:
+            return t
+        return t.repeat_interleave(self.heads // self.kv_heads, axis)
 
     def _inputs(
         self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], Tensor]:
-        """q [B, T, H, D], cache + own k and v [B, S, H, D]; options; tokens seen after the call."""
-        B, T, _ = x.shape
-        qkv = check.whole("qkv", self.qkv(x), 3 * self.dim)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
+        """q [B, T, H, D], cache + own k and v [B, S, G, D]; options; tokens seen after the call."""
+        (B, T, _), H, G = x.shape, self.heads, self.kv_heads
+        width = self.dim // H
+        qkv = check.whole("qkv", self.qkv(x), (H + 2 * G) * width)
+        q, k, v = qkv.unflatten(2, (-1, width)).split([H, G, G], 2)
         if self.q_scale is not None and self.k_scale is not None:
             q, k = rms_norm(q, self.q_scale), rms_norm(k, self.k_scale)
         options: dict[str, Any] = {"window": self.config.window}
         if self.sink_k is not None and self.sink_v is not None:
-            sinks = {"sink_k": self.sink_k.to(q.dtype), "sink_v": self.sink_v.to(q.dtype)}
-            options |= {"sink_q": q, **sinks}
+            sinks = (self._shared(t.to(q.dtype), 0) for t in (self.sink_k, self.sink_v))
+            options |= {"sink_q": q, **dict(zip(("sink_k", "sink_v"), sinks, strict=True))}
         if documents is not None:
             return self._packed_inputs(q, k, v, state, documents, options)
         steps = torch.arange(T, device=x.device)
@@ -206,7 +224,7 @@ class SlidingWindowAttention(Block):
         def after(cache: Tensor, t: Tensor) -> Tensor:
             return with_past(cache, t, d.bounds, d.of)
 
-        seen, no_queries = position.to(device), torch.zeros_like(keys)
+        seen, no_queries = position.to(device), q.new_zeros(*keys.shape[:2], *q.shape[2:])
         steps = torch.arange(q.shape[1], device=device) - d.bounds[d.of] + seen[d.of]
         if "sink_q" in options:
             options["sink_q"] = after(no_queries, q)
@@ -222,7 +240,7 @@ class SlidingWindowAttention(Block):
     def _remember(
         self, k: Tensor, v: Tensor, position: Tensor, bounds: Tensor | None
     ) -> AttentionState:
-        """The last window - 1 of k, v [B, S, H, D], or of each document with these bounds."""
+        """The last window - 1 of k, v [B, S, G, D], or of each document with these bounds."""
         S = k.shape[1]
         size = S if self.config.window is None else self.config.window - 1
         if bounds is not None:
@@ -243,9 +261,9 @@ class SlidingWindowAttention(Block):
             check.fail("state", "an AttentionState", type(state).__name__)
         window = self.config.window
         size = None if window is None else window - 1
-        sizes = (B, size, self.heads, self.dim // self.heads)
-        check.tensor("state.keys", state.keys, "[B, window - 1, H, D]", sizes)
-        check.tensor("state.values", state.values, "[B, window - 1, H, D]", sizes)
+        sizes = (B, size, self.kv_heads, self.dim // self.heads)
+        check.tensor("state.keys", state.keys, "[B, window - 1, G, D]", sizes)
+        check.tensor("state.values", state.values, "[B, window - 1, G, D]", sizes)
         check.tensor("state.position", state.position, "[B]", (B,), (torch.int64,))
 
 

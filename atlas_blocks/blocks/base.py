@@ -115,7 +115,8 @@ class Block(nn.Module, abc.ABC):
         if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
             cu_seqlens = Documents.check(cu_seqlens, x)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.count
-        if state is not None and (n := len(state)) != rows:
+        # Parts without a state leave one without tensors.
+        if state is not None and (n := len(state)) != rows and state.tensors():
             what = "that of x" if cu_seqlens is None else "documents in cu_seqlens"
             check.fail("state", f"a batch of {rows} ({what})", n)
         if cu_seqlens is None:

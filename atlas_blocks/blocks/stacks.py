@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +18,36 @@ from atlas_blocks import check
 from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.deep_transformer import DeepTransformerConfig
+from atlas_blocks.blocks.foreign import Builds, built, is_foreign
 from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, FixedMemory, MemoryState
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.settings import takes
-from atlas_blocks.blocks.swiglu import SwiGLU
+from atlas_blocks.blocks.swiglu import MLPS
 from atlas_blocks.config import Config
 from atlas_blocks.data import numbers
 from atlas_blocks.functional.attention import rotary
 from atlas_blocks.ops.memory_as_context import define, memory_as_context
 from atlas_blocks.state import State
 
-Mixer = AtlasMemoryConfig | DeepTransformerConfig | SlidingWindowAttentionConfig | LSTMConfig
+MIXERS = (AtlasMemoryConfig, DeepTransformerConfig, SlidingWindowAttentionConfig, LSTMConfig)
+Mixer = (
+    AtlasMemoryConfig | DeepTransformerConfig | SlidingWindowAttentionConfig | LSTMConfig | Builds
+)
 
 
-def _check_mlp_width(width: int | None) -> None:
+def _check_mixer(name: str, value: object, *types: type) -> None:
+    """One of these types, or a config of somebody's own."""
+    if not (isinstance(value, types) or is_foreign(value)):
+        ours = ", ".join(t.__name__ for t in types)
+        check.fail(name, f"{ours} or a config of your own that has build", type(value).__name__)
+
+
+def _check_mlp(width: int | None, kind: str) -> None:
     if width is not None:
         check.at_least("mlp_width", width, 1)
-
-
-def _check_type(name: str, value: object, *types: type) -> None:
-    if not isinstance(value, types):
-        check.fail(name, " or ".join(t.__name__ for t in types), type(value).__name__)
+    check.choice("mlp", kind, MLPS)
 
 
 class StackState(State):
@@ -51,14 +58,16 @@ class StackState(State):
 
 @dataclass(frozen=True)
 class AtlasBlockConfig(Config):
-    """mixer: the token mixer's config; mlp_width: hidden units, None = 8/3 dim."""
+    """mixer: the token mixer's config. mlp: "swiglu" or "relu2"; mlp_width: its hidden units, None
+    = 8/3 dim, and half as many again for "relu2"."""
 
     mixer: Mixer = field(default_factory=AtlasMemoryConfig)
     mlp_width: int | None = None
+    mlp: str = "swiglu"
 
     def __post_init__(self) -> None:
-        _check_type("mixer", self.mixer, *get_args(Mixer))
-        _check_mlp_width(self.mlp_width)
+        _check_mixer("mixer", self.mixer, *MIXERS)
+        _check_mlp(self.mlp_width, self.mlp)
 
     def build(self, dim: int, heads: int) -> AtlasBlock:
         return AtlasBlock(dim, heads, self)
@@ -74,7 +83,7 @@ def _parts(state: StackState | None, count: int) -> tuple[Any, ...]:
 
 
 class AtlasBlock(Block):
-    """x + mixer(norm x); x + SwiGLU(norm x). With attention as the mixer: a Transformer block.
+    """x + mixer(norm x); x + MLP(norm x). With attention as the mixer: a Transformer block.
 
     x [B, T, dim] -> y [B, T, dim]; state StackState of the mixer's.
     """
@@ -86,9 +95,9 @@ class AtlasBlock(Block):
         super().__init__()
         self.dim, self.config = dim, config
         self.mixer_norm = RMSNorm(dim)
-        self.mixer = config.mixer.build(dim, heads)
+        self.mixer = built(config.mixer, dim, heads)
         self.mlp_norm = RMSNorm(dim)
-        self.mlp = SwiGLU(dim, config.mlp_width)
+        self.mlp = MLPS[config.mlp](dim, config.mlp_width)
 
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
@@ -106,16 +115,20 @@ class AtlasBlock(Block):
 
 @dataclass(frozen=True)
 class MemoryAsLayerConfig(Config):
-    """memory, attention: the two mixers' configs; mlp_width: of both MLPs, None = 8/3 dim."""
+    """memory, attention: the two mixers' configs; mlp, mlp_width: of both MLPs, as in
+    AtlasBlockConfig."""
 
-    memory: AtlasMemoryConfig = field(default_factory=AtlasMemoryConfig)
-    attention: SlidingWindowAttentionConfig = field(default_factory=SlidingWindowAttentionConfig)
+    memory: AtlasMemoryConfig | Builds = field(default_factory=AtlasMemoryConfig)
+    attention: SlidingWindowAttentionConfig | Builds = field(
+        default_factory=SlidingWindowAttentionConfig
+    )
     mlp_width: int | None = None
+    mlp: str = "swiglu"
 
     def __post_init__(self) -> None:
-        _check_type("memory", self.memory, AtlasMemoryConfig)
-        _check_type("attention", self.attention, SlidingWindowAttentionConfig)
-        _check_mlp_width(self.mlp_width)
+        _check_mixer("memory", self.memory, AtlasMemoryConfig)
+        _check_mixer("attention", self.attention, SlidingWindowAttentionConfig)
+        _check_mlp(self.mlp_width, self.mlp)
 
     def build(self, dim: int, heads: int) -> MemoryAsLayer:
         return MemoryAsLayer(dim, heads, self)
@@ -135,10 +148,9 @@ class MemoryAsLayer(Block):
     ) -> None:
         super().__init__()
         self.dim, self.config = dim, config
-        self.memory = AtlasBlock(dim, heads, AtlasBlockConfig(config.memory, config.mlp_width))
-        self.attention = AtlasBlock(
-            dim, heads, AtlasBlockConfig(config.attention, config.mlp_width)
-        )
+        mlp = (config.mlp_width, config.mlp)
+        self.memory = AtlasBlock(dim, heads, AtlasBlockConfig(config.memory, *mlp))
+        self.attention = AtlasBlock(dim, heads, AtlasBlockConfig(config.attention, *mlp))
 
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
@@ -153,25 +165,29 @@ class MemoryAsLayer(Block):
 
 @dataclass(frozen=True)
 class MemoryAsGateConfig(Config):
-    """memory, attention: the branches; combine: "sum" (ATLAS Fig. 3) or "product" (Titans)."""
+    """memory, attention: the branches; combine: "sum" (ATLAS Fig. 3) or "product" (Titans); mlp,
+    mlp_width: as in AtlasBlockConfig."""
 
-    memory: AtlasMemoryConfig = field(default_factory=AtlasMemoryConfig)
-    attention: SlidingWindowAttentionConfig = field(default_factory=SlidingWindowAttentionConfig)
+    memory: AtlasMemoryConfig | Builds = field(default_factory=AtlasMemoryConfig)
+    attention: SlidingWindowAttentionConfig | Builds = field(
+        default_factory=SlidingWindowAttentionConfig
+    )
     combine: str = "sum"
     mlp_width: int | None = None
+    mlp: str = "swiglu"
 
     def __post_init__(self) -> None:
-        _check_type("memory", self.memory, AtlasMemoryConfig)
-        _check_type("attention", self.attention, SlidingWindowAttentionConfig)
+        _check_mixer("memory", self.memory, AtlasMemoryConfig)
+        _check_mixer("attention", self.attention, SlidingWindowAttentionConfig)
         check.choice("combine", self.combine, ("sum", "product"))
-        _check_mlp_width(self.mlp_width)
+        _check_mlp(self.mlp_width, self.mlp)
 
     def build(self, dim: int, heads: int) -> MemoryAsGate:
         return MemoryAsGate(dim, heads, self)
 
 
 class MemoryAsGate(Block):
-    """MAG: x + Norm(memory(norm x)) combined with Norm(attention(norm x)); x + SwiGLU(norm x).
+    """MAG: x + Norm(memory(norm x)) combined with Norm(attention(norm x)); x + MLP(norm x).
 
     x [B, T, dim] -> y [B, T, dim]; state StackState (memory, attention).
     """
@@ -185,12 +201,12 @@ class MemoryAsGate(Block):
         super().__init__()
         self.dim, self.config = dim, config
         self.mixer_norm = RMSNorm(dim)
-        self.memory = config.memory.build(dim, heads)
-        self.attention = config.attention.build(dim, heads)
+        self.memory = built(config.memory, dim, heads)
+        self.attention = built(config.attention, dim, heads)
         self.memory_norm = RMSNorm(dim)
         self.attention_norm = RMSNorm(dim)
         self.mlp_norm = RMSNorm(dim)
-        self.mlp = SwiGLU(dim, config.mlp_width)
+        self.mlp = MLPS[config.mlp](dim, config.mlp_width)
 
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
@@ -210,20 +226,23 @@ class MemoryAsGate(Block):
 @dataclass(frozen=True)
 class MemoryAsContextConfig(Config):
     """memory: its config; segment: tokens that share one read of the memory; persistent_tokens:
-    learned tokens at the front of every segment's context."""
+    learned tokens at the front of every segment's context; mlp, mlp_width: as in
+    AtlasBlockConfig."""
 
     memory: AtlasMemoryConfig = field(default_factory=AtlasMemoryConfig)
     segment: int = 256
     persistent_tokens: int = 4
     rope_base: float = 10000.0
     mlp_width: int | None = None
+    mlp: str = "swiglu"
 
     def __post_init__(self) -> None:
-        _check_type("memory", self.memory, AtlasMemoryConfig)
+        if not isinstance(self.memory, AtlasMemoryConfig):
+            check.fail("memory", "AtlasMemoryConfig", type(self.memory).__name__)
         check.at_least("segment", self.segment, 1)
         check.at_least("persistent_tokens", self.persistent_tokens, 0)
         check.between("rope_base", self.rope_base, 1.0, 1e12)
-        _check_mlp_width(self.mlp_width)
+        _check_mlp(self.mlp_width, self.mlp)
 
     def build(self, dim: int, heads: int) -> MemoryAsContext:
         return MemoryAsContext(dim, heads, self)
@@ -248,7 +267,7 @@ class MemoryAsContext(Block):
 
         h_j = M(q_j), M the memory before the segment
         a_t = attention of x_t over [persistent; h_{j <= t}; x_{j <= t}]
-        x + norm(a) * norm(memory(a)), which writes a; x + SwiGLU(norm x)
+        x + norm(a) * norm(memory(a)), which writes a; x + MLP(norm x)
 
     A read h_j is seen from token j on, so that the block is causal. Rotary positions count from
     the segment's start. x [B, T, dim] -> y [B, T, dim]; state ContextState.
@@ -277,7 +296,7 @@ class MemoryAsContext(Block):
         self.attention_norm = RMSNorm(dim)
         self.memory_norm = RMSNorm(dim)
         self.mlp_norm = RMSNorm(dim)
-        self.mlp = SwiGLU(dim, config.mlp_width)
+        self.mlp = MLPS[config.mlp](dim, config.mlp_width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -479,3 +498,17 @@ def _described(description: str) -> MemoryAsContext:
 
 
 define(_described)
+
+STACKS = (AtlasBlockConfig, MemoryAsLayerConfig, MemoryAsGateConfig, MemoryAsContextConfig)
+BlockConfig = (
+    AtlasBlockConfig | MemoryAsLayerConfig | MemoryAsGateConfig | MemoryAsContextConfig | Builds
+)
+
+
+def check_block(name: str, value: object) -> None:
+    """`value` must be the config of a stack, or one of somebody's own."""
+    if isinstance(value, MIXERS):
+        kind = type(value).__name__
+        check.fail(name, "a block config, as AtlasBlockConfig makes of a mixer's", kind)
+    if not (isinstance(value, STACKS) or is_foreign(value)):
+        check.fail(name, "a block config", type(value).__name__)

@@ -1,4 +1,4 @@
-"""The feed-forward layer of every stack."""
+"""The feed-forward layers of the stacks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.parameters import Linear
 
 
-def default_width(dim: int) -> int:
-    """8/3 dim, rounded up to a multiple of 64."""
-    return -(-8 * dim // 3 // 64) * 64
+def default_width(dim: int, kind: str = "swiglu") -> int:
+    """Hidden units: 8/3 dim, rounded up to a multiple of 64; half as many again for "relu2", whose
+    two matrices then have as many parameters as three."""
+    width = -(-8 * dim // 3 // 64) * 64
+    return width if kind == "swiglu" else 3 * width // 2
 
 
 class SwiGLU(Block):
@@ -37,3 +39,29 @@ class SwiGLU(Block):
         return self.down(F.silu(self.gate(x)) * self.up(x)), None
 
     mix_packed = mix
+
+
+class SquaredReLU(Block):
+    """y = W_down relu(W_up x)^2 (So et al. 2021). Stateless: its state is None.
+
+    x [B, T, dim] -> y [B, T, dim]. width: hidden units, None = `default_width(dim, "relu2")`.
+    """
+
+    def __init__(self, dim: int, width: int | None = None) -> None:
+        super().__init__()
+        check.at_least("dim", dim, 1)
+        width = default_width(dim, "relu2") if width is None else width
+        check.at_least("width", width, 1)
+        self.dim = dim
+        self.up = Linear(dim, width, bias=False)
+        self.down = Linear(width, dim, bias=False)
+
+    def mix(
+        self, x: Tensor, state: None, documents: Documents | None = None
+    ) -> tuple[Tensor, None]:
+        return self.down(F.relu(self.up(x)).square()), None
+
+    mix_packed = mix
+
+
+MLPS: dict[str, type[SwiGLU] | type[SquaredReLU]] = {"swiglu": SwiGLU, "relu2": SquaredReLU}

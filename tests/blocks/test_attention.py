@@ -55,20 +55,23 @@ def by_hand(block: SlidingWindowAttention, x: Tensor) -> Tensor:
 
     rows = []
     for row in x:
-        q, k, v = (row @ block.qkv.weight.T).unflatten(1, (3, HEADS, width)).unbind(1)
+        groups = config.kv_heads or HEADS
+        heads = (row @ block.qkv.weight.T).unflatten(1, (-1, width))
+        q, k, v = heads.split([HEADS, groups, groups], 1)
         outputs = []
         for i in range(len(row)):
             start = 0 if config.window is None else max(0, i - config.window + 1)
             heads = []
             for h in range(HEADS):
+                g = h * groups // HEADS
                 query = norm(q[i, h], block.q_scale)
-                keys = [norm(k[j, h], block.k_scale) for j in range(start, i + 1)]
+                keys = [norm(k[j, g], block.k_scale) for j in range(start, i + 1)]
                 turned = [turn(key, j) for j, key in enumerate(keys, start)]
                 scores = [(turn(query, i) * key.conj()).real.sum() for key in turned]
-                values = [v[j, h] for j in range(start, i + 1)]
+                values = [v[j, g] for j in range(start, i + 1)]
                 if block.sink_k is not None:
-                    scores += [query @ key for key in block.sink_k[h]]
-                    values += list(block.sink_v[h])
+                    scores += [query @ key for key in block.sink_k[g]]
+                    values += list(block.sink_v[g])
                 weights = (torch.stack(scores) / width**0.5).softmax(0)
                 heads.append(weights @ torch.stack(values))
             outputs.append(torch.cat(heads) @ block.out.weight.T)
@@ -79,8 +82,11 @@ def by_hand(block: SlidingWindowAttention, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 @pytest.mark.parametrize("window", [3, None])
-def test_equals_the_formula(window: int | None, sink_tokens: int, qk_norm: bool) -> None:
-    block = build(window, sink_tokens, qk_norm=qk_norm, rope_base=100.0)
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_equals_the_formula(
+    window: int | None, sink_tokens: int, qk_norm: bool, kv_heads: int | None
+) -> None:
+    block = build(window, sink_tokens, qk_norm=qk_norm, rope_base=100.0, kv_heads=kv_heads)
     x = draw(2, 9, DIM)
     torch.testing.assert_close(block(x)[0], by_hand(block, x))
 
@@ -114,6 +120,14 @@ def test_token_by_token_equals_the_whole(window: int | None) -> None:
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, dim=1), y)
     assert_same(state, end)
+
+
+@pytest.mark.parametrize("window", [7, None])
+def test_grouped_heads_keep_what_they_share_once(window: int | None) -> None:
+    x = draw(2, 40, DIM)
+    (_, whole), (_, grouped) = build(window)(x), build(window, kv_heads=1)(x)
+    assert whole.keys.shape[2:] == (HEADS, DIM // HEADS)
+    assert grouped.keys.shape == grouped.values.shape == (*whole.keys.shape[:2], 1, DIM // HEADS)
 
 
 def test_gradients_cross_a_state_that_is_not_detached() -> None:
@@ -260,11 +274,13 @@ def test_compiled_equals_eager() -> None:
         ({"backend": "fast"}, "backend: expected one of auto, flash, flex, sdpa, xformers"),
         ({"rope_base": 0.0}, "rope_base: expected a number in"),
         ({"qk_norm": 1}, "qk_norm: expected True or False, got 1"),
+        ({"kv_heads": 0}, "kv_heads: expected an int >= 1, got 0"),
+        ({"kv_heads": 3}, "kv_heads: expected a divisor of heads = 2, got 3"),
     ],
 )
 def test_wrong_config_is_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SlidingWindowAttentionConfig(**options)
+        SlidingWindowAttentionConfig(**options).build(DIM, HEADS)
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(12, 5), (6, 2), (0, 1), (12, 0), (12, 2.0)])
@@ -282,7 +298,7 @@ def test_wrong_inputs_are_named() -> None:
         block.backend_for(x[..., 1:])
     with pytest.raises(ValueError, match="state: expected a batch of 1"):
         block(x[:1], state)
-    with pytest.raises(ValueError, match=r"state.keys: expected shape \[B, window - 1, H, D\]"):
+    with pytest.raises(ValueError, match=r"state.keys: expected shape \[B, window - 1, G, D\]"):
         block(x, build(9)(x)[1])
     with pytest.raises(ValueError, match="state: expected AttentionState or None, got Tensor"):
         block(x, x)

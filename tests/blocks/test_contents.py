@@ -15,11 +15,11 @@ import atlas_blocks
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ShortConv
 from atlas_blocks.blocks.lstm import LSTM
-from atlas_blocks.blocks.swiglu import SwiGLU
+from atlas_blocks.blocks.swiglu import SquaredReLU, SwiGLU
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 TABLE = re.findall(r"^\| `(\w+)` \| (yes|no) \| (yes|no) \| (yes|no) \|$", README, re.MULTILINE)
-PARTS = (Block, ShortConv, SwiGLU)
+PARTS = (Block, ShortConv, SwiGLU, SquaredReLU)
 SIZES: dict[Any, tuple[int, ...]] = {LSTM: (16,)}
 
 

@@ -17,7 +17,9 @@ from atlas_blocks import (
     MemoryAsLayer,
     MemoryAsLayerConfig,
     SlidingWindowAttentionConfig,
+    SquaredReLU,
     State,
+    SwiGLU,
 )
 
 
@@ -138,22 +140,45 @@ def test_swiglu_of_a_stack_takes_its_width() -> None:
     assert block.memory.mlp.gate.out_features == block.attention.mlp.gate.out_features == 7
 
 
+@pytest.mark.parametrize("block", [AtlasBlockConfig, MemoryAsLayerConfig, MemoryAsGateConfig])
+def test_the_mlp_of_a_stack_is_of_its_kind(block) -> None:
+    stack = block(mlp="relu2", mlp_width=5).build(DIM, HEADS)
+    mlps = [m for name, m in stack.named_modules() if name.endswith("mlp")]
+    assert [type(m) for m in mlps] == len(mlps) * [SquaredReLU]
+    assert {m.up.out_features for m in mlps} == {5}
+
+
+def test_a_squared_relu_is_its_formula_at_the_parameters_of_swiglu() -> None:
+    mlp, x = make_block("squared-relu"), draw(2, 7, DIM)
+    hidden = torch.einsum("btd,hd->bth", x, mlp.up.weight)
+    positive = torch.where(hidden > 0, hidden * hidden, 0.0)
+    true = torch.einsum("bth,dh->btd", positive, mlp.down.weight)
+    assert difference([mlp(x)[0]], [true]) < 1e-12
+    for dim in (64, 256, 1024):
+        counts = [sum(p.numel() for p in kind(dim).parameters()) for kind in (SquaredReLU, SwiGLU)]
+        assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (
             lambda: AtlasBlockConfig("memory"),
-            "mixer: expected AtlasMemoryConfig or DeepTransformerConfig or "
-            "SlidingWindowAttentionConfig or LSTMConfig, got str",
+            "mixer: expected AtlasMemoryConfig, DeepTransformerConfig, "
+            "SlidingWindowAttentionConfig, LSTMConfig or a config of your own .*, got str",
         ),
         (lambda: AtlasBlockConfig(mlp_width=0), "mlp_width: expected an int >= 1, got 0"),
         (
+            lambda: MemoryAsContextConfig(mlp="gelu"),
+            "mlp: expected one of relu2, swiglu, got 'gelu'",
+        ),
+        (
             lambda: MemoryAsLayerConfig(SlidingWindowAttentionConfig()),
-            "memory: expected AtlasMemoryConfig, got SlidingWindowAttentionConfig",
+            "memory: expected AtlasMemoryConfig or .*, got SlidingWindowAttentionConfig",
         ),
         (
             lambda: MemoryAsLayerConfig(attention=AtlasMemoryConfig()),
-            "attention: expected SlidingWindowAttentionConfig, got AtlasMemoryConfig",
+            "attention: expected SlidingWindowAttentionConfig or .*, got AtlasMemoryConfig",
         ),
         (
             lambda: MemoryAsGateConfig(combine="mean"),

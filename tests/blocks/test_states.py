@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from atlas_blocks import State, functional, ops
+from atlas_blocks.blocks.memory import FixedMemory
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
@@ -88,7 +89,7 @@ def test_a_memory_rounded_below_float32_is_refused_by_name(name: str) -> None:
     if state is None:
         return
     low = state.map(lambda t: t.bfloat16() if t.is_floating_point() else t)
-    if not name.startswith(("lstm", "conv", "block-lstm", "block-attention")):
+    if not name.startswith(("lstm", "conv", "block-lstm", "block-attention", "block-foreign")):
         message = r"state\.\S+: expected torch\.float32 or torch\.float64, .*, got torch\.bfloat16"
         with pytest.raises(ValueError, match=message):
             block(x[:, 9:], low)
@@ -153,6 +154,37 @@ def test_a_prefix_read_under_inference_mode_is_trained_on(name: str) -> None:
         assert after is None or not any(t.is_inference() for t in after.tensors())
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own doing
+@pytest.mark.parametrize("name", ["memory-mlp-gd-sketch", "dot", "as-layer", "as-context", "lstm"])
+def test_compiled_too_a_prefix_read_under_inference_mode_is_trained_on(name: str) -> None:
+    """Torch refuses to save tensors of inference_mode for a backward, and names none of them."""
+    block, x = make_block(name), draw(2, 20, DIM)
+    with torch.inference_mode():
+        _, inferred = block(x[:, :9])
+    _, state = block(x[:, :9])
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    true = torch.autograd.grad(block(x[:, 9:], state)[0].square().sum(), [*block.parameters()])
+    for s in (inferred, state, inferred):
+        y, after = compiled(x[:, 9:], s)
+        found = torch.autograd.grad(y.square().sum(), [*block.parameters()])
+        assert not any(t.is_inference() for t in after.tensors())
+        for a, b in zip(found, true, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_fixed_memory_is_taken_as_other_states_are() -> None:
+    block, x = make_block("memory-mlp-gd-sketch"), draw(2, 20, DIM)
+    with torch.inference_mode():
+        _, inferred = block(x)
+    _, state = block(x)
+    y, true = (block(x, FixedMemory(s.rule.weights))[0] for s in (inferred, state))
+    y.sum().backward()  # what reads is trained
+    assert torch.equal(y, true)
+    moved = FixedMemory(tuple(w.to("meta") for w in state.rule.weights))
+    with pytest.raises(ValueError, match=r"state\.weights\[0\]: expected device cpu .*, got meta"):
+        block(x, moved)
 
 
 def shapes(result: tuple[Tensor, State | None]) -> list[tuple[torch.Size, torch.dtype]]:
