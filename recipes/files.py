@@ -30,11 +30,19 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(mode)
         # On the disk before it has its name: a power cut must not leave the name to nothing.
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have what was written to a file, or to the list of a folder, on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -83,13 +83,25 @@ def _corpus(root: Path, files: list[Path], source: str) -> Corpus:
     return Corpus(_tensor(train), _tensor(held_out), source + note)
 
 
+def standard_library_files() -> list[Path]:
+    """The .py files of the running Python's standard library, its tests left out."""
+    root = standard_library_root()
+    return sorted(
+        f for f in root.rglob("*.py") if not SKIPPED_FOLDERS & set(f.relative_to(root).parts[:-1])
+    )
+
+
+def standard_library_root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def standard_library_name() -> str:
+    return f"Python {sysconfig.get_python_version()} standard library"
+
+
 def standard_library() -> Corpus:
     """The .py files of the running Python's standard library, its tests left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        f for f in root.rglob("*.py") if not SKIPPED_FOLDERS & set(f.relative_to(root).parts[:-1])
-    ]
-    return _corpus(root, files, f"Python {sysconfig.get_python_version()} standard library")
+    return _corpus(standard_library_root(), standard_library_files(), standard_library_name())
 
 
 def load_text(path: Path | None) -> Corpus:
@@ -125,11 +137,12 @@ def printable_parts(parts: Iterable[Iterable[int]]) -> Iterator[str]:
     """The same as the bytes come: a character is shown when its last byte is there."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for part in parts:
-        yield _safe(decoder.decode(bytes(part)))
-    yield _safe(decoder.decode(b"", final=True))
+        yield safe(decoder.decode(bytes(part)))
+    yield safe(decoder.decode(b"", final=True))
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
+    """Whatever would steer a terminal as U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
