@@ -132,9 +132,8 @@ def main() -> None:
                 torch.manual_seed(0)
                 model = build(name)
                 if args.decay_to:
-                    block = with_memory(model.config.block, {"decay_to": args.decay_to})
                     torch.manual_seed(0)
-                    model = model.config.replace(block=block).build()
+                    model = with_memory(model.config, {"decay_to": args.decay_to}).build()
                 if when.startswith("after"):
                     train(model, corpus.train)
                 measure = speed if args.speed else share_alive

@@ -28,6 +28,7 @@ from atlas_blocks import AtlasMemoryConfig, Config
 from atlas_blocks.recipes.architectures import ARCHITECTURES, Size
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 from atlas_blocks.recipes.model import LanguageModelConfig
+from atlas_blocks.recipes.patterns import turn_of
 from atlas_blocks.recipes.registry import fitted, parameter_count
 from atlas_blocks.recipes.tasks import IGNORE, RecallTask, accuracy
 
@@ -63,32 +64,35 @@ SWEEP: dict[str, dict[str, Any]] = {
 
 def with_memory(config: Config, changes: dict[str, Any]) -> Config:
     """The config with these settings in every memory layer that it holds."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(changed, value))
+        return with_memory(value, changes) if isinstance(value, Config) else value
+
     if isinstance(config, AtlasMemoryConfig):
         return config.replace(**changes)
-    found = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, Config):
-            found[field.name] = with_memory(value, changes)
-    return config.replace(**found)
+    fields = (field.name for field in dataclasses.fields(config))
+    return config.replace(**{name: changed(getattr(config, name)) for name in fields})
 
 
 def model_config(architecture: str, changes: dict[str, Any]) -> LanguageModelConfig:
     """A recipe at this script's size."""
 
     def plain(name: str) -> LanguageModelConfig:
+        turn = turn_of(name, SIZE)
         return LanguageModelConfig(
             name=name,
             vocab_size=SIZE.vocab_size,
             dim=SIZE.dim,
             heads=SIZE.heads,
-            depth=SIZE.depth,
-            block=ARCHITECTURES[name](SIZE),
+            depth=max(SIZE.depth, len(turn)),
+            layers=turn,
         )
 
     aim = parameter_count(plain("atlas-mag"))
     config = fitted(plain(architecture), aim, multiple=SIZE.multiple)
-    return config.replace(block=with_memory(config.block, changes))
+    return with_memory(config, changes)
 
 
 def train(architecture: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from atlas_blocks.recipes.model import (
     LanguageModelState,
     LMOutput,
 )
-from atlas_blocks.recipes.registry import build, config, names
+from atlas_blocks.recipes.registry import build, config, names, register_block
 from atlas_blocks.recipes.training import TrainingConfig, train
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "generate",
     "names",
     "prefill",
+    "register_block",
     "stream",
     "train",
 ]

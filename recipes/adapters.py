@@ -315,7 +315,7 @@ def _our_own(m: SlidingWindowAttention) -> Layout:
     if c.qk_norm:
         slots |= {"q_scale": ("q_scale",), "k_scale": ("k_scale",)}
     norm = "rms" if c.qk_norm else "none"
-    settings = _settings(qk_norm=norm, rope_base=c.rope_base, **_biases(slots))
+    settings = _settings(qk_norm=norm, rope_base=c.rope_base, kv_heads=c.kv_heads, **_biases(slots))
     return Layout(m.dim, m.heads, settings, slots)
 
 

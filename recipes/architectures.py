@@ -1,4 +1,5 @@
-"""Every named system as one config over the blocks: a function from a size to a block config.
+"""Every named system as configs over the blocks: a function from a size to a block config, or to
+those of one turn of layers.
 
 The rule's systems are rows of specification section 8. All share the layer around the rule
 (projections, short convolution, unit keys, output norm and gate) and the block around the layer,
@@ -20,7 +21,7 @@ from atlas_blocks import (
     MemoryAsLayerConfig,
     SlidingWindowAttentionConfig,
 )
-from atlas_blocks.recipes.model import BlockConfig
+from atlas_blocks.blocks.stacks import BlockConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,13 @@ SIZES = {
     "760m": Size(24, 1536, 16, 760e6),
     "1.3b": Size(18, 2048, 8, 1.3e9),
 }
+
+
+def size_of(dim: int, heads: int) -> Size:
+    """That of the recipes of this width; else the same settings as most of them have."""
+    alike = (size for size in SIZES.values() if (size.dim, size.heads) == (dim, heads))
+    return next(alike, Size(1, dim, heads, None))
+
 
 # exp cut after this degree stands for phi*: |q . k| <= 1, where it is right to e / 5! = 0.023.
 TRUNCATION = 4
@@ -254,11 +262,32 @@ def _transformer(size: Size) -> BlockConfig:
     return AtlasBlockConfig(mixer=SlidingWindowAttentionConfig(window=None))
 
 
-ARCHITECTURES: dict[str, Callable[[Size], BlockConfig]] = {
+def _sliding_window(size: Size) -> BlockConfig:
+    return AtlasBlockConfig(mixer=_attention(size))
+
+
+# --- layers in turn ---------------------------------------------------------------------------
+
+
+def _atlas_hybrid(size: Size) -> tuple[BlockConfig, ...]:
+    """Three memory layers to one of full attention, as in Qwen3-Next and Kimi Linear."""
+    return (*3 * [_atlas(size)], _transformer(size))
+
+
+def _sliding_window_hybrid(size: Size) -> tuple[BlockConfig, ...]:
+    """Attention with a window in most layers, as in Gemma 3, and a memory where those have full
+    attention: nothing grows with the text."""
+    return (*3 * [_sliding_window(size)], _atlas(size))
+
+
+Architecture = Callable[[Size], BlockConfig | tuple[BlockConfig, ...]]
+ARCHITECTURES: dict[str, Architecture] = {
     "atlas": _atlas,
     "atlas-mag": _atlas_mag,
     "atlas-mal": _atlas_mal,
     "atlas-mac": _atlas_mac,
+    "atlas-hybrid": _atlas_hybrid,
+    "sliding-window-hybrid": _sliding_window_hybrid,
     "atlas-plus-plus": _atlas_plus_plus,
     "omeganet": _omeganet,
     "dot": _dot,
@@ -278,4 +307,5 @@ ARCHITECTURES: dict[str, Callable[[Size], BlockConfig]] = {
     "linear-attention": _linear_attention,
     "lstm": _lstm,
     "transformer": _transformer,
+    "sliding-window": _sliding_window,
 }

@@ -111,6 +111,11 @@ def load(
     return model.to(device)
 
 
+def config(path: Path) -> LanguageModelConfig:
+    """The config of the model saved at `path`. Raises ValueError as `load`."""
+    return _config(path, _read(path, MODEL)[1], "config", LanguageModelConfig)
+
+
 def load_run(path: Path, model: nn.Module, *, allow_nonfinite: bool = False) -> Run:
     """The training run saved with `model` at `path`, for `load`'s model, wrapped or sharded since.
 

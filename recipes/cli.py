@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import os
 import sys
@@ -22,7 +23,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from atlas_blocks import check
+from atlas_blocks import check, with_settings
 from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import demo as demonstration
 from atlas_blocks.recipes import display, files, registry, runs, separation, text, training
@@ -127,9 +128,43 @@ def recipes(
 
 
 @app.command()
-def show(recipe: Annotated[str, typer.Argument(help="A name that `recipes` lists.")]) -> None:
-    """Show how a recipe is assembled."""
-    Console().print(display.module_tree(recipe))
+def show(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A name that `recipes` lists; layers in turn at one of their sizes, such as "
+            "'3*atlas+transformer-tiny'; a config's file, .toml or .json; a checkpoint."
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Such as layers.0.mixer.window=32, or layers.*.mlp_width=128; repeatable."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The config, as a file that the commands take.")
+    ] = False,
+) -> None:
+    """Show how a model is assembled."""
+    saved = Path(source).is_file() and not registry.is_file(source)
+    config = checkpoints.config(Path(source)) if saved else registry.config(source)
+    config = with_settings(config, dict(map(_setting, settings or [])))
+    if as_json:
+        print(config.to_json())
+    else:
+        Console().print(display.module_tree(config))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """PATH=VALUE, the value as JSON has it, or else as a word."""
+    path, equals, value = text.partition("=")
+    if not (path and equals):
+        check.fail("set", "PATH=VALUE, such as layers.0.mixer.window=32", repr(text))
+    for spelling in (value, value.lower()):  # True is true
+        with contextlib.suppress(json.JSONDecodeError):
+            return path, json.loads(spelling)
+    return path, value
 
 
 @app.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,18 +24,34 @@ from atlas_blocks import (
     MemoryAsLayerConfig,
     SlidingWindowAttentionConfig,
 )
-from atlas_blocks.recipes.model import BlockConfig, LanguageModel, LanguageModelConfig
+from atlas_blocks.blocks.foreign import built, is_foreign
+from atlas_blocks.blocks.settings import changed
+from atlas_blocks.blocks.stacks import STACKS, BlockConfig
+from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
 
 # As the specification writes them: decay, step, momentum, weights of the window.
 GATES = {"alpha": "α", "eta": "η", "theta": "θ", "gamma": "γ"}
 
 
 def pattern(config: LanguageModelConfig) -> str:
-    """Such as "12 x MAG(mlp, Muon, c=16 | window 512)"."""
-    return f"{config.depth} x {_part(config.block)}"
+    """Such as "12 x MAG(mlp, Muon, c=16 | window 512)", or "6 x [3 x (matrix) + (window 512)]"."""
+    turn = config.turn
+    turns, rest = divmod(config.depth, len(turn))
+    if len(turn) == 1 or turns == 1:
+        return _in_turn(config.layers)
+    return f"{turns} x [{_in_turn(turn)}]" + (f" + {_in_turn(turn[:rest])}" if rest else "")
 
 
-def _part(config: Config) -> str:
+def _in_turn(layers: Sequence[BlockConfig]) -> str:
+    """Equal neighbours counted."""
+    told = []
+    for part, alike in itertools.groupby(map(_part, layers)):
+        count = len(list(alike))
+        told.append(f"{count} x {part}" if count > 1 else part)
+    return " + ".join(told)
+
+
+def _part(config: object) -> str:
     match config:
         case AtlasMemoryConfig():
             update = "Muon" if config.update == "muon" else "gradient descent"
@@ -43,7 +61,8 @@ def _part(config: Config) -> str:
         case DeepTransformerConfig():
             return f"exact phi*, {config.objective}, c={config.window}"
         case SlidingWindowAttentionConfig():
-            return "full attention" if config.window is None else f"window {config.window}"
+            reach = "full attention" if config.window is None else f"window {config.window}"
+            return reach + (f", {config.kv_heads} kv heads" if config.kv_heads else "")
         case LSTMConfig():
             return "LSTM"
         case AtlasBlockConfig():
@@ -54,15 +73,25 @@ def _part(config: Config) -> str:
             return f"MAL({_part(config.memory)}, {_part(config.attention)})"
         case MemoryAsContextConfig():
             return f"MAC({_part(config.memory)}, segment {config.segment})"
+        case Config():
+            return f"{type(config).__name__}({changed(config)})"
         case _:
             return type(config).__name__
 
 
+def parts_of(config: Config) -> list[Config]:
+    """The configs that lie in its fields, and in tuples there."""
+    values = (getattr(config, field.name) for field in dataclasses.fields(config))
+    rows = (value if isinstance(value, tuple) else (value,) for value in values)
+    return [part for row in rows for part in row if isinstance(part, Config)]
+
+
 def gates(config: Config) -> str:
-    """The gates that every token sets, such as "α η θ γ"; of a decay that none sets, "α fixed"."""
+    """The gates that every token sets, such as "α η θ γ"; of a decay that none sets, "α fixed";
+    those of memories that differ beside one another."""
     if not isinstance(config, AtlasMemoryConfig):
-        parts = (getattr(config, field.name) for field in dataclasses.fields(config))
-        return "".join(gates(part) for part in parts if isinstance(part, Config))
+        found = dict.fromkeys(gates(part) for part in parts_of(config))
+        return ", ".join(gate for gate in found if gate)
     own = [name for name in GATES if name not in config.fixed]
     if not config.momentum:
         own = [name for name in own if name != "theta"]
@@ -94,41 +123,52 @@ class _ShapesOnly(TorchFunctionMode):
         return (self.instead.get(func) or func)(*args, **kwargs)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def unfilled_block(config: BlockConfig, dim: int, heads: int) -> nn.Module:
     """One block, its parameters without values: for shapes and counts.
 
     Not on the meta device, whose operations take seconds to import.
     """
     with _ShapesOnly():
-        return config.build(dim, heads)
+        return built(config, dim, heads)
+
+
+def least_mlp(block: BlockConfig) -> BlockConfig:
+    """The block with MLPs of one unit, where it has any."""
+    return block.replace(mlp_width=1) if isinstance(block, STACKS) else block
 
 
 def state_bytes(config: LanguageModelConfig, tokens: int) -> int:
     """Bytes of state that one sequence carries after `tokens` tokens, in float32.
 
-    Measured on one block: before any token, and where the state grows, after one. The state does
-    not depend on the MLP.
+    Measured on one block of each kind: before any token, and where the state grows, after one. The
+    state does not depend on the MLP.
     """
-    block = unfilled_block(config.block.replace(mlp_width=1), config.dim, config.heads)
 
-    def after(count: int) -> int:
-        with torch.no_grad(), _ShapesOnly():
-            return block(torch.zeros(1, count, config.dim))[1].nbytes
+    def of(layer: BlockConfig) -> int:
+        block = unfilled_block(least_mlp(layer), config.dim, config.heads)
 
-    start = after(0)
-    each = after(1) - start if state_grows(config) else 0
-    return config.depth * (start + tokens * each)
+        def after(count: int) -> int:
+            with torch.no_grad(), _ShapesOnly():
+                state = block(torch.zeros(1, count, config.dim))[1]
+            return 0 if state is None else state.nbytes
+
+        start = after(0)
+        return start + tokens * (after(1) - start if state_grows(layer) else 0)
+
+    return sum(count * of(layer) for layer, count in collections.Counter(config.layers).items())
 
 
-def state_grows(config: Config) -> bool:
-    """Whether the state grows with the text: every key is kept, without a window or for phi*."""
+def state_grows(config: object) -> bool:
+    """Whether the state grows with the text: every key is kept, without a window or for phi*. Of a
+    mixer of somebody's it is taken to."""
     if isinstance(config, DeepTransformerConfig):
         return True
     if isinstance(config, SlidingWindowAttentionConfig):
         return config.window is None
-    parts = (getattr(config, field.name) for field in dataclasses.fields(config))
-    return any(isinstance(part, Config) and state_grows(part) for part in parts)
+    if is_foreign(config):
+        return True
+    return isinstance(config, Config) and any(map(state_grows, parts_of(config)))
 
 
 def meta_model(config: LanguageModelConfig) -> LanguageModel:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.panel import Panel
@@ -20,7 +21,9 @@ from rich.tree import Tree
 from torch import nn
 
 from atlas_blocks import check
+from atlas_blocks.blocks.stacks import BlockConfig
 from atlas_blocks.recipes import describe, registry, training
+from atlas_blocks.recipes.model import LanguageModelConfig
 
 BARS = "▁▂▃▄▅▆▇█"
 CONTEXT = 4096
@@ -91,7 +94,7 @@ def recipe_table(part: str = "") -> Group:
         state = describe.human(describe.state_bytes(config, CONTEXT), "B")
         table.add_row(
             name,
-            describe.pattern(config),
+            escape(describe.pattern(config)),
             describe.gates(config),
             describe.human(registry.parameter_count(config)),
             describe.human(paper) if paper else "-",
@@ -110,9 +113,9 @@ def recipe_table(part: str = "") -> Group:
     return Group(Whole(table), Text("\n".join(notes), style="dim"))
 
 
-def module_tree(name: str) -> Tree:
-    """The assembled model of a recipe with the parameters of every part."""
-    model = describe.meta_model(registry.config(name))
+def module_tree(config: LanguageModelConfig) -> Tree:
+    """The assembled model with the parameters of every part; of equal blocks the first."""
+    model = describe.meta_model(config)
 
     def label(title: str, module: nn.Module) -> str:
         count = describe.parameters_in(module)
@@ -126,14 +129,20 @@ def module_tree(name: str) -> Tree:
             for part, shape in own.items():
                 tree.add(f"[dim]{part} {list(shape)}[/]")
         for part, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child):
-                # Blocks are alike: one stands for all.
-                branch = tree.add(label(f"{part} ({len(child)} alike)", child))
-                grow(branch.add(label("0", child[0])), child[0])
-            else:
+            if not isinstance(child, nn.ModuleList) or child is not model.blocks:
                 grow(tree.add(label(part, child)), child)
+                continue
+            alike: dict[BlockConfig, list[int]] = {}
+            for index, layer in enumerate(config.layers):
+                alike.setdefault(layer, []).append(index)
+            note = f"{len(child)} alike" if len(alike) == 1 else str(len(child))
+            branch = tree.add(label(f"{part} ({note})", child))
+            for places in alike.values():
+                first = child[places[0]]
+                where = "0" if len(alike) == 1 else ", ".join(map(str, places))
+                grow(branch.add(label(where, first)), first)
 
-    title = f"[bold]{name}[/]  {describe.pattern(model.config)}  "
+    title = f"[bold]{config.name}[/]  {escape(describe.pattern(config))}  "
     root = Tree(title + label("", model).strip())
     grow(root, model)
     return root

@@ -1,4 +1,4 @@
-"""A language model around any stack of blocks: embedding, blocks, final norm, head.
+"""A language model around any blocks, alike or not: embedding, blocks, final norm, head.
 
 B batch, T tokens, V vocabulary.
 """
@@ -6,35 +6,31 @@ B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from atlas_blocks import (
-    AtlasBlockConfig,
-    AtlasMemory,
-    Config,
-    DeepTransformerLayer,
-    MemoryAsContextConfig,
-    MemoryAsGateConfig,
-    MemoryAsLayerConfig,
-    State,
-    check,
-)
+from atlas_blocks import AtlasMemory, Config, DeepTransformerLayer, State, check
 from atlas_blocks.blocks.base import Documents
+from atlas_blocks.blocks.foreign import ForeignBlock, built
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.parameters import Linear
+from atlas_blocks.blocks.stacks import BlockConfig
+from atlas_blocks.recipes.architectures import size_of
+from atlas_blocks.recipes.patterns import Layers, turn_of
 
-BlockConfig = AtlasBlockConfig | MemoryAsLayerConfig | MemoryAsGateConfig | MemoryAsContextConfig
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class LanguageModelConfig(Config):
     """Everything that defines a model; stored with every checkpoint.
 
-    name: of the recipe, for people. block: one of the block configs, repeated `depth` times.
+    name: of the recipe, for people. layers: the config of every block, first to last. What is given
+    for it is repeated up to `depth` and cut there: one block config (all are alike), a pattern of
+    names such as "3*atlas+transformer", or a sequence of both. depth: None is one turn of it; less
+    than that is a ValueError. block: another name of layers, from when all were alike.
     tie_embeddings: the head shares the embedding's weights.
     """
 
@@ -43,16 +39,72 @@ class LanguageModelConfig(Config):
     dim: int
     heads: int
     depth: int
-    block: BlockConfig
-    tie_embeddings: bool = True
+    layers: tuple[BlockConfig, ...]
+    tie_embeddings: bool
 
-    def __post_init__(self) -> None:
-        for field in ("vocab_size", "dim", "heads", "depth"):
-            check.at_least(field, getattr(self, field), 1)
-        if self.dim % self.heads:
-            check.fail("heads", f"a divisor of dim = {self.dim}", self.heads)
-        if not isinstance(self.block, BlockConfig):
-            check.fail("block", "a block config", type(self.block).__name__)
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        dim: int,
+        heads: int,
+        depth: int | None = None,
+        layers: Layers | None = None,
+        tie_embeddings: bool = True,
+        *,
+        block: BlockConfig | None = None,
+    ) -> None:
+        if not isinstance(name, str):
+            check.fail("name", "a string", repr(name))
+        for field, value in (("vocab_size", vocab_size), ("dim", dim), ("heads", heads)):
+            check.at_least(field, value, 1)
+        if dim % heads:
+            check.fail("heads", f"a divisor of dim = {dim}", heads)
+        check.boolean("tie_embeddings", tie_embeddings)
+        given = [x for x in (layers, block) if x is not None]
+        if len(given) != 1:
+            check.fail("layers", "layers or block", "both" if given else "neither")
+        turn = turn_of(given[0], size_of(dim, heads))
+        depth = len(turn) if depth is None else depth
+        check.at_least("depth", depth, 1)
+        if depth < len(turn):
+            check.fail("depth", f"at least {len(turn)}, one turn of layers", depth)
+        values = {
+            "name": name,
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "heads": heads,
+            "depth": depth,
+            "layers": tuple(itertools.islice(itertools.cycle(turn), depth)),
+            "tie_embeddings": tie_embeddings,
+        }
+        for field, value in values.items():
+            object.__setattr__(self, field, value)
+
+    @property
+    def turn(self) -> tuple[BlockConfig, ...]:
+        """The shortest sequence of layers that, repeated and cut, is all of them."""
+        layers = self.layers
+        for length in range(1, len(layers)):
+            if all(a == b for a, b in zip(layers[length:], layers, strict=False)):
+                return layers[:length]
+        return layers
+
+    def replace(self, **changes: Any) -> LanguageModelConfig:
+        """A copy with some fields changed; another depth repeats or cuts the turn of layers.
+
+        Raises ValueError for an unknown field, and for a depth below one turn.
+        """
+        if "block" in changes and "layers" not in changes:
+            changes["layers"] = changes.pop("block")
+        if "depth" in changes:
+            changes = {"layers": self.turn, **changes}
+        return super().replace(**changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of every config; of the layers one turn."""
+        whole = super().to_dict()
+        return whole | {"layers": whole["layers"][: len(self.turn)]}
 
     def build(self) -> LanguageModel:
         """The model, initialised."""
@@ -91,8 +143,9 @@ class LanguageModel(nn.Module):
     """`model(tokens, state=None) -> LMOutput(logits, state)`.
 
     Embeddings and Linears start from Normal(0, sqrt(2 / (5 dim))), biases from zero: 0.02 at dim
-    1000, more as models narrow. Memory layers keep the start they chose themselves. Every part
-    resets its own: `reset_parameters` of all modules, in any order, draws the model anew.
+    1000, more as models narrow. Memory layers and modules of somebody's keep their
+    own start. Every part resets its own: `reset_parameters` of all modules, in any order, draws
+    the model anew.
     """
 
     def __init__(self, config: LanguageModelConfig) -> None:
@@ -100,7 +153,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(
-            config.block.build(config.dim, config.heads) for _ in range(config.depth)
+            built(layer, config.dim, config.heads) for layer in config.layers
         )
         self.norm = RMSNorm(config.dim)
         # Tied: no second parameter at all, so that the state_dict holds every tensor once.
@@ -111,7 +164,7 @@ class LanguageModel(nn.Module):
         inside_memory = {
             part
             for memory in self.modules()
-            if isinstance(memory, (AtlasMemory, DeepTransformerLayer))
+            if isinstance(memory, (AtlasMemory, DeepTransformerLayer, ForeignBlock))
             for part in memory.modules()
         }
         for module in self.modules():

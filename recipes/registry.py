@@ -1,20 +1,29 @@
 """Named recipes `<architecture>-<size>`: an architecture of architectures.py at a size.
 
-Sizes are the paper's (depth, width, heads); it does not state the width of the MLPs. Each recipe
-takes the width that brings its parameters to the number in its name, and every tiny recipe the
-width that gives it as many parameters as atlas-mag-tiny.
+In place of an architecture a pattern may stand: "3*atlas+transformer-tiny". Sizes are the paper's
+(depth, width, heads); it does not state the width of the MLPs. Each recipe takes the width that
+brings its parameters to the number in its name, and every tiny recipe the width that gives it as
+many parameters as atlas-mag-tiny.
 """
 
 from __future__ import annotations
 
+import collections
 import difflib
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
-from atlas_blocks.blocks.swiglu import SwiGLU, default_width
+from atlas_blocks import check
+from atlas_blocks.blocks.stacks import STACKS, BlockConfig
+from atlas_blocks.blocks.swiglu import SquaredReLU, SwiGLU, default_width
 from atlas_blocks.recipes import describe
-from atlas_blocks.recipes.architectures import ARCHITECTURES, SIZES
-from atlas_blocks.recipes.model import BlockConfig, LanguageModel, LanguageModelConfig
+from atlas_blocks.recipes.architectures import ARCHITECTURES, SIZES, Architecture, Size
+from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
+from atlas_blocks.recipes.patterns import turn_of
+
+SHIPPED = frozenset(ARCHITECTURES)
 
 
 def names() -> list[str]:
@@ -22,24 +31,84 @@ def names() -> list[str]:
     return [f"{architecture}-{size}" for architecture in ARCHITECTURES for size in SIZES]
 
 
-@functools.cache
+def register_block(name: str, factory: Architecture) -> None:
+    """Let `name` stand in patterns and in recipes' names, for what factory(size) returns: a block
+    config, or a tuple of those of one turn.
+
+    A name registered before takes the new meaning. Raises ValueError for a name of a recipe that
+    is here already, and for one that is not made of letters, digits, points, _ and -.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.-]*", name):
+        check.fail("name", "letters, digits, points, _ and -, a letter first", repr(name))
+    if name in SHIPPED:
+        check.fail("name", "one that no recipe has", repr(name))
+    if not callable(factory):
+        check.fail("factory", "a function of a Size", type(factory).__name__)
+    ARCHITECTURES[name] = factory
+    _recipe.cache_clear()
+
+
+def is_file(name: str) -> bool:
+    """Whether `name` is that of a config's file."""
+    return Path(name).suffix in (".toml", ".json")
+
+
+def is_composed(name: str) -> bool:
+    """Whether it says what it is made of, as a pattern and a config's file do."""
+    return is_file(name) or "+" in name or "*" in name
+
+
+def is_recipe(name: str) -> bool:
+    """Whether `name` is that of a recipe, or a pattern at a size."""
+    try:
+        _recipe(name)
+    except ValueError:
+        return False
+    return True
+
+
 def config(name: str) -> LanguageModelConfig:
-    """The config of a recipe. Raises ValueError, with near matches, for an unknown name."""
-    if name not in names():
-        near = difflib.get_close_matches(str(name), names(), n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else "see atlas_blocks.recipes.names()"
-        raise ValueError(f"recipe: {name!r} is unknown; {hint}")
+    """The config of a recipe, of a pattern at a size ("3*atlas+transformer-tiny"), or of the .toml
+    or .json file called `name`.
+
+    Raises ValueError, with near matches, for an unknown name.
+    """
+    return LanguageModelConfig.from_file(name) if is_file(name) else _recipe(name)
+
+
+@functools.cache
+def _recipe(name: str) -> LanguageModelConfig:
     architecture, _, size_name = name.rpartition("-")
+    known = architecture in ARCHITECTURES or is_composed(architecture)
+    if size_name not in SIZES or not known:
+        raise ValueError(f"recipe: {name!r} is unknown; {_near(name)}")
     size = SIZES[size_name]
-    start = LanguageModelConfig(
+    start = _at_size(name, architecture, size)
+    return fitted(start, target(name), multiple=size.multiple)
+
+
+def _near(name: str) -> str:
+    """What somebody may have meant."""
+    architecture, dash, size = name.rpartition("-")
+    if is_composed(name):
+        ends = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.4) if dash else SIZES
+        known = [f"{architecture if dash else name}-{end}" for end in ends or SIZES]
+        return f"did you mean {', '.join(known)}?"
+    near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
+    return f"did you mean {', '.join(near)}?" if near else "see atlas_blocks.recipes.names()"
+
+
+def _at_size(name: str, architecture: str, size: Size) -> LanguageModelConfig:
+    """At least one turn of its layers, with MLPs of the default width."""
+    turn = turn_of(architecture, size)
+    return LanguageModelConfig(
         name=name,
         vocab_size=size.vocab_size,
         dim=size.dim,
         heads=size.heads,
-        depth=size.depth,
-        block=ARCHITECTURES[architecture](size),
+        depth=max(size.depth, len(turn)),
+        layers=turn,
     )
-    return fitted(start, target(name), multiple=size.multiple)
 
 
 def build(name: str, **overrides: Any) -> LanguageModel:
@@ -56,15 +125,7 @@ def target(name: str) -> float:
     size = SIZES[name.rpartition("-")[2]]
     if size.parameters is not None:
         return size.parameters
-    reference = LanguageModelConfig(
-        name=name,
-        vocab_size=size.vocab_size,
-        dim=size.dim,
-        heads=size.heads,
-        depth=size.depth,
-        block=ARCHITECTURES["atlas-mag"](size),
-    )
-    return parameter_count(reference)
+    return parameter_count(_at_size(name, "atlas-mag", size))
 
 
 def size_note(name: str) -> str:
@@ -72,40 +133,54 @@ def size_note(name: str) -> str:
     aim, count = target(name), parameter_count(config(name))
     if abs(count - aim) <= 0.1 * aim:
         return ""
+    width = next(b.mlp_width for b in config(name).layers if isinstance(b, STACKS))
     return (
         f"{count / 1e6:.0f}M instead of {aim / 1e6:.0f}M: with the paper's depth and width, "
-        f"the mixers and embeddings alone exceed it; the MLP has the smallest width, "
-        f"{config(name).block.mlp_width}."
+        f"the mixers and embeddings alone exceed it; the MLP has the smallest width, {width}."
     )
 
 
 @functools.cache
 def parameter_count(config: LanguageModelConfig) -> int:
-    """Parameters of the whole model, counted on one block without filling any.
+    """Parameters of the whole model, counted on one block of each kind without filling any.
 
     Embedding, final norm and head; of a block its MLPs alone grow, with every hidden unit alike.
     """
     outer = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2) + config.dim
-    width = config.block.mlp_width or default_width(config.dim)
-    block, unit = _least_block(config.block.replace(mlp_width=1), config.dim, config.heads)
-    return outer + config.depth * (block + (width - 1) * unit)
+    kinds = collections.Counter(config.layers)
+    return outer + sum(
+        count * _block_count(block, config.dim, config.heads) for block, count in kinds.items()
+    )
+
+
+def _block_count(block: BlockConfig, dim: int, heads: int) -> int:
+    if not isinstance(block, STACKS):
+        return describe.parameters_in(describe.unfilled_block(block, dim, heads))
+    least, unit = _least_block(describe.least_mlp(block), dim, heads)
+    return least + ((block.mlp_width or default_width(dim, block.mlp)) - 1) * unit
 
 
 @functools.cache
 def _least_block(block: BlockConfig, dim: int, heads: int) -> tuple[int, int]:
     """Parameters of a block whose MLPs have one hidden unit, and of those units."""
     built = describe.unfilled_block(block, dim, heads)
-    units = sum(describe.parameters_in(m) for m in built.modules() if isinstance(m, SwiGLU))
-    return describe.parameters_in(built), units
+    mlps = [m for m in built.modules() if isinstance(m, (SwiGLU, SquaredReLU))]
+    # A mixer of somebody's may have an MLP too, of another width.
+    units = [describe.parameters_in(m) for m in mlps if m.down.in_features == 1]
+    return describe.parameters_in(built), sum(units)
 
 
 def fitted(config: LanguageModelConfig, aim: float, *, multiple: int) -> LanguageModelConfig:
     """The config with the MLP width, a multiple of `multiple`, that brings it closest to `aim`
-    parameters."""
+    parameters; as it is where no block has an MLP to fit."""
     least = parameter_count(_with_width(config, multiple))
     slope = parameter_count(_with_width(config, 2 * multiple)) - least
+    if not slope:
+        return config
     return _with_width(config, multiple * max(1, 1 + round((aim - least) / slope)))
 
 
 def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
-    return config.replace(block=config.block.replace(mlp_width=width))
+    """All of its MLPs of this width."""
+    layers = (b.replace(mlp_width=width) if isinstance(b, STACKS) else b for b in config.layers)
+    return config.replace(layers=tuple(layers))

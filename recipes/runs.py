@@ -56,7 +56,10 @@ def resume(
     model = checkpoint.load(out, device)
     run = checkpoint.load_run(out, model)
     before = {"recipe": model.config.name, **run.config.to_dict()}
-    for name, value in ({"recipe": recipe} | {n: settings[n] for n in given}).items():
+    wanted = registry.config(recipe).replace(vocab_size=text.VOCAB_SIZE)
+    if registry.is_file(recipe) and wanted != model.config:
+        check.fail("recipe", f"the config of the run in {out}", f"another in {recipe}")
+    for name, value in ({"recipe": wanted.name} | {n: settings[n] for n in given}).items():
         if name != "steps" and value != before[name]:
             check.fail(name, f"{before[name]} (that of the run in {out})", value)
     if model.config.vocab_size != text.VOCAB_SIZE:
@@ -148,8 +151,8 @@ def _check_room(out: Path, model: LanguageModel) -> None:
 
 def _announce(console: Console, model: LanguageModel, run: Run, corpus: text.Corpus) -> None:
     name, config = model.config.name, run.config
-    usual, count = registry.config(name), describe.human(model.parameter_count())
-    line = f"[bold cyan]{name}[/], {count} parameters"
+    line = f"[bold cyan]{name}[/], {describe.human(model.parameter_count())} parameters"
+    usual = registry.config(name) if registry.is_recipe(name) else model.config
     if usual.vocab_size != model.config.vocab_size:
         line += (
             f" with a vocabulary of {model.config.vocab_size} bytes instead of the recipe's "

@@ -97,7 +97,7 @@ def run(console: Console, plan: Plan, out: Path, earlier: Path | None) -> str:
     before = None if earlier is None else against.load(earlier, _what(plan))
     model = subjects.build(plan.name, plan.size, plan.device)
     files.check_folder("out", out)
-    file = out / f"{plan.name}.json"
+    file = out / f"{Path(plan.name).name}.json"
     record: dict[str, Any] = {
         "benchmark": "model",
         **report.stamp(plan.device),
@@ -136,8 +136,8 @@ def run(console: Console, plan: Plan, out: Path, earlier: Path | None) -> str:
     if before is not None:
         console.print(against.table(against.moves(before, record), earlier))
     written = [file.name]
-    if report.model_plot(out / f"{plan.name}.png", rows, title):
-        written.append(f"{plan.name}.png")
+    if report.model_plot(picture := file.with_name(f"{Path(plan.name).name}.png"), rows, title):
+        written.append(picture.name)
     else:
         console.print("no picture: matplotlib is missing (pip install 'atlas-blocks[plot]')")
     console.print(f"[bold]{out}[/]: {', '.join(written)}")

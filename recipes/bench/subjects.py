@@ -59,20 +59,21 @@ class Size:
 
 
 def build(name: str, size: Size, device: torch.device) -> nn.Module:
-    """The model of a recipe, or a block by the name of its class, with seeded weights.
+    """The model of what registry.config takes, or a block by the name of its class, with seeded
+    weights.
 
     Raises ValueError, with near matches, for a name that is neither.
     """
-    known = [*BLOCKS, *registry.names()]
-    if name not in known:
-        near = difflib.get_close_matches(name, ["kernels", *known], n=3, cutoff=0.4)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"name: expected a recipe, a block or kernels, got {name!r}{hint}")
     torch.manual_seed(0)
     if name in BLOCKS:
         block: Any = BLOCKS[name]
-        without_heads = name in ("ShortConv", "SwiGLU")
+        without_heads = name in ("ShortConv", "SquaredReLU", "SwiGLU")
         return (block(size.dim) if without_heads else block(size.dim, size.heads)).to(device)
+    if not registry.is_composed(name) and name not in registry.names():
+        known = ["kernels", *BLOCKS, *registry.names()]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"name: expected a recipe, a block or kernels, got {name!r}{hint}")
     return registry.build(name).to(device)
 
 

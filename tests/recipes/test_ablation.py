@@ -35,12 +35,13 @@ def test_every_switch_changes_one_thing_and_keeps_the_parameters():
         model = config.model(switch)
         count = registry.parameter_count(model)
         assert abs(count - registry.parameter_count(base)) < 0.01 * count, switch
-        if isinstance(model.block, type(base.block)):
-            ours, atlas = vars(model.block.mixer), vars(base.block.mixer)
+        (block,), (basic,) = model.turn, base.turn
+        if isinstance(block, type(basic)):
+            ours, atlas = vars(block.mixer), vars(basic.mixer)
             changed = [name for name in atlas if atlas[name] != ours[name]]
             assert len(changed) == (switch != BASE), switch
         else:
-            assert model.block.memory == base.block.mixer
+            assert block.memory == basic.mixer
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

@@ -33,20 +33,20 @@ def test_show_prints_the_tree(run):
 
 
 def test_what_torch_warns_of_its_own_parts_is_not_shown(run, monkeypatch):
-    def noisy(recipe):
+    def noisy(part):
         warnings.warn_explicit("old", FutureWarning, "ir.py", 1, module="torch._inductor.ir")
         warnings.warn_explicit("old", FutureWarning, "copyreg.py", 1, module="copyreg")
         logging.getLogger("torch._inductor.ir").warning("no c-shim")
-        return recipe
+        return part
 
-    monkeypatch.setattr(display, "module_tree", noisy)
-    assert run("show", "anything") == (0, "anything\n", "")
+    monkeypatch.setattr(display, "recipe_table", noisy)
+    assert run("recipes", "anything") == (0, "anything\n", "")
     assert logging.root.manager.disable < logging.WARNING
     # Ours are.
     ours = ("ours", UserWarning, "a.py", 1, "atlas_blocks.ops")
-    monkeypatch.setattr(display, "module_tree", lambda recipe: warnings.warn_explicit(*ours))
+    monkeypatch.setattr(display, "recipe_table", lambda part: warnings.warn_explicit(*ours))
     with pytest.raises(UserWarning, match="ours"):
-        cli.main(["show", "anything"])
+        cli.main(["recipes", "anything"])
 
 
 def test_generate_shows_every_byte_when_it_is_there(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ def test_builds_on_meta_and_counts_agree(name):
     model = describe.meta_model(config)
     assert all(p.device.type == "meta" for p in model.parameters())
     assert model.parameter_count() == registry.parameter_count(config)
-    assert config.block.mlp_width > 0
+    assert all(layer.mlp_width > 0 for layer in config.layers)
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -70,7 +70,7 @@ def test_numbers_for_people():
 @pytest.mark.parametrize("size", list(registry.SIZES))
 def test_no_two_recipes_of_a_size_look_alike(size):
     configs = [registry.config(f"{name}-{size}") for name in registry.ARCHITECTURES]
-    looks = [(describe.pattern(c), describe.gates(c.block)) for c in configs]
+    looks = [(describe.pattern(c), describe.gates(c)) for c in configs]
     assert len(set(looks)) == len(looks)
 
 
@@ -78,8 +78,13 @@ def test_no_two_recipes_of_a_size_look_alike(size):
     "changes",
     [
         {"tie_embeddings": False},
-        {"block": registry.config("atlas-mal-tiny").block.replace(mlp_width=None)},
-        {"block": registry.config("atlas-mac-tiny").block.replace(mlp_width=None)},
+        {"layers": registry.config("atlas-mal-tiny").layers[0].replace(mlp_width=None)},
+        {
+            "layers": registry.config("atlas-mac-tiny")
+            .layers[0]
+            .replace(mlp_width=None, mlp="relu2")
+        },
+        {"layers": "samba+lstm+sliding-window", "depth": 5},
         {"depth": 5, "vocab_size": 77},
     ],
 )
@@ -90,7 +95,7 @@ def test_counts_agree_away_from_the_recipes(changes):
 
 def test_the_table_takes_no_more_than_a_moment():
     """CPU seconds, everything counted anew."""
-    cached = (registry.config, registry.target, registry.parameter_count, registry._least_block)
+    cached = (registry._recipe, registry.target, registry.parameter_count, registry._least_block)
     for function in (*cached, describe.unfilled_block):
         function.cache_clear()
     began = time.process_time()

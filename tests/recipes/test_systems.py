@@ -22,7 +22,7 @@ DIM, HEADS, LENGTH = 12, 3, 21
 def layer_of(architecture: str, **changes) -> AtlasMemory:
     """The memory layer of a recipe, small, its gates dependent on the token as after training."""
     torch.manual_seed(0)
-    block = registry.config(f"{architecture}-tiny").block
+    block = registry.config(f"{architecture}-tiny").layers[0]
     config = block.mixer if hasattr(block, "mixer") else block.memory
     assert isinstance(config, AtlasMemoryConfig)
     layer = config.replace(**changes).build(DIM, HEADS)
