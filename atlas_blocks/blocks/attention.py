@@ -38,7 +38,7 @@ class SlidingWindowAttentionConfig(Config):
     backend: "auto" or one of atlas_blocks.functional.attention.BACKENDS.
     rope_base: base of the rotary frequencies.
     qk_norm: RMS-normalise each head's queries and keys, with a learned scale.
-    kv_heads: heads of keys and values, each shared by heads / kv_heads of the queries (grouped-query
+    kv_heads: heads of keys and values, each for heads / kv_heads heads of queries (grouped-query
     attention, Ainslie et al. 2023); None: as many as of queries.
     """
 

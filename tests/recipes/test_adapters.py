@@ -27,7 +27,9 @@ def attention(kind: str) -> tuple[nn.Module, Any]:
             mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
             return m(x, x, x, attn_mask=mask, need_weights=False)[0]
     elif kind.startswith("our"):
-        config = SlidingWindowAttentionConfig(window=None, qk_norm=kind == "our-own")
+        config = SlidingWindowAttentionConfig(window=None, qk_norm=kind != "our-plain")
+        if kind == "our-grouped":
+            config = config.replace(kv_heads=2)
         m = SlidingWindowAttention(DIM, HEADS, config)
 
         def run(m: Any, x: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def attention(kind: str) -> tuple[nn.Module, Any]:
 
 
 KINDS = (
-    "multihead", "multihead-plain", "our-own", "our-plain", "llama", "llama-wide", "gpt2",
+    "multihead", "multihead-plain", "our-own", "our-plain", "our-grouped", "llama", "llama-wide", "gpt2",
     "mistral", "qwen2", "qwen3", "gemma",
 )  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)

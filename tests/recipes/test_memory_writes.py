@@ -7,9 +7,8 @@ from atlas_blocks import State
 from atlas_blocks.functional import KernelState, OmegaState
 from atlas_blocks.recipes import build, names
 
-RECIPES = [
-    name for name in names() if name.endswith("-tiny") and not name.startswith(("lstm", "transf"))
-]
+WITHOUT = ("lstm-tiny", "transformer-tiny", "sliding-window-tiny")
+RECIPES = [name for name in names() if name.endswith("-tiny") and name not in WITHOUT]
 
 
 def memories(state: State) -> list[torch.Tensor]:

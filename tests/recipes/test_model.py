@@ -55,7 +55,7 @@ def test_logits_of_any_split_equal_the_whole(name):
     assert restored.nbytes == whole.state.nbytes
 
 
-@pytest.mark.parametrize("name", ["atlas-mag-tiny", "transformer-tiny"])
+@pytest.mark.parametrize("name", ["atlas-mag-tiny", "transformer-tiny", "atlas-hybrid-tiny"])
 def test_packed_documents_equal_documents_alone(name):
     model, text = tiny(name).double(), tokens(1, 40)
     with torch.no_grad():
