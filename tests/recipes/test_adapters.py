@@ -60,8 +60,8 @@ def attention(kind: str) -> tuple[nn.Module, Any]:
 
 
 KINDS = (
-    "multihead", "multihead-plain", "our-own", "our-plain", "our-grouped", "llama", "llama-wide", "gpt2",
-    "mistral", "qwen2", "qwen3", "gemma",
+    "multihead", "multihead-plain", "our-own", "our-plain", "our-grouped", "llama", "llama-wide",
+    "gpt2", "mistral", "qwen2", "qwen3", "gemma",
 )  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
