@@ -291,11 +291,7 @@ def test_a_step_of_layers_that_differ_is_exported() -> None:
 
 
 @pytest.mark.parametrize(
-    "layers",
-    [
-        "3*gated-deltanet+transformer",
-        pytest.param("3*sliding-window+atlas", marks=pytest.mark.slow),
-    ],
+    "layers", ["3*gated-deltanet+transformer", (MEMORY, WINDOW, AtlasBlockConfig(AverageConfig()))]
 )
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_a_hybrid_is_one_graph(layers: str) -> None:
