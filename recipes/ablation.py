@@ -34,15 +34,14 @@ from atlas_blocks.recipes import display, files, registry, text
 from atlas_blocks.recipes.architectures import SIZES
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 from atlas_blocks.recipes.display import duration
+from atlas_blocks.recipes.losses import bits_per_byte, next_byte_loss
 from atlas_blocks.recipes.model import BlockConfig, LanguageModel, LanguageModelConfig
 from atlas_blocks.recipes.tasks import IGNORE, RecallTask, accuracy
 from atlas_blocks.recipes.training import (
     TrainingConfig,
-    bits_per_byte,
     check_one_process,
     descend,
     make_optimizer,
-    next_byte_loss,
 )
 
 BASE = "atlas"

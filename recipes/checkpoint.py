@@ -24,29 +24,35 @@ from torch import Tensor, nn
 from atlas_blocks import Config, check
 from atlas_blocks.recipes import describe, files
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
+from atlas_blocks.recipes.optimizers import slots
 from atlas_blocks.recipes.training import TrainingConfig, make_optimizer
 
 # Files of the first format have no checksum.
 FIRST_FORMAT = "atlas-blocks language model"
 FORMAT = "atlas-blocks language model, with checksum"
-MODEL, OPTIMIZER = "model.", "optimizer."
-SLOTS = ("step", "exp_avg", "exp_avg_sq")
+MODEL, OPTIMIZER, RUN = "model.", "optimizer.", "run."
 # What torch.compile and activation checkpointing put into the names of what they wrap.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 # Attributes that say how parameters are initialised, and nothing more.
 STARTS = {"start", "std"}
+# Fields of a run that the file's metadata holds as they are.
+WORDS = ("data", "tokenizer", "record")
 C = TypeVar("C", bound=Config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A training run that a checkpoint can continue. data: what it trains on, in words that tell
-    one text from another; empty where that is not known."""
+    one text from another; empty where that is not known. tokenizer: the text of its tokenizer.json,
+    where tokens are not bytes. record, tensors: what else the loop goes on from."""
 
     config: TrainingConfig
     optimizer: torch.optim.Optimizer
     step: int
     data: str = ""
+    tokenizer: str = ""
+    record: str = ""
+    tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def version() -> str:
@@ -72,9 +78,9 @@ def save(
     if problems:
         _refuse("model", "is not what its config builds", problems)
     if run is not None:
-        slots = _slots(whole, run)
-        tensors |= slots
-        metadata |= {"training": run.config.to_json(), "step": str(run.step), "data": run.data}
+        tensors |= _slots(whole, run) | {RUN + name: t for name, t in run.tensors.items()}
+        metadata |= {"training": run.config.to_json(), "step": str(run.step)}
+        metadata |= {name: getattr(run, name) for name in WORDS}
     sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
     writes = not sharded or torch.distributed.get_rank() == 0
     # One at a time: the other ranks never hold a whole model.
@@ -100,6 +106,7 @@ def load(
     unless allow_nonfinite.
     """
     tensors, metadata = _read(path, MODEL)
+    tensors = _under(tensors, MODEL)
     config = _config(path, metadata, "config", LanguageModelConfig)
     problems = _misfits(config, tensors)
     if problems:
@@ -122,7 +129,8 @@ def load_run(path: Path, model: nn.Module, *, allow_nonfinite: bool = False) -> 
     Raises ValueError where there is none, or where it does not fit.
     """
     where, model = f"checkpoint {path}", _unwrapped(model)
-    tensors, metadata = _read(path, OPTIMIZER)
+    tensors, metadata = _read(path, OPTIMIZER, RUN)
+    own, tensors = _under(tensors, RUN), _under(tensors, OPTIMIZER)
     if "training" not in metadata:
         check.fail(where, "a training run to resume", "a model alone")
     if _config(path, metadata, "config", LanguageModelConfig) != model.config:
@@ -133,7 +141,8 @@ def load_run(path: Path, model: nn.Module, *, allow_nonfinite: bool = False) -> 
         check.fail(f"{where}: step", f"an integer from 0 to {config.steps}", repr(step))
     optimizer = make_optimizer(model, config)
     found = _read_slots(where, optimizer, tensors)
-    if int(step) and not found:
+    # A run all of whose steps were skipped has none, and a record that says so.
+    if int(step) and not (found or metadata.get("record")):
         check.fail(where, f"the optimizer's tensors after step {step}", "none")
     if not allow_nonfinite:
         _check_finite(where, tensors)
@@ -142,7 +151,20 @@ def load_run(path: Path, model: nn.Module, *, allow_nonfinite: bool = False) -> 
         if hasattr(parameter, "full_tensor") and index in found:
             found[index] |= _sharded_as(parameter, found[index])
     optimizer.load_state_dict({"state": found, "param_groups": groups})
-    return Run(config, optimizer, int(step), metadata.get("data", ""))
+    words = {name: metadata.get(name, "") for name in WORDS}
+    return Run(config, optimizer, int(step), **words, tensors=own)
+
+
+def tokenizer(path: Path) -> str | None:
+    """The tokenizer.json of the model saved at `path`; None where its tokens are bytes.
+
+    Raises ValueError where the file cannot be read; `load` checks what is in it.
+    """
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return (file.metadata() or {}).get("tokenizer") or None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path}: cannot be read: {error}") from error
 
 
 # --- the file ---------------------------------------------------------------------------------
@@ -159,8 +181,8 @@ def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]
     return found.hexdigest()
 
 
-def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under a prefix, which is cut off, and the metadata, all of it checked."""
+def _read(path: Path, *prefixes: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under the prefixes and the metadata, all of it checked."""
     where, kept = f"checkpoint {path}", {}
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -172,10 +194,10 @@ def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             def tensors() -> Iterator[tuple[str, Tensor]]:
                 for name in sorted(file.keys()):
                     tensor = file.get_tensor(name)
-                    if name.startswith(prefix):
-                        kept[name.removeprefix(prefix)] = tensor
-                    elif not name.startswith((MODEL, OPTIMIZER)):
-                        check.fail(where, f"tensors of {MODEL}* and {OPTIMIZER}*", name)
+                    if name.startswith(prefixes):
+                        kept[name] = tensor
+                    elif not name.startswith((MODEL, OPTIMIZER, RUN)):
+                        check.fail(where, f"tensors of {MODEL}*, {OPTIMIZER}* and {RUN}*", name)
                     yield name, tensor
 
             _check_names_once(where, path)
@@ -340,14 +362,15 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _slots(model: LanguageModel, run: Run) -> dict[str, Tensor]:
     """The optimizer's tensors by the names they have in a file."""
-    ours, theirs = _parameters(make_optimizer(model, run.config)), _parameters(run.optimizer)
+    made = make_optimizer(model, run.config)
+    ours, theirs = _parameters(made), _parameters(run.optimizer)
     same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
-    if not (same and isinstance(run.optimizer, torch.optim.AdamW)):
+    if not (same and [s for _, s in slots(run.optimizer)] == [s for _, s in slots(made)]):
         check.fail("run", "the optimizer that make_optimizer makes for this model", "another")
     if not 0 <= run.step <= run.config.steps:
         check.fail("run", f"a step from 0 to {run.config.steps}", run.step)
     state = run.optimizer.state_dict()["state"]
-    tensors = {f"{i}.{slot}": t for i, slots in state.items() for slot, t in slots.items()}
+    tensors = {f"{i}.{slot}": t for i, kept in state.items() for slot, t in kept.items()}
     _read_slots("run", run.optimizer, tensors)
     return {OPTIMIZER + name: t for name, t in tensors.items()}
 
@@ -356,15 +379,17 @@ def _read_slots(
     subject: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
     """Tensors "3.exp_avg" by parameter and slot. Raises ValueError for one that does not fit."""
-    parameters = _parameters(optimizer)
+    expected = slots(optimizer)
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(rf"([0-9]{{1,9}})\.({'|'.join(SLOTS)})", name)
-        if match is None or int(match[1]) >= len(parameters):
-            slots = f"{OPTIMIZER}0 to {OPTIMIZER}{len(parameters) - 1}, each {', '.join(SLOTS)}"
-            check.fail(subject, slots, OPTIMIZER + name)
-            continue
-        parameter = parameters[int(match[1])]
+        match = re.fullmatch(r"([0-9]{1,9})\.(\w+)", name)
+        if match is None or int(match[1]) >= len(expected):
+            wanted = f"{OPTIMIZER}0 to {OPTIMIZER}{len(expected) - 1}"
+            check.fail(subject, wanted, OPTIMIZER + name)
+        parameter, names = expected[int(match[1])]
+        if match[2] not in names:
+            wanted = f"{OPTIMIZER}{match[1]} with {', '.join(names)}"
+            check.fail(subject, wanted, OPTIMIZER + name)
         step = match[2] == "step"
         shape = torch.Size() if step else parameter.shape
         dtype = torch.float32 if step else parameter.dtype
@@ -372,8 +397,8 @@ def _read_slots(
             got = f"{list(tensor.shape)} {tensor.dtype}"
             check.fail(f"{subject}: {OPTIMIZER}{name}", f"{list(shape)} {dtype}", got)
         found.setdefault(int(match[1]), {})[match[2]] = tensor
-    for index, slots in found.items():
-        missing = [slot for slot in SLOTS if slot not in slots]
+    for index, kept in found.items():
+        missing = [slot for slot in expected[index][1] if slot not in kept]
         if missing:
             check.fail(subject, f"{OPTIMIZER}{index}.{missing[0]}", "none")
     return found

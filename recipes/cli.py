@@ -28,6 +28,9 @@ from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import demo as demonstration
 from atlas_blocks.recipes import display, files, registry, runs, separation, text, training
 from atlas_blocks.recipes.bench.subjects import MODES, Size
+from atlas_blocks.recipes.data import Source, Tokenizer, train_tokenizer
+from atlas_blocks.recipes.data.shards import SHARD, is_prepared, training_documents
+from atlas_blocks.recipes.data.tokenizer import BYTES, LEAST
 from atlas_blocks.recipes.generate import stream
 
 INTERRUPTED = 130
@@ -212,50 +215,131 @@ def demo(
         raise typer.Exit(INTERRUPTED)
 
 
+TOKENIZER = "bytes, a tokenizer.json, or the size of a byte-level BPE to train on the data."
+FIELD = "The key of JSON lines, or the column of tables, that holds the text."
+HELD_OUT = "Share of the documents that is never trained on."
+Data = Annotated[
+    Path, typer.Argument(help="A folder, text, .jsonl, .parquet, or a Hugging Face dataset.")
+]
+
+
+@app.command()
+def prepare(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help=TOKENIZER)] = BYTES,
+    field: Annotated[str, typer.Option(help=FIELD)] = "text",
+    held_out: Annotated[float, typer.Option(help=HELD_OUT)] = 0.05,
+    shard_tokens: Annotated[
+        int, typer.Option(help="Tokens after which a file takes no further document.")
+    ] = SHARD,
+) -> None:
+    """Turn text into tokens once: memory-mapped files that `train --data` takes."""
+    options = runs.DataOptions(data, tokenizer, field, held_out)
+    if is_prepared(data):
+        check.fail("data", "text", f"{data} (prepared already)")
+    runs.prepared(Console(), Source(data, field), options, out, shard_tokens)
+
+
+@app.command("tokenizer")
+def tokenizer_command(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="tokenizer.json to write.")],
+    size: Annotated[int, typer.Option(help="Tokens, those of single bytes included.")] = 4096,
+    field: Annotated[str, typer.Option(help=FIELD)] = "text",
+    held_out: Annotated[float, typer.Option(help="Share of the documents left out.")] = 0.05,
+) -> None:
+    """Train a byte-level BPE on the documents that `prepare` does not hold out."""
+    console, source = Console(), Source(data, field)
+    check.at_least("size", size, LEAST)
+    files.check_writable("out", out)
+    with display.working(console, f"training a tokenizer of {size:,} tokens on {source.name}"):
+        found = train_tokenizer(training_documents(source, held_out), size)
+    found.write(out)
+    console.print(f"[bold]{out}[/]: {found.name}")
+
+
 @app.command()
 def train(
     ctx: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A name that `recipes` lists.")],
-    out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
-    steps: Annotated[int, typer.Option(help="Steps in all.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Crops per step.")] = 8,
-    length: Annotated[int, typer.Option(help="Bytes per crop.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    recipe: Annotated[
+        str, typer.Argument(help="A name that `recipes` lists, or a config's .toml or .json file.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, logs.")],
     data: Annotated[
         Path | None,
         typer.Option(
-            help='Folder or file of text, .jsonl by its "text"; the Python standard library if '
-            "not given."
+            help="What `prepare` wrote, or takes; the Python standard library if not given."
         ),
     ] = None,
+    tokenizer: Annotated[str, typer.Option(help=TOKENIZER)] = BYTES,
+    field: Annotated[str, typer.Option(help=FIELD)] = "text",
+    held_out: Annotated[float, typer.Option(help=HELD_OUT)] = 0.05,
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Crops per micro-batch.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per crop.")] = 128,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches per step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw; or muon, for the matrices of the blocks.")
+    ] = "adamw",
+    schedule: Annotated[
+        str, typer.Option(help="cosine, to a tenth; or wsd: as it is, then to zero.")
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.1,
+    decay: Annotated[float, typer.Option(help="Share of the steps, of wsd.")] = 0.2,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    carry: Annotated[
+        bool, typer.Option("--carry", help="Documents longer than a crop keep their state.")
+    ] = False,
+    spike: Annotated[
+        float,
+        typer.Option(help="Standard deviations from which a loss is skipped; 0 for none."),
+    ] = 8.0,
+    patience: Annotated[int, typer.Option(help="Bad steps in a row before it stops.")] = 3,
+    compile: Annotated[bool, typer.Option(help="Compile every block.")] = True,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights and of the order of data.")] = 0,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume", help="Continue the run in --out as it was set up; --steps may be another."
         ),
     ] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between two saves.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of weights and text crops.")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 200,
+    keep: Annotated[int, typer.Option(help="Checkpoints that are kept, the newest.")] = 3,
+    validate_every: Annotated[int, typer.Option(help="Steps between two validations.")] = 500,
+    wandb: Annotated[str, typer.Option(help="Project of Weights & Biases to log to.")] = "",
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train a recipe on bytes of text; Ctrl-C and SIGTERM save what there is."""
+    """Train a model on text; Ctrl-C and SIGTERM save what there is, --resume goes on."""
     training.check_one_process()
-    check.at_least("save-every", save_every, 1)
     settings = {
         "steps": steps,
         "batch": batch,
         "length": length,
+        "accumulate": accumulate,
         "lr": lr,
-        "seed": seed,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "warmup": warmup,
+        "decay": decay,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "carry": carry,
+        "spike": spike,
+        "patience": patience,
+        "compile": compile,
         "bf16": bf16,
+        "seed": seed,
     }
-    where, corpus = _device(device), text.load_text(data)
-    if resume:
-        model, run = runs.resume(recipe, out, settings, _given(ctx, settings), corpus, where)
-    else:
-        model, run = runs.begin(recipe, out, settings, corpus, where)
-    if not runs.train(Console(), out, model, run, corpus, save_every):
+    options = runs.DataOptions(data, tokenizer, field, held_out)
+    keeping = runs.Keeping(out, save_every, keep, validate_every, wandb)
+    given = _given(ctx, [*settings, "tokenizer", "field", "held_out"])
+    console, start = Console(), runs.resume if resume else runs.begin
+    run = start(console, recipe, keeping, settings, options, given, _device(device))
+    if not runs.train(console, keeping, run):
         raise typer.Exit(INTERRUPTED)
 
 
@@ -267,42 +351,49 @@ def _given(ctx: typer.Context, names: Collection[str]) -> set[str]:
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A file that `train` or `demo` wrote.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The folder of a run, or a file that `train` or `demo` wrote.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(help="Bytes to add.")] = 200,
+    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Probability mass kept.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     batch: Annotated[int, typer.Option(help="Number of continuations.")] = 1,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Continue a prompt, byte by byte; Ctrl-C ends it with what there is."""
+    """Continue a prompt, token by token, to the end of the document; Ctrl-C ends it with what there
+    is."""
     if batch < 1:
         raise ValueError(f"batch: expected an int >= 1, got {batch}")
-    where = _device(device)
-    model = checkpoints.load(checkpoint, where)
-    if model.config.vocab_size > text.VOCAB_SIZE:
+    where, saved = _device(device), runs.newest(checkpoint)
+    model = checkpoints.load(saved, where)
+    coder = Tokenizer(checkpoints.tokenizer(saved))
+    if coder.json is None and model.config.vocab_size > coder.vocab_size:
         vocabulary = f"a vocabulary of {model.config.vocab_size:,}"
-        check.fail(f"checkpoint {checkpoint}", "a model of bytes", vocabulary)
-    start = prompt.encode(errors="surrogateescape")
-    rows = torch.tensor([list(start)] * batch, dtype=torch.int64, device=where)
+        check.fail(f"checkpoint {saved}", "a tokenizer, or a model of bytes", vocabulary)
+    start = coder.encode([prompt.encode(errors="surrogateescape").decode(errors="replace")])[0]
+    rows = torch.from_numpy(start.astype("int64")).expand(batch, -1).to(where)
     new = stream(
         model, rows, max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     if batch == 1:
         # As it comes.
-        for part in text.printable_parts(itertools.chain([start], (c.tolist() for c in new))):
+        ends = itertools.takewhile(lambda token: token != [coder.end], (c.tolist() for c in new))
+        for part in coder.printable(itertools.chain([start.tolist()], ends)):
             print(part, end="", flush=True)
         print()
         return
-    written = [bytearray(start) for _ in range(batch)]
+    written = [start.tolist() for _ in range(batch)]
     try:
         for column in new:
             for row, token in zip(written, column.tolist(), strict=True):
                 row.append(token)
     finally:
         for index, row in enumerate(written):
-            print(f"--- {index + 1} ---\n{text.printable(row)}")
+            own = row[len(start) :]
+            stop = len(start) + (own.index(coder.end) if coder.end in own else len(own))
+            print(f"--- {index + 1} ---\n{''.join(coder.printable([row[:stop]]))}")
 
 
 @app.command()

@@ -14,7 +14,16 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from atlas_blocks.recipes import checkpoint, describe, display, files, registry, text, training
+from atlas_blocks.recipes import (
+    checkpoint,
+    describe,
+    display,
+    files,
+    losses,
+    registry,
+    text,
+    training,
+)
 from atlas_blocks.recipes.generate import generate
 from atlas_blocks.recipes.model import LanguageModel
 from atlas_blocks.recipes.timing import StepTiming, time_step
@@ -63,7 +72,7 @@ def run(
                 if result.interrupted:
                     raise KeyboardInterrupt
                 view.note(name, "reading held-out text")
-                bits = training.bits_per_byte(model, corpus.held_out, length=settings.length)
+                bits = losses.bits_per_byte(model, corpus.held_out, length=settings.length)
                 view.note(name, f"held out {bits:.3f}")
                 learnt[name] = Learnt(model, result.losses, result.seconds, bits)
         console.print(_comparison(learnt, settings, corpus))
@@ -124,7 +133,7 @@ def _introduce(console: Console, settings: training.TrainingConfig, corpus: text
 def _comparison(
     learnt: dict[str, Learnt], settings: training.TrainingConfig, corpus: text.Corpus
 ) -> display.Whole:
-    read = settings.length * text.window_count(corpus.held_out, settings.length, training.HELD_OUT)
+    read = settings.length * text.window_count(corpus.held_out, settings.length, losses.HELD_OUT)
     title = f"{read:,} held-out bytes, same parameters and token budget"
     table = Table(title=title)
     for column in ("model", "parameters", "bits per byte", "training", "tokens/s"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -191,17 +193,41 @@ class _Field(ProgressColumn):
         return Text(str(task.fields.get(self.name, "")), style=self.style)
 
 
+class Curve:
+    """The means of equal stretches of a series: however long it is, at most twice `width`."""
+
+    def __init__(self, width: int = 48) -> None:
+        self.width, self.stretch = width, 1
+        self.means: list[float] = []
+        self.rest: list[float] = []
+
+    def append(self, value: float) -> None:
+        self.rest.append(value)
+        if len(self.rest) < self.stretch:
+            return
+        self.means.append(sum(self.rest) / self.stretch)
+        self.rest = []
+        if len(self.means) == 2 * self.width:
+            pairs = zip(self.means[::2], self.means[1::2], strict=True)
+            self.means = [(a + b) / 2 for a, b in pairs]
+            self.stretch *= 2
+
+
 class TrainingView:
     """Live bars for one or more runs: loss in bits per token, tokens/s, time left, loss so far.
 
     with TrainingView(console, {"atlas-mag-tiny": 300}) as view:
         train(..., on_step=view.callback("atlas-mag-tiny"))
-    On a console that is not a terminal it prints one line per tenth of a run instead.
+    On a console that is not a terminal it prints one line per tenth of a run, and per minute,
+    instead.
     """
 
     def __init__(self, console: Console, runs: dict[str, int]) -> None:
         self.console = console
-        self.losses: dict[str, list[float]] = {name: [] for name in runs}
+        self.curves = {name: Curve() for name in runs}
+        # The first loss, and the last ones.
+        self.ends: dict[str, tuple[float, deque[float]]] = {}
+        self.printed = time.monotonic()
         self.progress = Progress(
             TextColumn("[bold cyan]{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=8 if console.width < 100 else 24),
@@ -228,9 +254,13 @@ class TrainingView:
         """The on_step callback of one run."""
 
         def on_step(at: training.Progress) -> None:
-            losses = self.losses[name]
-            losses.append(at.loss / math.log(2))
-            recent = losses[-10:]
+            if at.skipped:
+                self.console.print(f"{name} {at.skipped}; the step is skipped")
+                return
+            bits = at.loss / math.log(2)
+            self.curves[name].append(bits)
+            _, recent = self.ends.setdefault(name, (bits, deque(maxlen=10)))
+            recent.append(bits)
             loss = f"loss {sum(recent) / len(recent):.3f} bits"
             speed = f"{at.tokens_per_second:,.0f} tokens/s"
             left = f"{duration(at.seconds_left)} left"
@@ -244,7 +274,8 @@ class TrainingView:
                     left=left,
                 )
                 self.live.update(self._render())
-            elif at.step % max(1, at.steps // 10) == 0:
+            elif at.step % max(1, at.steps // 10) == 0 or time.monotonic() > self.printed + 60:
+                self.printed = time.monotonic()
                 self.console.print(f"{name} {at.step}/{at.steps}  {loss}  {speed}  {left}")
 
         return on_step
@@ -257,9 +288,8 @@ class TrainingView:
 
     def _render(self) -> RenderableType:
         lines = Table.grid(padding=(0, 2))
-        for name, losses in self.losses.items():
-            if losses:
-                first, last = losses[0], sum(losses[-10:]) / len(losses[-10:])
-                curve = f"[yellow]{sparkline(losses)}[/]  {first:.2f} → {last:.2f}"
-                lines.add_row(f"[cyan]{name}[/]", curve)
+        for name, (first, recent) in self.ends.items():
+            last = sum(recent) / len(recent)
+            curve = f"[yellow]{sparkline(self.curves[name].means)}[/]  {first:.2f} → {last:.2f}"
+            lines.add_row(f"[cyan]{name}[/]", curve)
         return Panel(Group(self.progress, lines), title="training", border_style="dim")

@@ -1,10 +1,18 @@
 """Training runs of the command line: what can be known is checked before step 1, and what has
-been learnt is not lost, whatever ends the run."""
+been learnt is not lost, whatever ends the run.
+
+    OUT/step-00000200.safetensors   checkpoints: everything that the run goes on from
+    OUT/log.jsonl, OUT/tensorboard  see `logs`
+    OUT/data                        the shards, where the data was not prepared before
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,107 +21,398 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from atlas_blocks import check
-from atlas_blocks.recipes import checkpoint, describe, display, files, registry, text, training
+from atlas_blocks.recipes import checkpoint, describe, display, files, logs, registry, training
 from atlas_blocks.recipes.checkpoint import Run
-from atlas_blocks.recipes.model import LanguageModel
+from atlas_blocks.recipes.data import Packed, Shards, Source, Tokenizer, prepare, train_tokenizer
+from atlas_blocks.recipes.data.shards import SHARD, is_prepared, training_documents
+from atlas_blocks.recipes.data.sources import needed
+from atlas_blocks.recipes.data.tokenizer import BYTES
+from atlas_blocks.recipes.losses import HELD_OUT, mean_loss
+from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
+from atlas_blocks.recipes.training import TrainingConfig, TrainingState
+
+CHECKPOINTS = "step-*.safetensors"
+DATA = "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Where text comes from. path: a folder that `prepare` wrote, or what `Source` reads, which is
+    prepared first. tokenizer: "bytes", a tokenizer.json, or the size of one to be trained."""
+
+    path: Path | None = None
+    tokenizer: str = BYTES
+    field: str = "text"
+    held_out: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """How a run is kept and watched; what it learns does not depend on it. project: of Weights &
+    Biases, or ""."""
+
+    out: Path
+    save_every: int = 200
+    keep: int = 3
+    validate_every: int = 500
+    project: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("save_every", "keep", "validate_every"):
+            check.at_least(field.replace("_", "-"), getattr(self, field), 1)
+
+
+@dataclasses.dataclass
+class Training:
+    """A run, begun or about to go on."""
+
+    model: LanguageModel
+    config: TrainingConfig
+    optimizer: torch.optim.Optimizer
+    state: TrainingState
+    shards: Shards
+
+    def save(self, path: Path) -> None:
+        """Everything that it goes on from."""
+        device = next(self.model.parameters()).device
+        run = Run(
+            self.config,
+            self.optimizer,
+            self.state.step,
+            self.shards.fingerprint,
+            self.shards.tokenizer.json or "",
+            self.state.record(),
+            self.state.tensors(device),
+        )
+        checkpoint.save(path, self.model, run)
+
+
+def newest(place: Path) -> Path:
+    """The checkpoint at `place`: a file, or the last one of a run's folder.
+
+    Raises ValueError where there is none.
+    """
+    if place.is_dir():
+        found = sorted(place.glob(CHECKPOINTS))
+        if not found:
+            check.fail("checkpoint", f"a file {CHECKPOINTS} in {place}", "none")
+        return found[-1]
+    return place
+
+
+# --- before step 1 ----------------------------------------------------------------------------
 
 
 def begin(
+    console: Console,
     recipe: str,
-    out: Path,
+    keeping: Keeping,
     settings: dict[str, Any],
-    corpus: text.Corpus,
+    options: DataOptions,
+    given: Collection[str],
     device: torch.device,
-) -> tuple[LanguageModel, Run]:
-    """A new run of a recipe on bytes. settings: those of TrainingConfig.
+) -> Training:
+    """A new run of a recipe, or of a config's file. settings: those of TrainingConfig. given: names
+    of the settings and data options that were asked for.
 
-    Raises ValueError for bad settings, a text too short for them or a place that cannot be written.
+    Raises ValueError for bad settings, data that does not fit them or the model, or a place that
+    cannot be written.
     """
-    registry.config(recipe)
-    config = training.TrainingConfig(**settings)
-    _check_text(corpus, config)
-    if out.exists():
-        raise ValueError(f"out: {out} exists; --resume continues it, or name another file")
+    out, config = keeping.out, TrainingConfig(**settings)
+    wanted, data = registry.config(recipe), _opened(options, given, None)
+    if list(out.glob(CHECKPOINTS)):
+        raise ValueError(f"out: {out} holds a run; --resume continues it, or name another folder")
+    files.check_folder("out", out)
+    # What a run that was killed prepared is of use where all of it is as it would be now.
+    shards = _shards(console, data, options, ("tokenizer", "field", "held_out"), out)
+    wanted = _fitted(recipe, wanted, shards)
+    _check(keeping, wanted, config, shards)
     torch.manual_seed(config.seed)
-    model = registry.build(recipe, vocab_size=text.VOCAB_SIZE).to(device)
-    _check_room(out, model)
-    return model, Run(config, training.make_optimizer(model, config), 0, corpus.fingerprint)
+    model = wanted.build().to(device)
+    return Training(model, config, training.make_optimizer(model, config), TrainingState(), shards)
 
 
 def resume(
+    console: Console,
     recipe: str,
-    out: Path,
+    keeping: Keeping,
     settings: dict[str, Any],
+    options: DataOptions,
     given: Collection[str],
-    corpus: text.Corpus,
     device: torch.device,
-) -> tuple[LanguageModel, Run]:
-    """The run saved at `out`, as it was set up, but for its number of steps where that is given.
+) -> Training:
+    """The run whose newest checkpoint is in the folder `out`, as it was set up, but for its number
+    of steps where that is given.
 
-    given: names of the settings that were asked for. Raises ValueError for one that differs, for
-    another recipe or text, and as `begin`.
+    Raises ValueError for a setting that is given and differs, for another recipe or other data,
+    and as `begin`.
     """
-    model = checkpoint.load(out, device)
-    run = checkpoint.load_run(out, model)
-    before = {"recipe": model.config.name, **run.config.to_dict()}
-    wanted = registry.config(recipe).replace(vocab_size=text.VOCAB_SIZE)
-    if registry.is_file(recipe) and wanted != model.config:
-        check.fail("recipe", f"the config of the run in {out}", f"another in {recipe}")
-    for name, value in ({"recipe": wanted.name} | {n: settings[n] for n in given}).items():
-        if name != "steps" and value != before[name]:
-            check.fail(name, f"{before[name]} (that of the run in {out})", value)
-    if model.config.vocab_size != text.VOCAB_SIZE:
-        vocabulary = f"a vocabulary of {model.config.vocab_size:,}"
-        check.fail(f"checkpoint {out}", f"a model of {text.VOCAB_SIZE} bytes", vocabulary)
-    if run.data and run.data != corpus.fingerprint:
-        check.fail("data", f"{run.data}, that of the run in {out}", corpus.fingerprint)
+    out, wanted = keeping.out, registry.config(recipe)
+    if not list(out.glob(CHECKPOINTS)):
+        check.fail("out", "the folder of a run to resume", out)
+    path = newest(out)
+    model = checkpoint.load(path, device)
+    run = checkpoint.load_run(path, model)
+    before = run.config.to_dict()
+    if wanted.name != model.config.name:
+        check.fail("recipe", f"{model.config.name} (that of the run in {out})", wanted.name)
+    for name in sorted(set(settings) & set(given)):
+        if name != "steps" and settings[name] != before[name]:
+            check.fail(name, f"{before[name]} (that of the run in {out})", settings[name])
     config = run.config
     if "steps" in given:
         if settings["steps"] < run.step:
             check.fail("steps", f"at least the {run.step} that {out} has done", settings["steps"])
         config = config.replace(steps=settings["steps"])
-    _check_text(corpus, config)
-    _check_room(out, model)
-    return model, Run(config, run.optimizer, run.step, corpus.fingerprint)
+    files.check_folder("out", out)
+    if not (options.path or is_prepared(out / DATA)):
+        check.fail("data", f"{run.data}, that of the run, which is not in {out}", "none")
+    data = _opened(options, given, out / DATA)
+    shards = _shards(console, data, options, given, out)
+    if run.data != shards.fingerprint:
+        check.fail("data", f"{run.data}, that of the run in {out}", shards.fingerprint)
+    if registry.is_file(recipe) and wanted != model.config:
+        check.fail("recipe", f"the config of the run in {out}", f"another in {recipe}")
+    _check(keeping, model.config, config, shards)
+    state = TrainingState.restored(model, run.step, run.record, run.tensors)
+    return Training(model, config, run.optimizer, state, shards)
 
 
-def train(
+def prepared(
     console: Console,
+    source: Source,
+    options: DataOptions,
     out: Path,
-    model: LanguageModel,
-    run: Run,
-    corpus: text.Corpus,
-    save_every: int,
-) -> bool:
-    """Train to the end and print how well held-out text is predicted; False where Ctrl-C or
-    SIGTERM came first. `out` holds the run after every `save_every` steps and at the end.
+    shard_tokens: int = SHARD,
+) -> Shards:
+    """Prepare the source in the folder `out`, as the options say, and tell of it."""
+    with display.working(console, f"preparing {source.name}") as say:
+        tokenizer = tokenizer_of(options, source, say)
+        shards = prepare(
+            source,
+            out,
+            tokenizer,
+            held_out=options.held_out,
+            shard_tokens=shard_tokens,
+            on_progress=_progress(say, source, console.is_terminal),
+        )
+    note = f", {source.left_out} files that are no text left out" if source.left_out else ""
+    console.print(f"prepared [bold]{out}[/]: {_told(shards)}{note}")
+    return shards
 
-    Raises OSError where `out` cannot be written, and FloatingPointError at a loss that is not
-    finite; both say where the run is saved.
+
+def tokenizer_of(options: DataOptions, source: Source, say: Callable[[str], None]) -> Tokenizer:
+    """What the option says: bytes, a file, or one trained on the training documents."""
+    if options.tokenizer == BYTES:
+        return Tokenizer()
+    if not options.tokenizer.isdecimal():
+        return Tokenizer.read(Path(options.tokenizer))
+    say(f"training a tokenizer of {int(options.tokenizer):,} tokens on {source.name}")
+    return train_tokenizer(training_documents(source, options.held_out), int(options.tokenizer))
+
+
+def _progress(say: Callable[[str], None], source: Source, terminal: bool) -> Callable[[int], None]:
+    """Tells tokens so far: always where somebody watches, else whenever they have doubled."""
+    told = 2**24
+
+    def on_progress(tokens: int) -> None:
+        nonlocal told
+        if terminal or tokens > 2 * told:
+            told = tokens
+            say(f"preparing {source.name}: {tokens:,} tokens")
+
+    return on_progress
+
+
+def _told(shards: Shards) -> str:
+    parts = (
+        f"{describe.human(part.token_count)} tokens of {len(part.lengths):,} documents {what}"
+        for part, what in ((shards.train, "to train on"), (shards.held_out, "held out"))
+    )
+    return f"{shards.source['name']}, {', '.join(parts)}, {shards.tokenizer.name}"
+
+
+def _opened(options: DataOptions, given: Collection[str], own: Path | None) -> Shards | Source:
+    """Data that is prepared, or what is to be. own: the shards of a run that goes on.
+
+    Nothing is written yet.
     """
-    _announce(console, model, run, corpus)
-    name = model.config.name
+    if options.path is None and own is not None:
+        return Shards(own)
+    if options.path is None or not is_prepared(options.path):
+        return Source(options.path, options.field)
+    for name in sorted({"tokenizer", "field", "held_out"} & set(given)):
+        what = f"nothing for data that is prepared ({options.path})"
+        check.fail(name.replace("_", "-"), what, getattr(options, name))
+    return Shards(options.path)
+
+
+def _shards(
+    console: Console, data: Shards | Source, options: DataOptions, given: Collection[str], out: Path
+) -> Shards:
+    """The data of a run in `out`: prepared by somebody, in `out` before, or now.
+
+    Raises ValueError where what is in `out` was prepared from other data, or otherwise than given.
+    """
+    place = out / DATA
+    if isinstance(data, Source):
+        if not is_prepared(place):
+            return prepared(console, data, options, place)
+        shards = Shards(place)
+        if data.identity != shards.source["identity"]:
+            wanted = f"{shards.source['name']} as it was when {place} was prepared from it"
+            check.fail("data", wanted, f"{data.name}, other files or changed since")
+    elif data.folder != place:
+        return data
+    else:
+        shards = data
+    before = {"field": shards.source["field"], "held_out": shards.meta["share_held_out"]}
+    for name, value in before.items():
+        if name in given and value != getattr(options, name):
+            wanted = f"{value} (that of {place})"
+            check.fail(name.replace("_", "-"), wanted, getattr(options, name))
+    if "tokenizer" in given and not _is_as_asked(shards.tokenizer, options.tokenizer):
+        check.fail("tokenizer", f"{shards.tokenizer.name} (that of {place})", options.tokenizer)
+    return shards
+
+
+def _is_as_asked(tokenizer: Tokenizer, option: str) -> bool:
+    if option.isdecimal():
+        # It may have fewer tokens than were asked for.
+        return tokenizer.json is not None and tokenizer.vocab_size <= int(option)
+    return tokenizer == (Tokenizer() if option == BYTES else Tokenizer.read(Path(option)))
+
+
+def _fitted(recipe: str, config: LanguageModelConfig, shards: Shards) -> LanguageModelConfig:
+    """A recipe takes the vocabulary of the data; a file says its own."""
+    if registry.is_file(recipe):
+        return config
+    return config.replace(vocab_size=shards.tokenizer.vocab_size)
+
+
+def _check(
+    keeping: Keeping, model: LanguageModelConfig, config: TrainingConfig, shards: Shards
+) -> None:
+    if shards.tokenizer.vocab_size > model.vocab_size:
+        vocabulary = f"a vocabulary of {shards.tokenizer.vocab_size:,} in {shards.source['name']}"
+        check.fail("data", f"tokens below the model's {model.vocab_size:,}", vocabulary)
+    if config.carry and describe.state_grows(model):
+        check.fail("carry", "a model whose state does not grow with the text", model.name)
+    lanes = config.batch * config.accumulate if config.carry else 1
+    for part, least, what in (
+        (shards.train, lanes * config.length, "train on"),
+        (shards.held_out, config.length, "hold out"),
+    ):
+        if part.predictions < least:
+            wanted = f"at least {least:,} predicted tokens to {what}"
+            check.fail("data", wanted, f"{part.predictions:,} in {shards.source['name']}")
+    if keeping.project:
+        needed("wandb", "wandb")
+    # Weights and AdamW's two averages, in every checkpoint that is kept and the one to come.
+    weights = 4 * registry.parameter_count(model)
+    room = (keeping.keep + 1) * (3 * weights + 2**20)
+    files.check_folder("out", keeping.out, room=room)
+
+
+def _batches(shards: Shards, config: TrainingConfig) -> Packed:
+    return Packed(
+        shards.train,
+        config.batch,
+        config.length,
+        config.accumulate,
+        config.seed,
+        config.carry,
+    )
+
+
+class HeldOut:
+    """Held-out crops, the same of every run.
+
+    tokens: predictions that are read; size: bytes of text that they stand for.
+    """
+
+    def __init__(self, shards: Shards, config: TrainingConfig) -> None:
+        one = Packed(shards.held_out, 1, config.length)
+        batch = min(config.batch, one.crops)
+        self.packed = dataclasses.replace(one, batch=batch, carry=config.carry)
+        crops = max(batch, HELD_OUT // config.length)
+        self.steps = min(self.packed.steps, crops // batch)
+        targets = (b.targets.flatten().tolist() for s in range(self.steps) for b in self.packed(s))
+        texts = [(len(t), len(shards.tokenizer.decode(t))) for t in targets]
+        self.tokens, self.size = (sum(counts) for counts in zip(*texts, strict=True))
+
+    def __call__(self, model: LanguageModel) -> tuple[float, float]:
+        """Nats per token, and bits per byte of the text."""
+        nats = mean_loss(model, map(self.packed, range(self.steps)))
+        return nats, nats * self.tokens / math.log(2) / max(1, self.size)
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+def train(console: Console, keeping: Keeping, run: Training) -> bool:
+    """Train to the end and print how well held-out text is predicted; False where Ctrl-C or
+    SIGTERM came first. The folder holds the run after every `save_every` steps and at the end.
+
+    Raises OSError where it cannot be written, and FloatingPointError where the run diverges; both
+    say where the run is saved.
+    """
+    _announce(console, run)
+    out, config, name = keeping.out, run.config, run.model.config.name
+    for partial in out.glob(f"{CHECKPOINTS}.*.partial"):
+        partial.unlink()
+    held_out = HeldOut(run.shards, config)
+    view = display.TrainingView(console, {name: config.steps})
+    show = view.callback(name)
+    log = logs.Log(out, run.state.step, project=keeping.project)
+    if not logs.has_tensorboard():
+        console.print("no TensorBoard logs: not installed (pip install 'atlas-blocks[train]')")
+
+    def on_step(at: training.Progress) -> None:
+        show(at)
+        log.write(
+            at.step,
+            loss=at.loss,
+            lr=at.lr,
+            grad_norm=at.grad_norm,
+            tokens=at.step * config.tokens,
+            tokens_per_second=at.tokens_per_second,
+            skipped=at.skipped,
+        )
+
+    def validate(step: int) -> None:
+        nats, bits = held_out(run.model)
+        log.write(step, held_out_loss=nats, held_out_bits_per_byte=bits)
+        console.print(f"{name} {step}/{config.steps}  held out {bits:.3f} bits per byte")
 
     def save(step: int) -> None:
-        _save(out, model, Run(run.config, run.optimizer, step, run.data))
+        _save(keeping, run)
 
-    with display.TrainingView(console, {name: run.config.steps}) as view:
+    with log, view:
         try:
             result = training.train(
-                model,
-                corpus.train,
-                run.config,
+                run.model,
+                _batches(run.shards, config),
+                config,
                 optimizer=run.optimizer,
-                start=run.step,
-                on_step=view.callback(name),
+                state=run.state,
+                on_step=on_step,
                 save=save,
-                save_every=save_every,
+                save_every=keeping.save_every,
+                validate=validate,
+                validate_every=keeping.validate_every,
             )
         except training.Diverged as error:
-            save(error.step)
-            batch = out.with_name(f"{out.name}.batch")
+            _save(keeping, run)
+            batch = out / f"bad-step-{error.step + 1:08d}.safetensors"
+            tensors = {
+                f"{i}.{field}": tensor.contiguous()
+                for i, one in enumerate(error.batches)
+                for field, tensor in vars(one).items()
+                if tensor is not None
+            }
             with files.replacing(batch) as partial:
-                save_file({"rows": error.rows}, partial)
+                save_file(tensors, partial)
             raise FloatingPointError(
                 f"{error}; the run as it was before, after step {error.step}, is saved in {out}, "
                 f"and the batch in {batch}"
@@ -124,63 +423,48 @@ def train(
             "--resume continues it"
         )
         return False
-    length = run.config.length
-    read = length * text.window_count(corpus.held_out, length, training.HELD_OUT)
-    with display.working(console, f"reading {read:,} held-out bytes"):
-        bits = training.bits_per_byte(model, corpus.held_out, length=length)
     console.print(
-        f"held out: [bold]{bits:.3f}[/] bits per byte, on {read:,} of {len(corpus.held_out):,} "
-        f"bytes; saved [bold]{out}[/]"
+        f"held out: on {held_out.tokens:,} of {run.shards.held_out.token_count:,} tokens; "
+        f"saved [bold]{newest(out)}[/]"
     )
     return True
 
 
-def _check_text(corpus: text.Corpus, config: training.TrainingConfig) -> None:
-    wanted = config.length + 1
-    for name, part in (("train on", corpus.train), ("hold out", corpus.held_out)):
-        if len(part) < wanted:
-            asked = f"text with at least {wanted} bytes to {name} for length {config.length}"
-            check.fail("data", asked, f"{len(part)} in {corpus.source}")
-
-
-def _check_room(out: Path, model: LanguageModel) -> None:
-    """Room for the weights and AdamW's two averages, beside a file that is there already."""
-    weights = sum(p.nbytes for p in model.parameters())
-    files.check_writable("out", out, room=3 * weights + 2**20)
-
-
-def _announce(console: Console, model: LanguageModel, run: Run, corpus: text.Corpus) -> None:
-    name, config = model.config.name, run.config
+def _announce(console: Console, run: Training) -> None:
+    model, config, step = run.model, run.config, run.state.step
+    name, size = model.config.name, model.config.vocab_size
     line = f"[bold cyan]{name}[/], {describe.human(model.parameter_count())} parameters"
     usual = registry.config(name) if registry.is_recipe(name) else model.config
-    if usual.vocab_size != model.config.vocab_size:
+    if usual.vocab_size != size:
         line += (
-            f" with a vocabulary of {model.config.vocab_size} bytes instead of the recipe's "
+            f" with a vocabulary of {size:,} instead of the recipe's "
             f"{usual.vocab_size:,} ({describe.human(registry.parameter_count(usual))})"
         )
     console.print(line)
-    console.print(
-        f"text: {corpus.source}, {describe.human(len(corpus.train), 'B')} to train on, "
-        f"{describe.human(len(corpus.held_out), 'B')} held out"
-    )
-    if run.step == config.steps:
+    console.print(f"text: {_told(run.shards)}")
+    if config.compile and step < config.steps:
+        console.print("every block is compiled in the first steps: up to minutes (--no-compile)")
+    if step == config.steps:
+        console.print(f"all {step} steps were taken before; --steps with a larger number goes on")
+    elif step:
         console.print(
-            f"all {run.step} steps were taken before; --steps with a larger number goes on"
-        )
-    elif run.step:
-        console.print(
-            f"from step {run.step} to {config.steps}, at the learning rates of {config.steps} steps"
+            f"from step {step} to {config.steps}, at the learning rates of {config.steps} steps"
         )
 
 
-def _save(out: Path, model: LanguageModel, run: Run) -> None:
-    """To `out`, or where that fails to the temporary folder, and OSError says so."""
+def _save(keeping: Keeping, run: Training) -> None:
+    """To the run's folder, of which the newest are kept; or where that fails to the temporary
+    folder, and OSError says so."""
+    path = keeping.out / CHECKPOINTS.replace("*", f"{run.state.step:08d}")
     try:
-        checkpoint.save(out, model, run)
+        run.save(path)
     except OSError as error:
-        elsewhere = Path(tempfile.mkdtemp(prefix="atlas-blocks-")) / out.name
+        elsewhere = Path(tempfile.mkdtemp(prefix="atlas-blocks-")) / path.name
         try:
-            checkpoint.save(elsewhere, model, run)
+            run.save(elsewhere)
         except OSError as again:
+            shutil.rmtree(elsewhere.parent)
             raise OSError(f"{error}, nor elsewhere: {again}") from error
-        raise OSError(f"{error}; the run after step {run.step} is in {elsewhere}") from error
+        raise OSError(f"{error}; the run after step {run.state.step} is in {elsewhere}") from error
+    for old in sorted(keeping.out.glob(CHECKPOINTS))[: -keeping.keep]:
+        old.unlink()

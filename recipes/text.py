@@ -1,6 +1,4 @@
-"""Text as bytes: the Python standard library's sources, or any folder or file of text.
-
-A .jsonl file is the "text" of its lines. What is no text, a file with NUL bytes, is not read.
+"""Text as bytes in memory, for the laboratories: the Python standard library's sources.
 
 B batch, L length of a crop.
 """
@@ -9,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import json
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,7 +19,6 @@ from atlas_blocks import check
 
 VOCAB_SIZE = 256
 HELD_OUT_ONE_IN = 20
-JSON_LINES = {".jsonl", ".ndjson"}
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -33,54 +29,6 @@ class Corpus:
     train: Tensor
     held_out: Tensor
     source: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells this text from others, and from itself with other bytes held out."""
-        parts = (self.train, self.held_out)
-        sums = "-".join(f"{len(p)}:{zlib.crc32(p.numpy().data):08x}" for p in parts)
-        return f"{self.source} ({sums})"
-
-
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _read(file: Path) -> bytes | None:
-    """The text of a file; None where it is none. Raises ValueError for JSON lines without."""
-    data = file.read_bytes()
-    if file.suffix in JSON_LINES:
-        lines = enumerate(data.split(b"\n"), 1)
-        return b"\n".join(_text_of(line, file, n) for n, line in lines if line.strip())
-    return None if b"\0" in data else data
-
-
-def _text_of(line: bytes, file: Path, number: int) -> bytes:
-    try:
-        found = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        found = None
-    if not isinstance(found, str):
-        check.fail("text", f'an object with a "text" in every line of {file}', f"line {number}")
-    return str(found).encode(errors="replace")
-
-
-def _corpus(root: Path, files: list[Path], source: str) -> Corpus:
-    """Held out by file: a hash of the path decides, so that the split does not depend on order."""
-    split: tuple[list[bytes], list[bytes]] = ([], [])
-    left_out = 0
-    for file in sorted(files):
-        name, data = file.relative_to(root).as_posix(), _read(file)
-        if data is None:
-            left_out += 1
-        else:
-            split[zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0].append(data)
-    train, held_out = (b"\n".join(part) for part in split)
-    count = len(files) - left_out
-    if not (train and held_out):
-        check.fail("text", "a folder with enough text files to hold some out", f"{count} of them")
-    note = f", {count} files, {left_out} that are no text left out" if left_out else ""
-    return Corpus(_tensor(train), _tensor(held_out), source + note)
 
 
 def standard_library_files() -> list[Path]:
@@ -100,32 +48,20 @@ def standard_library_name() -> str:
 
 
 def standard_library() -> Corpus:
-    """The .py files of the running Python's standard library, its tests left out."""
-    return _corpus(standard_library_root(), standard_library_files(), standard_library_name())
+    """The standard library's files, joined.
 
-
-def load_text(path: Path | None) -> Corpus:
-    """A folder (split by file), one file (its last twentieth held out), or None: the library.
-
-    Hidden files and folders are left out. Raises ValueError where there is no text to read.
+    Held out by file: a hash of the path decides, so that the split does not depend on order.
     """
-    if path is None:
-        return standard_library()
-    if path.is_dir():
-        return _corpus(path, [f for f in path.rglob("*") if _visible(path, f)], path.name)
-    if not path.is_file():
-        check.fail("text", "a folder or a file", f"{path} (not found)")
-    read = _read(path)
-    if not read:
-        check.fail("text", "text", f"{path}, {'an empty file' if read == b'' else 'binary data'}")
-    data = _tensor(read or b"")
-    cut = len(data) - len(data) // HELD_OUT_ONE_IN
-    return Corpus(data[:cut], data[cut:], path.name)
+    split: tuple[list[bytes], list[bytes]] = ([], [])
+    for file in standard_library_files():
+        name = file.relative_to(standard_library_root()).as_posix()
+        split[zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0].append(file.read_bytes())
+    train, held_out = (b"\n".join(part) for part in split)
+    return Corpus(_tensor(train), _tensor(held_out), standard_library_name())
 
 
-def _visible(root: Path, file: Path) -> bool:
-    parts = file.relative_to(root).parts
-    return file.is_file() and not any(part.startswith(".") for part in parts)
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def printable(tokens: Iterable[int]) -> str:

@@ -1,38 +1,59 @@
-"""A small training loop for bytes: AdamW, warm-up and cosine, clipping, bits per byte.
+"""The training loop: packed batches, AdamW or Muon, a schedule of the rate, clipping, and what
+keeps a run from being lost: steps that are skipped, saves, signals.
 
-B batch, L length of a crop.
+B batch, L length of a crop, T = B L in a packed batch, N pieces of documents in it.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
+import json
 import math
 import os
 import signal
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from atlas_blocks import Config, check
 from atlas_blocks.recipes import text
-from atlas_blocks.recipes.model import LanguageModel
+from atlas_blocks.recipes.data.batches import Batch
+from atlas_blocks.recipes.losses import batch_loss, fresh_state
+from atlas_blocks.recipes.model import LanguageModel, LanguageModelState
+from atlas_blocks.recipes.optimizers import adamw, muon
 
-# Tokens of the held-out text that are read, at most.
-HELD_OUT = 32_768
+# Good losses that a spike is measured against, and from how many on.
+WINDOW, ENOUGH = 50, 25
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+SCHEDULES = ("cosine", "wsd")
+# Graphs of one block's code: hybrids have several kinds of block, each with and without gradients.
+GRAPHS = 64
+
+Batches = Callable[[int], Sequence[Batch]]
+"""The micro-batches of a step, from its number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Config):
     """What defines a run besides the model and the text.
 
-    warmup: share of the steps over which the rate rises to `lr`; a cosine then takes it to a
-    tenth. clip: largest norm of the gradient. bf16: autocast the forward pass.
+    batch, length: B crops of L tokens, `accumulate` times for each step. optimizer: "adamw", or
+    "muon" for the blocks' matrices and AdamW for the rest. warmup: share of the steps over which
+    the rate rises to `lr`. schedule: "cosine" then falls to a tenth; "wsd" stays, and falls to zero
+    over the share `decay` at the end. clip: largest norm of the gradient. bf16: autocast the
+    forward pass. carry: a document longer than a crop goes on in the next step with the state it
+    had (truncated back-propagation through time). compile: every block by torch.compile.
+    spike: standard deviations above the mean of the last losses from which one is a spike, 0 for
+    never. patience: steps in a row that may be skipped, for a spike or what is not finite.
     """
 
     steps: int
@@ -44,31 +65,55 @@ class TrainingConfig(Config):
     clip: float = 1.0
     seed: int = 0
     bf16: bool = False
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    decay: float = 0.2
+    carry: bool = False
+    compile: bool = False
+    spike: float = 8.0
+    patience: int = 3
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch", "length"):
+        for field in ("steps", "batch", "length", "accumulate"):
             check.at_least(field, getattr(self, field), 1)
         check.between("lr", self.lr, 0, 1)
         check.between("warmup", self.warmup, 0, 1)
+        check.between("decay", self.decay, 0, 1)
         check.between("clip", self.clip, 1e-6, 1e6)
         check.between("weight_decay", self.weight_decay, 0, 1e6)
         # Every step has a seed of its own, and a generator takes 64 bits.
         check.at_least("seed", self.seed, -(2**32))
         check.between("seed", self.seed, -(2**32), 2**32)
-        check.boolean("bf16", self.bf16)
+        check.choice("optimizer", self.optimizer, OPTIMIZERS)
+        check.choice("schedule", self.schedule, SCHEDULES)
+        for field in ("bf16", "carry", "compile"):
+            check.boolean(field, getattr(self, field))
+        check.between("spike", self.spike, 0, 1e6)
+        check.at_least("patience", self.patience, 0)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step counted from 0."""
         warmup = max(1, round(self.steps * self.warmup))
         if step < warmup:
             return self.lr * (step + 1) / warmup
+        if self.schedule == "wsd":
+            return self.lr * min(1.0, (self.steps - step) / max(1, round(self.steps * self.decay)))
         progress = (step - warmup) / max(1, self.steps - warmup)
         return self.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+    @property
+    def tokens(self) -> int:
+        """Predictions of a step."""
+        return self.batch * self.length * self.accumulate
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a callback is told after each step (`step` of `steps` done)."""
+    """What a callback is told after each step (`step` of `steps` done).
+
+    skipped: why the step left the weights as they were; empty where it did not.
+    """
 
     step: int
     steps: int
@@ -77,12 +122,13 @@ class Progress:
     grad_norm: float
     tokens_per_second: float
     seconds_left: float
+    skipped: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """losses: one per step run here. step: steps done in all. interrupted: Ctrl-C or SIGTERM came
-    first."""
+    """losses: one per step run here that was not skipped. step: steps done in all. interrupted:
+    Ctrl-C or SIGTERM came first."""
 
     losses: list[float]
     step: int
@@ -90,15 +136,93 @@ class TrainingResult:
     interrupted: bool
 
 
+class BadStep(FloatingPointError):
+    """A loss or gradient was not finite, or the loss a spike; the weights are as they were."""
+
+    def __init__(self, message: str, loss: float, norm: float) -> None:
+        super().__init__(message)
+        self.loss, self.norm = loss, norm
+
+
 class Diverged(FloatingPointError):
-    """A loss or gradient was not finite. step: steps done before; rows: the batch, [B, L + 1].
+    """More bad steps in a row than patience allows. step: steps done before the last of them;
+    batches: its own.
 
     The weights and the optimizer are those after `step` steps.
     """
 
-    def __init__(self, message: str, step: int, rows: Tensor) -> None:
+    def __init__(self, message: str, step: int, batches: Sequence[Batch]) -> None:
         super().__init__(message)
-        self.step, self.rows = step, rows
+        self.step, self.batches = step, batches
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """Where a run stands, besides its weights and its optimizer.
+
+    step: steps done, and so the place in the data. skipped: bad steps in a row. losses: the last
+    good ones. carried: for every micro-batch the state that its crops go on from, or none. rng:
+    torch's generators, by device, where they are to be set.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    carried: list[LanguageModelState | None] = dataclasses.field(default_factory=list)
+    rng: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def record(self) -> str:
+        """What is no tensor, as JSON."""
+        return json.dumps({"skipped": self.skipped, "losses": self.losses})
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """What is carried, and the generators as they are now."""
+        found = {"rng.cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            found["rng.cuda"] = torch.cuda.get_rng_state(device)
+        for place, state in enumerate(self.carried):
+            leaves = [] if state is None else pytree.tree_leaves(state)
+            found |= {f"carried.{place}.{i}": t for i, t in enumerate(leaves)}
+        return found
+
+    @staticmethod
+    def restored(
+        model: LanguageModel, step: int, record: str, tensors: Mapping[str, Tensor]
+    ) -> TrainingState:
+        """From what `record` and `tensors` gave, for the same model.
+
+        Raises ValueError where they do not fit it.
+        """
+        device = next(model.parameters()).device
+        carried: dict[int, dict[int, Tensor]] = {}
+        rng = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "carried":
+                place, _, index = rest.partition(".")
+                carried.setdefault(int(place), {})[int(index)] = tensor
+            else:
+                rng[rest] = tensor
+        told = json.loads(record) if record else {}
+        state = TrainingState(step, told.get("skipped", 0), told.get("losses", []), rng=rng)
+        if carried:
+            spec = pytree.tree_structure(fresh_state(model, torch.zeros(1, 0).long().to(device)))
+            for place in range(max(carried) + 1):
+                leaves = [t for _, t in sorted(carried.get(place, {}).items())]
+                if leaves and len(leaves) != spec.num_leaves:
+                    check.fail("carried", f"a state of {spec.num_leaves} tensors", len(leaves))
+                whole = pytree.tree_unflatten(leaves, spec).to(device) if leaves else None
+                state.carried.append(whole)
+        return state
+
+    def spike_from(self, config: TrainingConfig) -> float:
+        """The loss from which one is a spike."""
+        if not config.spike or len(self.losses) < ENOUGH:
+            return math.inf
+        mean = statistics.fmean(self.losses)
+        # A loss that hardly moves is no reason to call the next one a spike.
+        deviation = max(statistics.pstdev(self.losses, mean), 0.01 * mean)
+        return mean + config.spike * deviation
 
 
 def check_one_process() -> None:
@@ -110,20 +234,23 @@ def check_one_process() -> None:
         check.fail("training", "one process, as it divides no work", f"{ranks} ranks")
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; only matrices decay."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names, over all parameters; only matrices decay."""
+    return OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
 
 
-def next_byte_loss(model: LanguageModel, rows: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross entropy in nats of every token of rows [B, L + 1] after the first."""
-    logits = model(rows[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction=reduction)
+def crops(data: Tensor, config: TrainingConfig) -> Batches:
+    """Random crops of one text [N]; documents in it are not told apart."""
+
+    def batches(step: int) -> list[Batch]:
+        numbers = range(step * config.accumulate, (step + 1) * config.accumulate)
+        size = (config.batch, config.length, config.seed)
+        return [Batch.of(text.random_batch(data, *size, number)) for number in numbers]
+
+    return batches
+
+
+# --- a step -----------------------------------------------------------------------------------
 
 
 def train_step(
@@ -134,9 +261,28 @@ def train_step(
     step: int,
 ) -> tuple[float, float]:
     """One update on rows [B, L + 1]; returns and raises as `descend`."""
-    with torch.autocast(rows.device.type, torch.bfloat16, enabled=config.bf16):
-        loss = next_byte_loss(model, rows)
-    return descend(model, optimizer, loss, config, step)
+    optimizer.zero_grad()
+    loss, _ = accumulate(model, [Batch.of(rows)], config, [])
+    return update(model, optimizer, loss, config, step)
+
+
+def accumulate(
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    config: TrainingConfig,
+    carried: Sequence[LanguageModelState | None],
+) -> tuple[Tensor, list[LanguageModelState | None]]:
+    """Add the gradient of the mean loss over micro-batches of equal size to the parameters';
+    returns the loss and what each carries on. carried: from the step before; [] for nothing."""
+    device = next(model.parameters()).device
+    losses, after = [], []
+    for batch, state in itertools.zip_longest(batches, carried):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            loss, state = batch_loss(model, batch.to(device), state)
+        (loss / len(batches)).backward()
+        losses.append(loss.detach())
+        after.append(state)
+    return torch.stack(losses).mean(), after
 
 
 def descend(
@@ -150,71 +296,158 @@ def descend(
 
     Raises FloatingPointError, before the weights are touched, where either is not finite.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step)
     optimizer.zero_grad()
     loss.backward()
+    return update(model, optimizer, loss.detach(), config, step)
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    config: TrainingConfig,
+    step: int,
+    *,
+    spike_from: float = math.inf,
+) -> tuple[float, float]:
+    """The optimizer's step along the gradients, clipped; returns the loss and the gradient norm.
+
+    Raises BadStep, before the weights are touched, where either is not finite, or the loss is at
+    least `spike_from`.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr_at(step)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise FloatingPointError(
-            f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}"
-        )
+    loss_value, norm_value = loss.item(), norm.item()
+    why = ""
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        why = f"loss {loss_value}, gradient norm {norm_value}"
+    elif loss_value >= spike_from:
+        why = f"loss {loss_value:.3f}, a spike from {spike_from:.3f} on"
+    if why:
+        raise BadStep(f"step {step + 1}: {why}", loss_value, norm_value)
     optimizer.step()
-    return loss.item(), norm.item()
+    return loss_value, norm_value
+
+
+# --- the run ----------------------------------------------------------------------------------
 
 
 def train(
     model: LanguageModel,
-    data: Tensor,
+    data: Batches | Tensor,
     config: TrainingConfig,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    start: int = 0,
+    state: TrainingState | None = None,
     on_step: Callable[[Progress], None] | None = None,
     save: Callable[[int], None] | None = None,
     save_every: int | None = None,
+    validate: Callable[[int], None] | None = None,
+    validate_every: int | None = None,
 ) -> TrainingResult:
-    """Train on random crops of data uint8 [bytes], from step `start` to `config.steps`.
+    """Train on batches, or on random crops of one text [N], from where `state` stands to
+    `config.steps`; it moves along.
 
-    save: told the steps done after every `save_every` of them, and at the end, also where that
-    is early. Ctrl-C or SIGTERM ends the run after the step in hand, so that the model is always
-    whole; a second one interrupts at once. Raises Diverged at the first loss or gradient that is
-    not finite, and ValueError in one of several ranks.
+    validate, save: told the steps done after every `..._every` of them and at the end; `save` also
+    where the end is early. A bad step (see BadStep) is skipped. Ctrl-C or SIGTERM ends the run
+    after the step in hand, so that the model is always whole; a second one interrupts at once.
+    Raises Diverged where more steps in a row are bad than `config.patience`, and ValueError in one
+    of several ranks.
     """
     check_one_process()
     optimizer = optimizer or make_optimizer(model, config)
-    device = next(model.parameters()).device
+    state = state or TrainingState()
+    batches = crops(data, config) if isinstance(data, Tensor) else data
+    _set_generators(state.rng)
     losses: list[float] = []
-    began = time.perf_counter()
-    with _graceful_interrupt() as interrupted:
-        for step in range(start, config.steps):
-            rows = text.random_batch(data, config.batch, config.length, config.seed, step)
-            try:
-                loss, norm = train_step(model, optimizer, rows.to(device), config, step)
-            except FloatingPointError as error:
-                raise Diverged(str(error), step, rows) from error
-            losses.append(loss)
+    seconds: collections.deque[float] = collections.deque(maxlen=20)
+    began, saved, validated = time.perf_counter(), state.step, -1
+    with _graceful_interrupt() as interrupted, _compiled(model, config):
+        while state.step < config.steps and not interrupted.is_set():
+            at = time.perf_counter()
+            loss, norm, skipped = _step(model, optimizer, batches(state.step), config, state)
+            if not skipped:
+                losses.append(loss)
+            seconds.append(time.perf_counter() - at)
+            each = statistics.fmean(seconds)
             if on_step is not None:
-                each = (time.perf_counter() - began) / len(losses)
                 on_step(
                     Progress(
-                        step=step + 1,
+                        step=state.step,
                         steps=config.steps,
                         loss=loss,
-                        lr=config.lr_at(step),
+                        lr=config.lr_at(state.step - 1),
                         grad_norm=norm,
-                        tokens_per_second=config.batch * config.length / each,
-                        seconds_left=each * (config.steps - step - 1),
+                        tokens_per_second=config.tokens / each,
+                        seconds_left=each * (config.steps - state.step),
+                        skipped=skipped,
                     )
                 )
-            if interrupted.is_set():
-                break
-            if save and save_every and (step + 1) % save_every == 0 and step + 1 < config.steps:
-                save(step + 1)
-        if save:
-            save(start + len(losses))
-    seconds = time.perf_counter() - began
-    return TrainingResult(losses, start + len(losses), seconds, interrupted.is_set())
+            due = validate_every and state.step % validate_every == 0
+            if validate and due and not interrupted.is_set():
+                validate(state.step)
+                validated = state.step
+            if save and save_every and state.step % save_every == 0:
+                save(state.step)
+                saved = state.step
+        if save and saved < state.step:
+            save(state.step)
+        if validate and validated < state.step and not interrupted.is_set():
+            validate(state.step)
+    return TrainingResult(losses, state.step, time.perf_counter() - began, interrupted.is_set())
+
+
+def _step(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    config: TrainingConfig,
+    state: TrainingState,
+) -> tuple[float, float, str]:
+    """The next step of a run: loss, gradient norm, and why it was skipped or "".
+
+    Raises Diverged.
+    """
+    optimizer.zero_grad()
+    mean, carried = accumulate(model, batches, config, state.carried)
+    limit = state.spike_from(config)
+    try:
+        loss, norm = update(model, optimizer, mean, config, state.step, spike_from=limit)
+    except BadStep as error:
+        if state.skipped == config.patience:
+            raise Diverged(str(error), state.step, batches) from error
+        # What a bad step read is not gone on from.
+        state.skipped, state.carried = state.skipped + 1, []
+        state.step += 1
+        return error.loss, error.norm, str(error)
+    state.skipped, state.carried = 0, carried if config.carry else []
+    state.losses = [*state.losses, loss][-WINDOW:]
+    state.step += 1
+    return loss, norm, ""
+
+
+def _set_generators(rng: Mapping[str, Tensor]) -> None:
+    for device, generator in rng.items():
+        if device == "cpu":
+            torch.set_rng_state(generator)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(generator)
+
+
+@contextlib.contextmanager
+def _compiled(model: LanguageModel, config: TrainingConfig) -> Iterator[None]:
+    """Every block compiled, where the config wants it, and room for the graphs of all kinds."""
+    if not config.compile:
+        yield
+        return
+    # Imported here: it takes seconds.
+    import torch._dynamo
+
+    for block in model.blocks:
+        block.compile(backend="atlas")
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        yield
 
 
 @contextlib.contextmanager
@@ -237,24 +470,3 @@ def _graceful_interrupt() -> Iterator[threading.Event]:
         for number, handler in before.items():
             # None: it was not set from Python, and Python cannot set it again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-@torch.no_grad()
-def bits_per_token(
-    model: LanguageModel, data: Tensor, *, length: int, batch: int = 16, limit: int = HELD_OUT
-) -> float:
-    """Mean bits per token over consecutive windows of the first `limit` tokens of data [N]."""
-    device = next(model.parameters()).device
-    nats, count = 0.0, 0
-    for rows in text.windows(data, batch, length, limit):
-        nats += next_byte_loss(model, rows.to(device), "sum").item()
-        count += rows.shape[0] * length
-    return nats / count / math.log(2)
-
-
-def bits_per_byte(
-    model: LanguageModel, data: Tensor, *, length: int, batch: int = 16, limit: int = HELD_OUT
-) -> float:
-    """`bits_per_token` where tokens are bytes. Raises ValueError for data other than uint8."""
-    check.tensor("data", data, "[bytes]", (None,), (torch.uint8,))
-    return bits_per_token(model, data, length=length, batch=batch, limit=limit)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import atlas_blocks
 from atlas_blocks import Block, check
-from atlas_blocks.recipes import registry, training
+from atlas_blocks.recipes import losses, registry, training
 from atlas_blocks.recipes.model import LanguageModel
 
 FORWARD, BOTH, TRAINING, DECODE = "forward", "forward+backward", "training step", "decode"
@@ -135,7 +135,7 @@ class Subject:
 
     def _loss(self) -> Tensor:
         if isinstance(self.model, LanguageModel):
-            return training.next_byte_loss(self.model, self.rows)
+            return losses.next_byte_loss(self.model, self.rows)
         y, _ = self.model(self.rows[:, :-1])
         return y.square().mean()
 

@@ -43,14 +43,18 @@ class Batch:
         """Rows [B, L + 1], each a text by itself."""
         return Batch(rows[:, :-1], rows[:, 1:])
 
+    def to(self, device: torch.device) -> Batch:
+        """The tokens there; bounds and numbers of pieces are read on the host."""
+        tokens, targets = self.tokens.to(device), self.targets.to(device)
+        return dataclasses.replace(self, tokens=tokens, targets=targets)
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """`packed(step)`: the micro-batches of a step, `accumulate` of them.
 
     carry: crop b of a step goes on where crop b of the step before ended, so that a state can be
-    handed on; otherwise crops come in an order drawn anew in every epoch. shuffle: False leaves
-    documents and crops in their order.
+    handed on; otherwise crops come in an order drawn anew in every epoch.
     """
 
     split: Split
@@ -59,23 +63,18 @@ class Packed:
     accumulate: int = 1
     seed: int = 0
     carry: bool = False
-    shuffle: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch", "length", "accumulate"):
             check.at_least(name, getattr(self, name), 1)
         least = self.length * (self.lanes if self.carry else 1)
-        if self.predictions < least:
-            check.fail("data", f"documents with at least {least:,} predictions", self.predictions)
+        if self.split.predictions < least:
+            wanted = f"documents with at least {least:,} predictions"
+            check.fail("data", wanted, self.split.predictions)
 
     @functools.cached_property
     def _each(self) -> np.ndarray:
         return np.maximum(self.split.lengths - 1, 0)
-
-    @functools.cached_property
-    def predictions(self) -> int:
-        """Of all documents, once."""
-        return int(self._each.sum())
 
     @property
     def lanes(self) -> int:
@@ -85,7 +84,7 @@ class Packed:
     @property
     def crops(self) -> int:
         """Of an epoch; what is left at its end is less than one."""
-        return self.predictions // self.length
+        return self.split.predictions // self.length
 
     @property
     def steps(self) -> int:
@@ -116,9 +115,13 @@ class Packed:
                 # Only the first piece of a crop starts inside of its document.
                 before.append(lane if follows and start else -1)
             last.append(len(before) - 1)
-        rows = (torch.from_numpy(np.concatenate(parts))[None] for parts in (inputs, targets))
-        going_on = (torch.tensor(before), torch.tensor(last)) if self.carry else (None, None)
-        return Batch(*rows, torch.tensor(bounds), *going_on)
+        tokens, following = (
+            torch.from_numpy(np.concatenate(parts))[None] for parts in (inputs, targets)
+        )
+        whole = Batch(tokens, following, torch.tensor(bounds))
+        if not self.carry:
+            return whole
+        return dataclasses.replace(whole, before=torch.tensor(before), last=torch.tensor(last))
 
     def _pieces(self, epoch: int, crop: int) -> list[tuple[int, int, int]]:
         """Document, and from which to which of its predictions, of every piece of a crop."""
@@ -150,8 +153,6 @@ class Packed:
         return {}
 
     def _order(self, epoch: int, what: int, count: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(count)
         return np.random.default_rng((self.seed % 2**64, epoch, what)).permutation(count)
 
 

@@ -43,12 +43,14 @@ CHUNK = 2**22
 class Split:
     """Documents of tokens, numbered through all shards: tokens[i] and, in int64, ends[i] of one.
 
-    lengths: tokens of every document, int64.
+    lengths: tokens of every document, int64. predictions: those that are predicted, all of a
+    document but its first.
     """
 
     def __init__(self, tokens: list[np.ndarray], ends: list[np.ndarray]) -> None:
         self.tokens, self.ends = tokens, ends
         self.lengths = np.concatenate([np.diff(e, prepend=0) for e in ends])
+        self.predictions = int(np.maximum(self.lengths - 1, 0).sum())
         self._first = np.cumsum([0, *(len(e) for e in ends)])
 
     @property
@@ -66,7 +68,8 @@ class Split:
 class Shards:
     """What `prepare` wrote to a folder. Raises ValueError where that is not all there.
 
-    train, held_out: of different documents. meta: the record of shards.json.
+    train, held_out: of different documents. meta: the record of shards.json; source: what in it
+    tells where the text came from.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +83,7 @@ class Shards:
             check.fail(where, wanted, f"version {version!r}")
         try:
             coded = self.meta["tokenizer"]
-            self.source, self.source_name = self.meta["source"], self.meta["source"]["name"]
+            self.source = self.meta["source"]
             self.train, self.held_out = (self._split(part) for part in (TRAIN, HELD_OUT))
         except (KeyError, TypeError, OSError) as error:
             raise ValueError(f"{where}: damaged: {error!r}") from error
@@ -110,7 +113,7 @@ class Shards:
     def fingerprint(self) -> str:
         """Tells these tokens from others, and from themselves split otherwise."""
         sums = json.dumps([self.meta[part] for part in ("vocabulary", TRAIN, HELD_OUT)])
-        return f"{self.source_name} ({hashlib.sha256(sums.encode()).hexdigest()[:16]})"
+        return f"{self.source['name']} ({hashlib.sha256(sums.encode()).hexdigest()[:16]})"
 
 
 def is_prepared(folder: Path) -> bool:
@@ -146,8 +149,10 @@ def prepare(
     if inside and out.resolve().is_relative_to(source.root.resolve()):
         check.fail("out", f"a folder outside of the data in {source.path}", out)
     files.check_folder("out", out.parent, room=source.size)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial = out.with_name(f"{out.name}.partial")
     try:
+        # Of one that was killed.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write(source, partial, tokenizer, held_out, shard_tokens, on_progress)
         # On the disk before the folder has its name.
@@ -226,7 +231,6 @@ def _write(
             "name": source.name,
             "identity": source.identity,
             "field": source.field,
-            "left_out": source.left_out,
         },
         "vocabulary": tokenizer.name,
         "tokenizer": tokenizer.json is not None,

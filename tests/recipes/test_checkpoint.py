@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from atlas_blocks import SlidingWindowAttention
 from atlas_blocks.compile_passes.backend import compile as atlas_compile
 from atlas_blocks.recipes import build, checkpoint, train
-from atlas_blocks.recipes.training import TrainingConfig, make_optimizer
+from atlas_blocks.recipes.training import TrainingConfig, TrainingState, make_optimizer
 
 DATA = torch.arange(4096).mul(37).remainder(97).to(torch.uint8)
 SETTINGS = TrainingConfig(steps=6, batch=2, length=16)
@@ -129,7 +129,7 @@ def test_resuming_equals_never_stopping(tmp_path):
 
     model, run = load_both(path)
     assert (run.step, run.config) == (3, SETTINGS)
-    train(model, DATA, run.config, optimizer=run.optimizer, start=run.step)
+    train(model, DATA, run.config, optimizer=run.optimizer, state=TrainingState(run.step))
     for a, b in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -184,10 +184,10 @@ def test_a_sharded_run_is_gathered_and_goes_on(tmp_path, one_rank, compiled):
     loaded, run = load_both(tmp_path / "run")
     assert same(loaded, plain)
     # It goes on sharded as it does alone.
-    train(loaded, DATA, SETTINGS, optimizer=run.optimizer, start=2)
+    train(loaded, DATA, SETTINGS, optimizer=run.optimizer, state=TrainingState(2))
     again = shard(checkpoint.load(tmp_path / "run"))
     run = checkpoint.load_run(tmp_path / "run", again)
-    train(again, DATA, SETTINGS, optimizer=run.optimizer, start=2)
+    train(again, DATA, SETTINGS, optimizer=run.optimizer, state=TrainingState(2))
     for a, b in zip(again.parameters(), loaded.parameters(), strict=True):
         torch.testing.assert_close(a.full_tensor(), b, rtol=1e-6, atol=1e-7)
 

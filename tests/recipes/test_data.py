@@ -1,7 +1,5 @@
 """Text and tasks: what the models learn from."""
 
-import json
-
 import pytest
 import torch
 
@@ -14,60 +12,6 @@ def test_standard_library_is_text_split_by_file():
     assert b"import" in bytes(corpus.held_out[:100_000].tolist())
     again = text.standard_library()
     assert torch.equal(corpus.held_out, again.held_out)
-
-
-def test_a_single_file_holds_out_its_end(tmp_path):
-    whole = bytes(range(1, 201))
-    (tmp_path / "a.txt").write_bytes(whole)
-    corpus = text.load_text(tmp_path / "a.txt")
-    assert bytes(corpus.train.tolist()) + bytes(corpus.held_out.tolist()) == whole
-    assert len(corpus.held_out) == 10
-
-
-@pytest.mark.parametrize("name", ["missing", "."])
-def test_missing_and_empty_places_are_named(tmp_path, name):
-    with pytest.raises(ValueError, match="text: expected a folder"):
-        text.load_text(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"", "an empty file"), (b"GIF89a\x00\x01", "binary data"), ("x" * 99, "binary data")],
-)
-def test_what_is_no_text_is_refused(tmp_path, content, words):
-    file = tmp_path / "a.txt"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-16"))
-    with pytest.raises(ValueError, match=f"text: expected text, got {file}, {words}"):
-        text.load_text(file)
-
-
-def test_json_lines_are_their_text(tmp_path):
-    lines = [json.dumps({"id": i, "text": f"line {i}\né"}) for i in range(60)]
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:30], "", *lines[30:]]) + "\n")
-    corpus = text.load_text(tmp_path / "a.jsonl")
-    whole = bytes([*corpus.train.tolist(), *corpus.held_out.tolist()]).decode()
-    assert whole == "\n".join(f"line {i}\né" for i in range(60))
-
-
-@pytest.mark.parametrize("line", ['{"txt": "a"}', "plain", '["text"]', '{"text": 3}', '"text"'])
-def test_json_lines_without_text_are_refused(tmp_path, line):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "a"}\n' + line)
-    with pytest.raises(ValueError, match=r'"text" in every line of .*, got line 2'):
-        text.load_text(file)
-
-
-def test_a_folder_is_its_text_files(tmp_path):
-    for i in range(200):
-        (tmp_path / f"{i}.txt").write_text(f"<{i}>")
-    plain = text.load_text(tmp_path)
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\x00")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "config").write_text("hidden")
-    corpus = text.load_text(tmp_path)
-    assert torch.equal(corpus.train, plain.train)
-    assert torch.equal(corpus.held_out, plain.held_out)
-    assert corpus.source == f"{tmp_path.name}, 200 files, 1 that are no text left out"
 
 
 def test_text_is_shown_as_its_bytes_come():

@@ -1,12 +1,15 @@
 """Training from the command line: what can be known is known before step 1; nothing is lost."""
 
+import contextlib
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from atlas_blocks.recipes import build, checkpoint, cli, runs, text, training
-from atlas_blocks.recipes.training import TrainingConfig, make_optimizer
+from atlas_blocks.recipes import build, checkpoint, cli, losses, runs, training
+from atlas_blocks.recipes.data import Packed, Shards, Tokenizer
+from atlas_blocks.recipes.training import TrainingConfig, TrainingState, make_optimizer
 
 NAME = "linear-attention-tiny"
-SMALL = ("--batch", 1, "--length", 16)
+SMALL = ("--batch", 1, "--length", 16, "--no-compile")
 
 
 @pytest.fixture
@@ -33,27 +37,39 @@ def data(tmp_path):
 def no_step(monkeypatch):
     """A step is a failure: what is wrong has to be said before."""
 
-    def step(*arguments):
+    def step(*arguments, **options):
         raise AssertionError("a step was taken")
 
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(training, "batch_loss", step)
 
 
 def flat(words):
     return " ".join(words.split())
 
 
+def load(out):
+    """The model and the run of the newest checkpoint in a folder."""
+    path = runs.newest(out)
+    model = checkpoint.load(path)
+    return model, checkpoint.load_run(path, model)
+
+
+def same(out, other):
+    """Whether two runs ended at the same step with the same weights and optimizer, bit for bit."""
+    ours, theirs = (load_file(runs.newest(place)) for place in (out, other))
+    names = runs.newest(out).name == runs.newest(other).name and ours.keys() == theirs.keys()
+    return names and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 # --- before step 1 ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["words.txt/model", "/proc/no/model", "folder"])
+@pytest.mark.parametrize("place", ["words.txt/model", "/proc/no/model", "words.txt"])
 def test_a_place_that_cannot_be_written_is_named_first(run, tmp_path, data, no_step, place):
-    (tmp_path / "folder").mkdir()
     out = tmp_path / place
     code, printed, err = run("train", NAME, "--data", data, "--out", out, *SMALL)
     assert (code, printed) == (2, "")
-    assert err.startswith("atlas-blocks: out: ")
-    assert str(out if place == "folder" else out.parent) in err
+    assert err.startswith(f"atlas-blocks: out: cannot write in {out}")
 
 
 @pytest.mark.parametrize(
@@ -80,25 +96,67 @@ def test_an_export_tries_its_place_first(run, data):
 
 
 def test_a_full_disk_is_named_first(run, tmp_path, data, no_step, monkeypatch):
-    usage = type("Usage", (), {"free": 10_000})
+    usage = type("Usage", (), {"free": 4_000_000})
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     code, _, err = run("train", NAME, "--data", data, "--out", tmp_path / "model", *SMALL)
     assert code == 2
     assert "out: expected a disk with" in err
-    assert "10.0 kB" in err
+    assert "4.00 MB" in err
 
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [(100, "at least 129 bytes to train on"), (1500, "at least 129 bytes to hold out")],
+    [
+        (100, "at least 128 predicted tokens to train on, got 94"),
+        (1500, "at least 128 predicted tokens to hold out, got 74"),
+    ],
 )
 def test_a_text_too_short_is_named_first(run, tmp_path, no_step, size, words):
     file = tmp_path / "small.txt"
     file.write_text("x" * size)
-    code, printed, err = run("train", NAME, "--data", file, "--out", tmp_path / "model")
-    assert (code, printed) == (2, "")
-    assert words in err
-    assert not (tmp_path / "model").exists()
+    code, _, err = run("train", NAME, "--data", file, "--out", tmp_path / "model")
+    assert code == 2
+    assert f"atlas-blocks: data: expected {words} in small.txt" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data", "none"), "data: expected a folder or a file, got none (not found)"),
+        (("--tokenizer", "none.json"), "tokenizer: cannot read none.json"),
+        (("--tokenizer", 10), "size: expected an int >= 257"),
+        (("--held-out", 0), "held_out: expected a number in [0.001, 0.5]"),
+        (("--device", "abacus"), "device: cannot use 'abacus'"),
+        (("--save-every", 0), "save-every: expected an int >= 1"),
+        (("--keep", 0), "keep: expected an int >= 1"),
+        (("--optimizer", "sgd"), "optimizer: expected one of adamw, muon"),
+        (("--schedule", "flat"), "schedule: expected one of cosine, wsd"),
+        (("--wandb", "project"), "wandb: expected the library wandb, got none"),
+    ],
+)
+def test_what_is_wrong_is_named_first(run, tmp_path, data, no_step, monkeypatch, flags, words):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    command = ("train", NAME, "--data", data, "--out", tmp_path / "out", *SMALL)
+    code, _, err = run(*command, *flags)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert f"atlas-blocks: {words}" in flat(err)
+
+
+def test_a_vocabulary_beyond_the_models_is_named_first(run, tmp_path, data, no_step):
+    config = build(NAME).config.replace(vocab_size=280)
+    (tmp_path / "model.json").write_text(config.to_json())
+    command = ("train", tmp_path / "model.json", "--data", data, *SMALL, "--tokenizer", 300)
+    code, _, err = run(*command, "--out", tmp_path / "out")
+    assert code == 2
+    assert "data: expected tokens below the model's 280, got a vocabulary of 300" in flat(err)
+
+
+def test_a_state_that_grows_is_not_carried(run, tmp_path, data, no_step):
+    command = ("train", "transformer-tiny", "--data", data, "--out", tmp_path / "out", *SMALL)
+    code, _, err = run(*command, "--carry")
+    assert code == 2
+    assert "carry: expected a model whose state does not grow with the text" in flat(err)
 
 
 def test_one_of_several_ranks_is_refused(run, tmp_path, data, no_step, monkeypatch):
@@ -120,7 +178,7 @@ def test_one_of_several_ranks_is_refused(run, tmp_path, data, no_step, monkeypat
 @pytest.fixture
 def started(run, tmp_path, data):
     """A run of four steps, finished: (out, its command)."""
-    out = tmp_path / "model"
+    out = tmp_path / "run"
     command = ("train", NAME, "--data", data, "--out", out, *SMALL)
     assert run(*command, "--steps", 4)[0] == 0
     return out, command
@@ -134,67 +192,136 @@ def started(run, tmp_path, data):
         (("--batch", 2), "batch: expected 1 (that"),
         (("--seed", 1), "seed: expected 0 (that"),
         (("--bf16",), "bf16: expected False (that"),
+        (("--carry",), "carry: expected False (that"),
+        (("--compile",), "compile: expected False (that"),
+        (("--accumulate", 2), "accumulate: expected 1 (that"),
+        (("--optimizer", "muon"), "optimizer: expected adamw (that"),
+        (("--schedule", "wsd"), "schedule: expected cosine (that"),
+        (("--spike", 1), "spike: expected 8.0 (that"),
         (("--steps", 3), "steps: expected at least the 4 that"),
+        (("--tokenizer", 300), "tokenizer: expected bytes (that of"),
+        (("--held-out", 0.1), "held-out: expected 0.05 (that of"),
+        (("--field", "content"), "data: expected words.txt as it was when"),
     ],
 )
-def test_a_flag_that_differs_is_refused_by_name(run, data, started, no_step, flags, words):
+@pytest.mark.parametrize("named", [True, False])
+def test_a_flag_that_differs_is_refused_by_name(run, data, started, no_step, flags, words, named):
+    """Also where the run finds its data by itself."""
     out, _ = started
-    code, printed, err = run(
-        "train", NAME, "--data", data, "--out", out, "--resume", "--steps", 9, *flags
-    )
+    source = ("--data", data) if named else ()
+    code, printed, err = run("train", NAME, *source, "--out", out, "--resume", "--steps", 9, *flags)
     assert (code, printed) == (2, "")
-    assert words in flat(err)
+    assert words in flat(err) or (not named and "field: expected text (that of" in flat(err))
 
 
-def test_another_text_or_recipe_is_refused_by_name(run, data, started, no_step):
+def test_another_text_or_recipe_is_refused_by_name(run, tmp_path, data, started, no_step):
     out, command = started
-    data.write_text(data.read_text().replace("enough", "enouhg"))
-    code, _, err = run(*command, "--resume", "--steps", 9)
-    assert code == 2
-    assert "data: expected words.txt (" in flat(err)
     code, _, err = run("train", "lstm-tiny", "--data", data, "--out", out, "--resume")
     assert code == 2
     assert f"recipe: expected {NAME} (that of" in flat(err)
+    other = tmp_path / "other.txt"
+    other.write_text(data.read_text().replace("enough", "enouhg"))
+    assert run("prepare", other, "--out", tmp_path / "shards")[0] == 0
+    code, _, err = run("train", NAME, "--data", tmp_path / "shards", "--out", out, "--resume")
+    assert code == 2
+    assert "data: expected words.txt (" in flat(err)
+    data.write_text(other.read_text())
+    code, _, err = run(*command, "--resume", "--steps", 9)
+    assert code == 2
+    assert "data: expected words.txt as it was when" in flat(err)
+
+
+def test_there_must_be_a_run_to_resume_and_none_to_begin(run, tmp_path, data, started, no_step):
+    out, command = started
+    code, printed, err = run(*command)
+    assert (code, printed) == (2, "")
+    assert f"out: {out} holds a run; --resume continues it" in flat(err)
+    code, printed, err = run("train", NAME, "--out", tmp_path / "none", "--resume")
+    assert (code, printed) == (2, "")
+    assert "out: expected the folder of a run to resume, got" in flat(err)
 
 
 def test_steps_extend_a_finished_run(run, data, started):
-    out, _ = started
-    command = ("train", NAME, "--data", data, "--out", out, "--resume")
-    code, printed, _ = run(*command)
+    out, command = started
+    code, printed, _ = run(*command, "--resume")
     assert code == 0
     assert "all 4 steps were taken before; --steps with a larger number goes on" in flat(printed)
-    code, printed, _ = run(*command, "--steps", 6)
+    code, printed, _ = run("train", NAME, "--out", out, "--resume", "--steps", 6)
     assert code == 0
     assert "from step 4 to 6" in flat(printed)
-    model = checkpoint.load(out)
-    assert checkpoint.load_run(out, model).step == 6
+    model, after = load(out)
+    assert after.step == 6
 
     # The same by hand: four steps of a run of four, then two of a run of six.
-    corpus = text.load_text(data)
     four = TrainingConfig(steps=4, batch=1, length=16)
+    packed = Packed(Shards(out / "data").train, 1, 16)
     torch.manual_seed(0)
     true = build(NAME)
-    optimizer = make_optimizer(true, four)
-    training.train(true, corpus.train, four, optimizer=optimizer)
-    training.train(true, corpus.train, four.replace(steps=6), optimizer=optimizer, start=4)
+    optimizer, state = make_optimizer(true, four), TrainingState()
+    training.train(true, packed, four, optimizer=optimizer, state=state)
+    training.train(true, packed, four.replace(steps=6), optimizer=optimizer, state=state)
     assert all(map(torch.equal, model.parameters(), true.parameters()))
+
+
+HARD = (
+    "--tokenizer",
+    300,
+    "--optimizer",
+    "muon",
+    "--schedule",
+    "wsd",
+    "--carry",
+    "--accumulate",
+    2,
+)
+
+
+@pytest.mark.parametrize("flags", [(), HARD, ("--bf16",)], ids=["plain", "hard", "bf16"])
+def test_a_run_in_parts_is_the_run(run, tmp_path, data, flags):
+    """Whatever a run goes on from is in its checkpoints: everything in them is the same."""
+    command = ("train", NAME, "--data", data, *SMALL, "--batch", 2, *flags, "--steps", 7)
+    assert run(*command, "--out", tmp_path / "whole")[0] == 0
+    parts = tmp_path / "parts"
+    assert run(*command, "--out", parts, "--save-every", 3)[0] == 0
+    runs.newest(parts).unlink()
+    assert run(*command, "--out", parts, "--resume")[0] == 0
+    assert same(parts, tmp_path / "whole")
+
+
+def test_generators_go_on_where_they_were(run, tmp_path, data, monkeypatch):
+    """A model that draws as it trains draws the same after a resume."""
+    drawn, loss = [], training.batch_loss
+
+    def noisy(*arguments, **options):
+        value, state = loss(*arguments, **options)
+        drawn.append(torch.rand(()).item())
+        return value * (1 + drawn[-1]), state
+
+    monkeypatch.setattr(training, "batch_loss", noisy)
+    command = ("train", NAME, "--data", data, *SMALL, "--out", tmp_path / "out", "--steps", 5)
+    assert run(*command, "--save-every", 2)[0] == 0
+    runs.newest(tmp_path / "out").unlink()
+    assert run(*command, "--resume")[0] == 0
+    assert drawn[5:] == drawn[4:5]
 
 
 # --- nothing is lost ----------------------------------------------------------------------------
 
 
-def test_a_run_is_saved_every_few_steps(run, tmp_path, data, monkeypatch):
+def test_a_run_is_saved_every_few_steps_and_the_newest_are_kept(run, tmp_path, data, monkeypatch):
     saved, save = [], checkpoint.save
 
     def keep(path, model, run=None):
-        saved.append((run.step, checkpoint.Path(path).exists()))
+        saved.append(run.step)
         save(path, model, run)
 
     monkeypatch.setattr(checkpoint, "save", keep)
-    out = tmp_path / "model"
+    out = tmp_path / "run"
     command = ("train", NAME, "--data", data, "--out", out, *SMALL)
-    assert run(*command, "--steps", 7, "--save-every", 2)[0] == 0
-    assert saved == [(2, False), (4, True), (6, True), (7, True)]
+    assert run(*command, "--steps", 7, "--save-every", 2, "--keep", 2)[0] == 0
+    assert saved == [2, 4, 6, 7]
+    kept = [f"step-{step:08d}.safetensors" for step in (6, 7)]
+    assert sorted(p.name for p in out.glob("step*")) == kept
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -204,103 +331,141 @@ def test_a_signal_saves_and_resuming_equals_never_stopping(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     command = ("train", NAME, "--data", data, *SMALL, "--steps", 4)
     assert run(*command, "--out", whole)[0] == 0
-    step = training.train_step
+    update, calls = training.update, []
 
-    def signalled(*arguments):
-        if arguments[-1] == 1:
+    def signalled(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
             signal.raise_signal(number)
-        return step(*arguments)
+        return update(*arguments, **options)
 
-    monkeypatch.setattr(training, "train_step", signalled)
+    monkeypatch.setattr(training, "update", signalled)
     code, printed, _ = run(*command, "--out", stopped)
     assert code == 130
     assert "interrupted after step 2" in printed
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert run(*command, "--out", stopped, "--resume")[0] == 0
-    ours, true = (checkpoint.load(p).parameters() for p in (stopped, whole))
-    assert all(map(torch.equal, ours, true))
+    assert same(stopped, whole)
 
 
-def test_kill_leaves_the_last_save_whole(run, tmp_path, data):
-    """Killed while it saves at every step: what lies there can be resumed."""
-    out = tmp_path / "model"
-    main = "import sys; from atlas_blocks.recipes.cli import main; main(sys.argv[1:])"
-    command = ["train", NAME, "--data", data, "--out", out, *SMALL, "--save-every", 1]
-    started = [sys.executable, "-c", main, *map(str, [*command, "--steps", 100_000])]
-    process = subprocess.Popen(started, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not out.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.3)
-    finally:
+def killed_at_random(run, tmp_path, data, kills):
+    """Kill a run at random moments, go on each time, and compare with one that is never killed."""
+    flags = ["--batch", 2, "--length", 16, "--no-compile", "--tokenizer", 300]
+    flags += ["--steps", 80, "--save-every", 3, "--keep", 2, "--validate-every", 40]
+    command = ["train", NAME, "--data", data, *flags]
+    out, main = tmp_path / "killed", "from atlas_blocks.recipes.cli import main; main()"
+    began = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", main, *map(str, command), "--out", tmp_path / "whole"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    lasts, draw = time.monotonic() - began, random.Random(0)
+    for _ in range(kills):
+        resumed = ["--resume"] if any(out.glob("step-*.safetensors")) else []
+        process = subprocess.Popen(
+            [sys.executable, "-c", main, *map(str, command), "--out", out, *resumed],
+            stdout=subprocess.DEVNULL,
+        )
+        # Anywhere from the first import to the last step.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(lasts * draw.random()) == 0
         process.send_signal(signal.SIGKILL)
         process.wait()
-    step = checkpoint.load_run(out, checkpoint.load(out)).step
-    assert step > 0
-    assert run(*command, "--resume", "--steps", step + 1)[0] == 0
-    assert checkpoint.load_run(out, checkpoint.load(out)).step == step + 1
+    resumed = ["--resume"] if any(out.glob("step-*.safetensors")) else []
+    assert run(*command, "--out", out, *resumed)[0] == 0
+    assert same(out, tmp_path / "whole")
+    # Its log tells every step once, in order, as that of the other.
+    logs = [
+        [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        for place in (out, tmp_path / "whole")
+    ]
+    ours, true = (
+        [(line["step"], line["loss"], line["lr"]) for line in log if "loss" in line] for log in logs
+    )
+    assert ours == true
 
 
-def poison(monkeypatch, at):
-    """The loss of one step is NaN."""
-    loss, calls = training.next_byte_loss, []
+def test_killed_at_random_moments_it_ends_with_the_same_weights(run, tmp_path, data):
+    killed_at_random(run, tmp_path, data, 3)
 
-    def poisoned(model, rows, reduction="mean"):
-        calls.append(rows)
-        return loss(model, rows, reduction) * (float("nan") if len(calls) == at else 1)
 
-    monkeypatch.setattr(training, "next_byte_loss", poisoned)
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_weights(run, tmp_path, data):
+    killed_at_random(run, tmp_path, data, 20)
+
+
+def poison(monkeypatch, *places):
+    """The losses of these steps, counted from 1, are NaN."""
+    loss, calls = training.batch_loss, []
+
+    def poisoned(model, batch, *rest, **options):
+        calls.append(batch)
+        value, state = loss(model, batch, *rest, **options)
+        return value * (float("nan") if len(calls) in places else 1), state
+
+    monkeypatch.setattr(training, "batch_loss", poisoned)
     return calls
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_weights_and_the_batch(
+def test_a_run_that_diverges_leaves_the_last_good_weights_and_the_batch(
     run, tmp_path, data, monkeypatch
 ):
-    batches = poison(monkeypatch, at=3)
-    out = tmp_path / "model"
-    command = ("train", NAME, "--data", data, "--out", out, *SMALL, "--steps", 5)
-    code, _, err = run(*command)
+    batches = poison(monkeypatch, 3, 4)
+    out = tmp_path / "run"
+    command = ("train", NAME, "--data", data, "--out", out, *SMALL, "--steps", 5, "--patience", 1)
+    code, printed, err = run(*command)
     assert code == 1
     assert len(err.splitlines()) == 1
-    assert "step 3: loss nan" in err
-    assert f"after step 2, is saved in {out}, and the batch in {out}.batch" in err
-    model = checkpoint.load(out)
-    assert checkpoint.load_run(out, model).step == 2
-    assert torch.equal(load_file(f"{out}.batch")["rows"], batches[2])
+    assert "step 3: loss nan, gradient norm nan; the step is skipped" in flat(printed)
+    assert "step 4: loss nan, gradient norm nan; the run as it was before, after step 3" in err
+    batch = out / "bad-step-00000004.safetensors"
+    assert f"is saved in {out}, and the batch in {batch}" in err
+    told = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert told[2]["loss"] is None
+    assert "loss nan" in told[2]["skipped"]
+    model, after = load(out)
+    assert after.step == 3
+    assert torch.equal(load_file(batch)["0.tokens"], batches[3].tokens)
     config = TrainingConfig(steps=5, batch=1, length=16)
     monkeypatch.undo()
     torch.manual_seed(0)
     true = build(NAME)
     optimizer = make_optimizer(true, config)
     for i in range(2):
-        training.train_step(true, optimizer, batches[i], config, i)
+        loss, _ = losses.batch_loss(true, batches[i])
+        training.descend(true, optimizer, loss, config, i)
     assert all(map(torch.equal, model.parameters(), true.parameters()))
+    # Where it was a passing fault, the run goes on.
+    assert run(*command, "--resume")[0] == 0
 
 
 def test_gradients_beyond_float32_stop_the_run(run, tmp_path, data, monkeypatch):
     """Each is finite, the sum of their squares is not."""
-    loss = training.next_byte_loss
-    monkeypatch.setattr(training, "next_byte_loss", lambda *a: loss(*a) * 1e30)
-    out = tmp_path / "model"
+    loss = training.batch_loss
+
+    def large(*arguments, **options):
+        value, state = loss(*arguments, **options)
+        return value * 1e30, state
+
+    monkeypatch.setattr(training, "batch_loss", large)
+    out = tmp_path / "run"
     code, _, err = run("train", NAME, "--data", data, "--out", out, *SMALL, "--steps", 5)
     assert code == 1
     assert len(err.splitlines()) == 1
     assert "gradient norm inf" in err
-    assert checkpoint.load(out).parameter_count() > 0
+    assert load(out)[0].parameter_count() > 0
 
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
 def test_a_disk_that_fills_up_loses_nothing(run, tmp_path, data, monkeypatch, kind):
-    out, elsewhere = tmp_path / "out" / "model", tmp_path / "elsewhere"
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
     write = checkpoint.save_file
 
     def full(tensors, path, metadata):
-        if path.parent == out.parent and metadata["step"] != "2":
+        if path.parent == out and metadata["step"] != "2":
+            monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
             raise kind("No space left on device")
         write(tensors, path, metadata)
 
@@ -310,38 +475,184 @@ def test_a_disk_that_fills_up_loses_nothing(run, tmp_path, data, monkeypatch, ki
     assert code == 1
     assert len(err.splitlines()) == 1
     assert "cannot be written: No space left on device; the run after step 4 is in" in err
-    assert [p.name for p in out.parent.iterdir()] == ["model"]
+    assert [p.name for p in out.glob("step*")] == ["step-00000002.safetensors"]
     for place, step in ((out, 2), (Path(err.split()[-1]), 4)):
-        assert checkpoint.load_run(place, checkpoint.load(place)).step == step
+        assert load(place)[1].step == step
+
+
+def test_what_kills_left_half_written_is_removed(run, tmp_path, data, started):
+    out, command = started
+    for name in ("step-00000002.safetensors.99.partial", "data.partial"):
+        (out / name).write_text("half")
+    assert run(*command, "--resume", "--steps", 5)[0] == 0
+    assert not list(out.glob("step*.partial"))
+
+
+# --- data and tokenizer -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "texts"
+    place.mkdir()
+    for i in range(30):
+        (place / f"{i:02}.txt").write_text(f"text {i} of a folder, of so many words\n" * 20)
+    return place
+
+
+def test_one_command_trains_on_a_folder_with_a_tokenizer_made_from_it(run, tmp_path, folder):
+    """And what it saves can be sampled from by itself, in words."""
+    out = tmp_path / "run"
+    command = ("train", NAME, "--data", folder, "--tokenizer", 300, "--out", out, *SMALL)
+    assert run(*command, "--steps", 60, "--lr", 1e-2)[0] == 0
+    saved = (runs.newest(out)).rename(tmp_path / "model.safetensors")
+    model, coder = checkpoint.load(saved), Tokenizer(checkpoint.tokenizer(saved))
+    assert model.config.vocab_size == coder.vocab_size == 300
+    code, printed, _ = run("generate", saved, "--prompt", "text 7", "--temperature", 0)
+    assert code == 0
+    assert printed.startswith("text 7")
+    assert len(printed) > 12
+
+
+def test_a_run_takes_what_was_prepared_and_leaves_it_alone(run, tmp_path, folder, no_step):
+    shards = tmp_path / "shards"
+    code, printed, _ = run("prepare", folder, "--out", shards, "--tokenizer", 300)
+    assert code == 0
+    assert "28 documents to train on" in flat(printed)
+    assert "2 documents held out" in flat(printed)
+    before = {p.name: p.stat().st_mtime_ns for p in shards.iterdir()}
+    command = ("train", NAME, "--data", shards, "--out", tmp_path / "run", *SMALL)
+    with pytest.raises(AssertionError, match="a step was taken"):
+        cli.main([str(part) for part in command])
+    assert {p.name: p.stat().st_mtime_ns for p in shards.iterdir()} == before
+    assert not (tmp_path / "run" / "data").exists()
+    for name, value in (("tokenizer", "bytes"), ("field", "text"), ("held-out", 0.1)):
+        code, _, err = run(*command, f"--{name}", value)
+        assert code == 2
+        assert f"{name}: expected nothing for data that is prepared ({shards})" in flat(err)
+    code, _, err = run("prepare", shards, "--out", tmp_path / "again")
+    assert code == 2
+    assert "(prepared already)" in err
+
+
+def test_a_tokenizer_is_trained_apart(run, tmp_path, folder):
+    file = tmp_path / "tokenizer.json"
+    assert run("tokenizer", folder, "--size", 280, "--out", file)[0] == 0
+    command = ("prepare", folder, "--out", tmp_path / "a", "--tokenizer")
+    assert run(*command, file)[0] == 0
+    assert run("prepare", folder, "--out", tmp_path / "b", "--tokenizer", 280)[0] == 0
+    assert Shards(tmp_path / "a").fingerprint == Shards(tmp_path / "b").fingerprint
+    code, _, err = run("tokenizer", folder, "--size", 280, "--out", folder / "00.txt" / "t.json")
+    assert code == 2
+    assert "out: cannot write in" in err
+
+
+def test_sampling_ends_with_the_document(run, tmp_path, folder, monkeypatch):
+    coder = runs.train_tokenizer([["abc"] * 9], 260)
+    model = build(NAME, depth=1, vocab_size=260)
+    kept = checkpoint.Run(
+        TrainingConfig(steps=1),
+        make_optimizer(model, TrainingConfig(steps=1)),
+        0,
+        tokenizer=coder.json,
+    )
+    checkpoint.save(tmp_path / "model", model, kept)
+    (letters,) = coder.encode(["bc"])
+
+    def stream(model, rows, **options):
+        for token in [*letters.tolist(), coder.end, *letters.tolist()]:
+            yield torch.tensor([token] * len(rows))
+
+    monkeypatch.setattr(cli, "stream", stream)
+    for batch in (1, 2):
+        _, printed, _ = run("generate", tmp_path / "model", "--prompt", "a", "--batch", batch)
+        assert printed.count("abc\n") == batch
+        assert "abcbc" not in printed
+        assert "endoftext" not in printed
+
+
+# --- logs ---------------------------------------------------------------------------------------
+
+
+def test_logs_tell_every_step(run, tmp_path, data):
+    out = tmp_path / "run"
+    command = ("train", NAME, "--data", data, "--out", out, *SMALL, "--steps", 6)
+    assert run(*command, "--validate-every", 4)[0] == 0
+    told = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in told if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in told if "held_out_loss" in line] == [4, 6]
+    assert steps[-1]["tokens"] == 6 * 16
+    assert {"lr", "grad_norm", "tokens_per_second"} < set(steps[0])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [(s.step, s.value) for s in board.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"])) for line in steps
+    ]
+
+
+def test_a_project_of_weights_and_biases_is_told_the_same(run, tmp_path, data, monkeypatch):
+    told = []
+
+    class Project:
+        def log(self, scalars, step):
+            told.append((step, scalars))
+
+        def finish(self):
+            told.append("finished")
+
+    library = types.SimpleNamespace(init=lambda **how: told.append(how) or Project())
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    out = tmp_path / "run"
+    command = ("train", NAME, "--data", data, "--out", out, *SMALL, "--steps", 2)
+    assert run(*command, "--wandb", "some")[0] == 0
+    assert told[0]["project"] == "some"
+    assert [entry[0] for entry in told[1:-1]] == [1, 2, 2]
+    assert told[-1] == "finished"
 
 
 # --- what is said -------------------------------------------------------------------------------
 
 
 def test_how_much_was_held_out_is_said(run, started, data):
-    _, command = started
+    out, command = started
     _, printed, _ = run(*command, "--resume")
-    held_out = len(text.load_text(data).held_out)
+    held_out = Shards(out / "data").held_out.token_count
     read = (held_out - 1) // 16 * 16
-    assert f"bits per byte, on {read:,} of {held_out:,} bytes" in flat(printed)
+    assert "bits per byte" in flat(printed)
+    assert f"held out: on {read:,} of {held_out:,} tokens" in flat(printed)
 
 
-def test_a_vocabulary_that_changes_is_said_with_the_new_size(tmp_path):
+def test_a_vocabulary_that_changes_is_said_with_the_new_size(started):
     console = cli.Console(record=True, width=200, file=io.StringIO())
     model = build("linear-attention-170m", vocab_size=256, dim=16, heads=2, depth=1)
     config = TrainingConfig(steps=1)
-    corpus = text.Corpus(torch.zeros(9), torch.zeros(9), "x")
-    runs._announce(console, model, runs.Run(config, make_optimizer(model, config), 0), corpus)
+    shards = Shards(started[0] / "data")
+    begun = runs.Training(model, config, make_optimizer(model, config), TrainingState(), shards)
+    runs._announce(console, begun)
     said = console.export_text()
-    assert "with a vocabulary of 256 bytes instead of the recipe's 32,000 (170M)" in flat(said)
+    assert "with a vocabulary of 256 instead of the recipe's 32,000 (170M)" in flat(said)
+
+
+def test_bits_per_byte_of_tokens_are_of_the_text_they_stand_for(run, tmp_path, folder):
+    assert run("prepare", folder, "--out", tmp_path / "s", "--tokenizer", 300)[0] == 0
+    shards, config = Shards(tmp_path / "s"), TrainingConfig(steps=1, batch=2, length=8)
+    held_out, model = runs.HeldOut(shards, config), build(NAME, vocab_size=300)
+    targets = [b.targets[0].tolist() for s in range(held_out.steps) for b in held_out.packed(s)]
+    count, size = sum(map(len, targets)), sum(len(shards.tokenizer.decode(t)) for t in targets)
+    assert (held_out.tokens, held_out.size) == (count, size)
+    assert size > 2 * count
+    nats, bits = held_out(model)
+    assert bits == pytest.approx(nats * count / size / 0.6931471805599453)
 
 
 def test_bits_per_byte_are_of_bytes():
     model = build(NAME, vocab_size=1000)
     tokens = torch.randint(1000, (200,))
     with pytest.raises(ValueError, match=r"data: expected dtype torch.uint8, got torch.int64"):
-        training.bits_per_byte(model, tokens, length=16)
-    assert 9 < training.bits_per_token(model, tokens, length=16) < 11
+        losses.bits_per_byte(model, tokens, length=16)
+    assert 9 < losses.bits_per_token(model, tokens, length=16) < 11
 
 
 def test_the_version(run):
