@@ -73,6 +73,24 @@ def _map_exact(fn: Callable[[Tensor, bool], Tensor], value: Any, exact: bool = F
     return value
 
 
+def _inferred(*tensors: Tensor) -> bool:
+    """Whether one was made under inference_mode."""
+    return any(t.is_inference() for t in tensors)
+
+
+def _copied(state: S) -> S:
+    return state.clone()
+
+
+# Dynamo, which cannot trace the one, calls it, and leaves the graph for the other: the marks that
+# torch.compiler sets, whose functions import all of Dynamo.
+_inferred._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_copied._torchdynamo_disable = True  # type: ignore[attr-defined]
+_copied._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "state: it was made under inference_mode; state.clone() goes on in one graph"
+)
+
+
 def _spelt(name: str) -> str:
     """ "rule.weights.0" as people write it."""
     return "state." + re.sub(r"\.(\d+)", r"[\1]", name)
@@ -219,8 +237,15 @@ class State:
                 check.fail(_spelt(name), f"device {device} (state.to moves it)", t.device)
             if exact and t.dtype not in (torch.float32, torch.float64):
                 check.fail(_spelt(name), "torch.float32 or torch.float64, as in a memory", t.dtype)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            copied = any(t.is_inference() for t in self.tensors())
+        if torch.is_grad_enabled():
+            found = self.tensors()
+            if torch.compiler.is_compiling():
+                # Dynamo computes what it asks about: positions depend on little in a graph.
+                found = [t for t in found if not t.is_floating_point()] or found
+            copied = _inferred(*found)
+        if copied and torch.compiler.is_compiling():
+            # Copied within a graph, the originals might be what it saves for its backward.
+            return _copied(self).fitted(*inputs)
         if not copied and all(t.dtype == dtype for _, t, exact in tensors if exact):
             return self
 

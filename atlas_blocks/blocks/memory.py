@@ -182,6 +182,8 @@ class FixedMemory(State):
     """weights: of an OmegaState, which a layer given this as its state reads and never writes;
     None: M_0."""
 
+    EXACT = ("weights",)
+
     weights: tuple[Tensor, ...] | None
 
 
@@ -487,7 +489,9 @@ class AtlasMemory(Block):
         `layer(queries, FixedMemory(weights))` is the same, and is seen by what hooks the layer's
         forward to bring its parameters (FSDP, offloading).
         """
+        found = FixedMemory(weights).fitted(queries).weights
+        assert found is not None
         q = unit_length(queries.unflatten(-1, (self.heads, -1)))
         phi = as_node(self.feature_map()) if torch.compiler.is_compiling() else self.feature_map()
-        read = read_memory(q, weights, memory=self.config.memory, feature_map=phi)
+        read = read_memory(q, found, memory=self.config.memory, feature_map=phi)
         return self.norm(read).flatten(-2)
