@@ -1,0 +1,132 @@
+"""Sequences that go on together, a token each at a step; they join, fork and leave at any step.
+
+On a CPU a row's numbers are the same, to the last bit, whoever is beside it, if torch computes with
+one thread and the state does not grow with the text (tests/recipes/serving/test_engine.py):
+
+* matrix products of a multiple of TILE rows treat every row alike, those of fewer do not: the batch
+  is filled up with copies of a row;
+* attention takes another way, which rounds otherwise, where all rows stand at one position: the
+  copies stand one further, and there is one at least where all others are at one;
+* the memory's step is that of one token (`functional.one_token`), which takes rows at different
+  places of their chunks in one batch, where the definition takes those of each place apart.
+
+B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atlas_blocks import State, ops
+from atlas_blocks.functional.omega_rule import run
+from atlas_blocks.functional.one_token import one_token
+from atlas_blocks.ops.omega_rule import Settings, unflatten
+from atlas_blocks.ops.providers import Provider
+from atlas_blocks.recipes.model import LanguageModel, LanguageModelState
+
+TILE = 4
+PROVIDER = "rows"
+
+
+class Rows:
+    """The rows in the order in which they joined, those that left taken out."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self._count = model, 0
+        # With the rows that fill it up.
+        self._state: LanguageModelState | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def join(self, states: Sequence[LanguageModelState]) -> None:
+        """Rows of these states come after those that are there."""
+        if states:
+            there = [] if self._state is None else [self._state[: self._count]]
+            joined = State.cat([*there, *states])
+            self._set(joined, list(range(len(joined))))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """All but these rows leave."""
+        if self._state is not None and list(rows) != list(range(self._count)):
+            self._set(self._state, list(rows))
+
+    def _set(self, state: LanguageModelState, rows: list[int]) -> None:
+        self._count = len(rows)
+        if not rows:
+            self._state = None
+            return
+        state = state[rows]
+        missing = -len(rows) % TILE
+        if any(bool((t == t[0]).all()) for t in state.tensors() if _is_position(t)):
+            missing = missing or TILE
+        if missing:
+            copies = state[missing * [0]].map(lambda t: t + 1 if _is_position(t) else t)
+            state = State.cat([state, copies])
+        self._state = state
+
+    def state(self, row: int) -> LanguageModelState:
+        """Of one row, a copy."""
+        assert self._state is not None
+        return self._state[[row]]
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Every row reads its token: logits [B, V] of what comes next."""
+        assert self._state is not None
+        device = next(self.model.parameters()).device
+        # A copy reads what the row does that it was copied from.
+        filled = [*tokens, *tokens[:1] * (len(self._state) - self._count)]
+        column = torch.tensor(filled, device=device)[:, None]
+        with _one_token_at_a_time(device):
+            logits, self._state = self.model(column, self._state)
+        return logits[: self._count, -1]
+
+
+def _is_position(t: Tensor) -> bool:
+    """As states have them: int64 [B]."""
+    return t.ndim == 1 and t.dtype == torch.int64
+
+
+def _one_token_at_a_time(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type != "cpu":  # the kernels take rows at any place
+        return contextlib.nullcontext()
+    _register()
+    return ops.use_provider(PROVIDER)
+
+
+@functools.cache
+def _register() -> None:
+    ops.register_provider(
+        "omega_rule", Provider(PROVIDER, _supports, _forward, _backward), automatic_on=()
+    )
+
+
+def _supports(call: Any) -> str | None:
+    return "it has no gradient" if call.needs_grad else None
+
+
+def _forward(tensors: list[Tensor], settings: Settings, *_: Any) -> list[Tensor]:
+    a = unflatten(tensors, settings)
+    # A memory that begins a segment may read more than one.
+    one = a.q.shape[1] == 1 and a.state is not None
+    y, state = one_token(a) if one else run(a)
+    return list(_apart([y, *state.tensors()], tensors))
+
+
+def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Copies of what shares memory: an op may return neither an input nor a tensor twice."""
+    seen = {t.untyped_storage()._cdata for t in inputs}
+    for t in results:
+        yield t.clone() if t.untyped_storage()._cdata in seen else t
+        seen.add(t.untyped_storage()._cdata)
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    raise NotImplementedError("the provider of rows has no gradient")
