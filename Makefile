@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types clean
+.PHONY: help setup demo test test-slow docs lint types clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,7 +18,7 @@ setup: $(STAMP)  ## create .venv and install everything (done by the others as n
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,plot]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,plot,docs]'
 	touch $@
 
 demo: $(STAMP)  ## train a tiny hybrid and a Transformer on real text
@@ -29,6 +29,9 @@ test: lint types  ## format, lint, types and the default tests
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(TEST_ARGS)
+
+docs: $(STAMP)  ## build the pages of docs/ into build/docs, links checked, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: $(STAMP)  ## ruff format and ruff check, changing nothing
 	$(BIN)/ruff format --check .

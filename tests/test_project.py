@@ -1,4 +1,4 @@
-"""The project itself: packaging, documentation and the one direction of imports."""
+"""The project itself: packaging and the one direction of imports. (What people read: test_docs.)"""
 
 import ast
 import os
@@ -103,41 +103,6 @@ def test_import_is_light(tmp_path):
         "print([m for m in ('triton', 'rich', 'typer', 'matplotlib') if m in sys.modules])"
     )
     assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == "[]"
-
-
-def test_readme_names_commands_that_exist():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)", readme))
-    assert {"demo", "test"} <= named <= targets
-
-
-def test_readme_folder_table_matches_the_tree():
-    readme = (ROOT / "README.md").read_text()
-    in_table = set(re.findall(r"^\| `(\w+)/` \|", readme, re.MULTILINE))
-    tracked = {p.parent for p in ROOT.rglob("*.py")}
-    hidden = {"build", "dist", "demo_output", "shared"}
-    tops = {p.relative_to(ROOT).parts[0] for p in tracked if p != ROOT}
-    assert in_table == {t for t in tops if t not in hidden and not t.startswith(".")}
-
-
-def test_readme_lists_the_architectures():
-    from atlas_blocks.recipes.registry import ARCHITECTURES, SIZES
-
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Recipes") : readme.index("## Folders")]
-    assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == set(ARCHITECTURES)
-    assert all(f"`{size}`" in section for size in SIZES)
-
-
-README_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-# One compiles: Inductor's first import in a process warns of its own parts.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("example", README_EXAMPLES, ids=range(len(README_EXAMPLES)))
-def test_readme_examples_run(example):
-    exec(compile(example, "README.md", "exec"), {})
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The README's table of what every block holds is true."""
+"""The table of docs/blocks.md, what every block holds, is true."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from atlas_blocks.blocks.conv import ShortConv
 from atlas_blocks.blocks.lstm import LSTM
 from atlas_blocks.blocks.swiglu import SquaredReLU, SwiGLU
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-TABLE = re.findall(r"^\| `(\w+)` \| (yes|no) \| (yes|no) \| (yes|no) \|$", README, re.MULTILINE)
+PAGE = (Path(__file__).parents[2] / "docs" / "blocks.md").read_text()
+TABLE = re.findall(r"^\| `(\w+)` \| (yes|no) \| (yes|no) \| (yes|no) \|$", PAGE, re.MULTILINE)
 PARTS = (Block, ShortConv, SwiGLU, SquaredReLU)
 SIZES: dict[Any, tuple[int, ...]] = {LSTM: (16,)}
 
