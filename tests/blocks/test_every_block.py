@@ -251,6 +251,19 @@ def test_no_tokens_and_no_rows_are_legal(name: str) -> None:
 
 
 @every_block
+def test_a_loss_of_no_tokens_has_a_backward(name: str) -> None:
+    """As a batch sharded over ranks, or cut into pieces, may come to."""
+    block = make_block(name)
+    _, state = block(draw(2, 9, DIM))
+    for x, before in ((draw(2, 0, DIM), None), (draw(2, 0, DIM), state), (draw(0, 9, DIM), None)):
+        y, _ = block(x, before, detach_state=False)
+        assert y.shape == x.shape
+        assert y is not x
+        y.sum().backward()
+    assert not any(p.grad.any() for p in block.parameters() if p.grad is not None)
+
+
+@every_block
 def test_an_empty_batch_is_legal(name: str) -> None:
     block = make_block(name)
     y, state = block(draw(0, 9, DIM))
