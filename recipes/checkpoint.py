@@ -35,6 +35,8 @@ MODEL, OPTIMIZER, RUN = "model.", "optimizer.", "run."
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 # Attributes that say how parameters are initialised, and nothing more.
 STARTS = {"start", "std"}
+# What accelerate puts beside a forward that only moves or casts what the class's own computes with.
+MOVERS = {"_hf_hook", "_original_forward"}
 # Fields of a run that the file's metadata holds as they are.
 WORDS = ("data", "tokenizer", "record")
 C = TypeVar("C", bound=Config)
@@ -70,6 +72,8 @@ def save(
     Raises ValueError, before anything is written, for what `load` would refuse: parts that the
     model's config does not build, or weights that are not finite unless allow_nonfinite. Raises
     OSError where the file cannot be written; what was there before stays.
+    Hooks are no part of a model here: the file has none, nor what they have changed in passing.
+    Those that make a weight (pruning) are refused, by the names of what they make it from.
     """
     whole = _unwrapped(model)
     tensors = {MODEL + _plain(name): t for name, t in whole.state_dict().items()}
@@ -279,6 +283,8 @@ def _replaced(model: LanguageModel) -> list[str]:
             problems.append(f"{name} is {type(part).__name__}, not {type(expected).__name__}")
         elif getattr(part, "config", None) != getattr(expected, "config", None):
             problems.append(f"{name} has another config")
+        elif "forward" in vars(part) and vars(part).keys().isdisjoint(MOVERS):
+            problems.append(f"{name or 'the model'} has a forward of its own")
         else:
             theirs = vars(part)
             others = (key for key, value in _numbers(expected) if theirs.get(key) != value)

@@ -1,5 +1,6 @@
 """Checkpoints: nothing is lost, nothing half-written, and every bad file is named."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
-from atlas_blocks import SlidingWindowAttention
+from atlas_blocks import SlidingWindowAttention, keep_provider
 from atlas_blocks.compile_passes.backend import compile as atlas_compile
 from atlas_blocks.recipes import build, checkpoint, train
 from atlas_blocks.recipes.training import TrainingConfig, TrainingState, make_optimizer
@@ -216,6 +218,15 @@ def other_eps(model):
     model.blocks[0].mlp_norm.eps = 0.1
 
 
+def own_forward(model):
+    part = model.blocks[1].mlp
+    part.forward = lambda x: (torch.zeros_like(x), None)
+
+
+def pruned(model):
+    prune.l1_unstructured(model.blocks[0].mlp.down, "weight", 0.5)
+
+
 def poisoned(model):
     with torch.no_grad():
         model.norm.weight[3] = float("nan")
@@ -227,6 +238,8 @@ def poisoned(model):
         (other_window, "blocks.0.attention has another config"),
         (louder, "blocks.0.mlp.down is Louder, not Linear"),
         (other_eps, r"blocks\.0\.mlp_norm has another eps"),
+        (own_forward, r"blocks\.1\.mlp has a forward of its own"),
+        (pruned, r"blocks\.0\.mlp\.down\.weight missing"),
         (normed, "blocks.0.mlp.down is ParametrizedLinear, not Linear"),
         (lambda m: m.blocks.append(nn.Identity()), "blocks.2 unknown"),
         (lambda m: m.blocks.__delitem__(1), r"blocks\.1 missing"),
@@ -240,6 +253,29 @@ def test_what_load_would_refuse_is_not_written(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         checkpoint.save(tmp_path / "model", model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hooks_are_no_part_of_what_is_saved(tmp_path):
+    """They may steer, observe, keep a provider or move weights: none of them is a weight."""
+    plain = build("linear-attention-tiny", depth=1)
+    model = copy.deepcopy(plain)
+    part, tokens = model.blocks[0].mlp, torch.arange(9)[None]
+    part.register_forward_hook(lambda m, args, result: (2 * result[0], result[1]))
+    part.register_forward_pre_hook(lambda m, args: None)
+    part.register_full_backward_hook(lambda m, grads_in, grads_out: None)
+    keep_provider(model.blocks[0], "definition")
+    assert not torch.equal(model(tokens).logits, plain(tokens).logits)
+    checkpoint.save(tmp_path / "model", model)
+    loaded = checkpoint.load(tmp_path / "model")
+    assert torch.equal(loaded(tokens).logits, plain(tokens).logits)
+
+
+def test_a_model_that_accelerate_moves_is_saved(tmp_path):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build("linear-attention-tiny", depth=1)
+    hooks.add_hook_to_module(model.blocks[0].mlp, hooks.AlignDevicesHook("cpu"))
+    checkpoint.save(tmp_path / "model", model)
+    assert same(checkpoint.load(tmp_path / "model"), model)
 
 
 def test_what_is_no_language_model_is_refused(tmp_path):
