@@ -24,6 +24,7 @@ from atlas_blocks import (
 )
 from atlas_blocks.blocks.deep_transformer import NeutralGates
 from atlas_blocks.blocks.parameters import Linear
+from atlas_blocks.data import there
 
 MODELS = "Gemma, GPT-2, Llama, Mistral, Qwen2 or Qwen3"
 RMS_EPS = 1e-6
@@ -49,7 +50,8 @@ def from_attention(
 
     module: torch.nn.MultiheadAttention (its causal use, batch first, without dropout), the
     attention of a model of Hugging Face transformers (Gemma, GPT-2, Llama, Mistral, Qwen2, Qwen3;
-    rotary positions unscaled, no sliding window), or a SlidingWindowAttention with window=None.
+    rotary positions unscaled, as its config says, and no sliding window), or a
+    SlidingWindowAttention with window=None.
     window, gate_rank: of the gates that the layer has beyond it. They start at exactly 1 (older
     lags of the window at 0), where they change nothing and still receive a gradient.
     Rotary positions, grouped keys, scale and biases are taken over, dropout is not. The layer owns
@@ -133,6 +135,7 @@ def replace_attention(model: nn.Module, *, window: int = 1, gate_rank: int = 32)
     for name, module in found:
         try:
             layer = from_attention(module, window=window, gate_rank=gate_rank)
+            _check_rotary(model, module, layer)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         index = module.layer_idx
@@ -363,6 +366,31 @@ def _gpt2(m: Any) -> Layout:
 
 def _biases(slots: dict[str, tuple[str, ...]]) -> dict[str, bool]:
     return {"qkv_bias": "qkv.bias" in slots, "out_bias": "out.bias" in slots}
+
+
+def _check_rotary(model: nn.Module, module: nn.Module, layer: DeepTransformerLayer) -> None:
+    """That the model turns an attention's queries and keys as the attention's config says, from
+    which the layer takes its positions."""
+    base, attention = layer.config.rope_base, type(module).__module__
+    for name, part in model.named_modules():
+        of_another = getattr(part, "config", module.config) is not module.config
+        if base is None or of_another or name.rpartition(".")[2] != "rotary_emb":
+            continue
+        rotary: Any = part
+        _check_own(name, rotary, is_part=False)
+        found = getattr(rotary, "inv_freq", None)
+        if type(rotary).__module__ != attention or not isinstance(found, Tensor):
+            check.fail(name, f"the rotary embedding of {attention}", type(rotary).__name__)
+        if rotary.attention_scaling != 1:
+            check.fail(f"{name}.attention_scaling", "1", rotary.attention_scaling)
+        if not there(found):  # as `load_converted` builds it
+            continue
+        exponents = torch.arange(0, layer.width, 2, dtype=torch.float64) / layer.width
+        ours, theirs = base**-exponents, found.detach().cpu().double()
+        # Computed in float32, and rounded where the model was cast.
+        close = 32 * torch.finfo(torch.float32).eps + torch.finfo(found.dtype).eps
+        if ours.shape != theirs.shape or not torch.allclose(theirs, ours, rtol=close, atol=0):
+            check.fail(f"{name}.inv_freq", f"the frequencies of rope_theta = {base}", "others")
 
 
 def _check_causal(m: Any) -> None:

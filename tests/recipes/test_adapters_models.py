@@ -293,6 +293,53 @@ def test_a_model_that_cannot_be_converted_is_left_as_it_was() -> None:
     assert not hasattr(model.config, "atlas_attention")
 
 
+def stretched(rotary: Any) -> None:
+    rotary.inv_freq[-1] *= 1.001
+
+
+def scaled(rotary: Any) -> None:
+    rotary.attention_scaling = 1.1
+
+
+def steered(rotary: Any) -> None:
+    rotary.register_forward_hook(lambda mod, args, y: (y[0], -y[1]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (stretched, r"rotary_emb\.inv_freq: expected the frequencies of rope_theta = 500\.0"),
+        (scaled, r"rotary_emb\.attention_scaling: expected 1, got 1\.1"),
+        (steered, "rotary_emb: expected a module without hooks"),
+    ],
+)
+def test_rotary_positions_that_were_edited_are_refused(edit: Any, message: str) -> None:
+    """A layer takes its positions from the config."""
+    model = language_model("llama")
+    edit(model.model.rotary_emb)
+    with pytest.raises(ValueError, match=message):
+        replace_attention(model)
+    assert not hasattr(model.config, "atlas_attention")
+
+
+def test_a_rotary_embedding_of_ones_own_is_refused() -> None:
+    model = language_model("llama")
+
+    class Mine(type(model.model.rotary_emb)):
+        pass
+
+    model.model.rotary_emb = Mine(model.config)
+    with pytest.raises(ValueError, match=r"rotary_emb: expected .*modeling_llama, got Mine"):
+        replace_attention(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", LIKE_LLAMA)
+def test_frequencies_that_a_cast_has_rounded_are_taken(kind: str, dtype: torch.dtype) -> None:
+    model = language_model(kind, rope_theta=1e6).to(dtype)
+    assert replace_attention(model)
+
+
 @every_kind
 @torch.no_grad()
 def test_a_converted_model_is_saved_and_loaded(kind: str, tmp_path: Path) -> None:
