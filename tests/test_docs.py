@@ -66,7 +66,9 @@ def examples() -> Iterator[Any]:
     for name, text in PAGES.items():
         fences = [m for m in FENCE.finditer(text) if m[1] == "python"]
         for number, found in enumerate(fences):
-            marks = [pytest.mark.slow] if text[: found.start()].endswith(SLOW) else []
+            slow = text[: found.start()].endswith(SLOW)
+            # The compiler warns of its own parts.
+            marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")] if slow else []
             yield pytest.param(found[2], id=f"{name}-{number}", marks=marks)
 
 
@@ -98,7 +100,7 @@ def as_it_was() -> Iterator[None]:
     registry._recipe.cache_clear()
 
 
-# Some compile: Inductor's first import in a process warns of its own parts.
+# Inductor's first import in a process warns of its own parts.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.usefixtures("as_it_was")
 @pytest.mark.parametrize("example", list(examples()))
@@ -236,6 +238,13 @@ def test_extras_are_those_of_the_package() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.text.splitlines()) <= 130
+
+
+def test_results_of_benchmarks_say_where_they_come_from() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        name = re.sub(r"^decode_.*", "decode_NAME.json", file.name)
+        assert f"`{name}`" in text, name
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
