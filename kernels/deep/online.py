@@ -4,7 +4,7 @@
     f_w^2 = |L_w|^2 / |e0|^2        own_i = |h|^2 + (f . f) |x|^2
     scale_t = max(own_i of the window, theta_t scale_{t-1})     eta^_t = eta_t / max(1, m_t scale_t)
     F = A diag(eta^) C              kappa = h h^T + (f f^T) o (x x^T)
-    N[t, s] = F[t-1, s] + (A[t-1, s] or abar_{t-1}) pend(t, s)  (I + kappa o N) E = e, s before t
+    N[t, s] = F[t-1, s] + pend(t, s)                            (I + kappa o N) E = e, s before t
 
 In order a chunk's keys are those of the halo and then its own, in tiles of BK (its own are the
 first of them in memory). Called by the programs of forward.py.
