@@ -157,6 +157,8 @@ def load_converted(path: str | Path, **options: Any) -> Any:
     """
     import transformers
 
+    from atlas_blocks.recipes.hugging_face import start_blocks
+
     config: Any = transformers.AutoConfig.from_pretrained(path)
     settings = getattr(config, "atlas_attention", None)
     if settings is None:
@@ -169,6 +171,7 @@ def load_converted(path: str | Path, **options: Any) -> Any:
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
         replace_attention(self, **settings)
+        start_blocks(self)
 
     # Only a class of its own tells from_pretrained which parameters there are to fill.
     converted = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})

@@ -5,10 +5,13 @@ B rows, T new tokens, P tokens in the cache before them, S = P + T.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from atlas_blocks import (
@@ -82,6 +85,35 @@ class StateLayer(CacheLayerMixin):
         assert self.state is not None
         first = self.state.tensors()[0]
         return torch.arange(first.shape[0], device=first.device)
+
+
+def start_blocks(model: nn.Module) -> None:
+    """Have transformers start the blocks in a model as they start alone.
+
+    Called in the `__init__` of a PreTrainedModel once its blocks are there, before `post_init`.
+    That and `from_pretrained`, which fills what a checkpoint lacks, would draw every Linear of a
+    block as the model's own, and leave what is no layer of torch's as memory happened to be.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part._init_weights = functools.partial(_start, part)
+
+
+@torch.no_grad()
+def _start(model: PreTrainedModel, module: nn.Module) -> None:
+    """`_init_weights` of a model with blocks, called for every module of which a checkpoint does
+    not hold all by the innermost PreTrainedModel around it."""
+    kind = parametrize.type_before_parametrizations(module)
+    if not (isinstance(module, Block) or kind.__module__.startswith("atlas_blocks.")):
+        type(model)._init_weights(model, module)
+        return
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    loaded = [(t, t.clone()) for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    for tensor, value in loaded:
+        tensor.copy_(value)
 
 
 class HuggingFaceAttention(nn.Module):
