@@ -83,14 +83,14 @@ def _packed(
         step = max(1, piece // len(reading))
         parts = [rows[i][at : at + step] for i in reading]
         bounds = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
-        logits, state = model(torch.cat(parts)[None], state, cu_seqlens=bounds)
+        logits, after = model(torch.cat(parts)[None], state, cu_seqlens=bounds)
         at += step
         over = [n for n, i in enumerate(reading) if len(rows[i]) <= at]
         for n in over:
             last[reading[n]] = logits[0, int(bounds[n + 1]) - 1].clone()
-            done[reading[n]] = state[[n]]
+            done[reading[n]] = after[[n]]
         going = [n for n in range(len(reading)) if n not in over]
-        reading, state = [reading[n] for n in going], state[going]
+        reading, state = [reading[n] for n in going], after[going]
     order = range(len(rows))
     return torch.stack([last[i] for i in order]), State.cat([done[i] for i in order])
 

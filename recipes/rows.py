@@ -77,7 +77,7 @@ class Rows:
         return self._state[[row]]
 
     @torch.no_grad()
-    def step(self, tokens: Sequence[int]) -> Tensor:
+    def step(self, tokens: list[int]) -> Tensor:
         """Every row reads its token: logits [B, V] of what comes next."""
         assert self._state is not None
         device = next(self.model.parameters()).device

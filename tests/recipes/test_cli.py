@@ -55,8 +55,9 @@ def test_generate_shows_every_byte_when_it_is_there(monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr("builtins.print", lambda *text, **how: shown.append("".join(text)))
 
-    def stream(model, rows, **options):
+    def stream(model, rows, *, stopped, **options):
         for token in b"a\xc3\xa9\n":
+            assert not any([stopped(row, token) for row in range(len(rows))])
             yield torch.tensor([token] * len(rows))
             seen.append("".join(shown))
         raise KeyboardInterrupt

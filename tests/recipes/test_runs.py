@@ -559,8 +559,10 @@ def test_sampling_ends_with_the_document(run, tmp_path, folder, monkeypatch):
     checkpoint.save(tmp_path / "model", model, kept)
     (letters,) = coder.encode(["bc"])
 
-    def stream(model, rows, **options):
+    def stream(model, rows, *, stopped, **options):
         for token in [*letters.tolist(), coder.end, *letters.tolist()]:
+            if all([stopped(row, token) for row in range(len(rows))]):
+                return
             yield torch.tensor([token] * len(rows))
 
     monkeypatch.setattr(cli, "stream", stream)

@@ -1,0 +1,1 @@
+"""Serving a trained model: many sequences in one batch, sessions on disk, OpenAI's HTTP API."""

@@ -1,0 +1,46 @@
+"""A model behind a port, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import socket
+
+from rich.console import Console
+
+from atlas_blocks.recipes.data import Tokenizer
+from atlas_blocks.recipes.model import LanguageModel
+from atlas_blocks.recipes.serving.service import Options, Service
+
+# Seconds that answers which are under way have to end, once the server is to.
+GRACE = 2
+
+
+def run(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    host: str,
+    port: int,
+    console: Console,
+    options: Options,
+) -> None:
+    """Serve, and say where. Raises ValueError for an option that cannot be followed, OSError where
+    the port cannot be had."""
+    try:
+        import uvicorn
+
+        from atlas_blocks.recipes.serving.app import create_app
+    except ImportError as error:
+        what = f"the library {error.name}, got none (pip install 'atlas-blocks[serve]')"
+        raise ValueError(f"serve: expected {what}") from None
+    service = Service(model, tokenizer, options)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(f"port: cannot listen at {host}:{port}: {error.strerror or error}") from error
+    with listening:
+        where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        console.print(f"serving [bold cyan]{service.name}[/] at {where}", highlight=False)
+        config = uvicorn.Config(
+            create_app(service), log_level="error", timeout_graceful_shutdown=GRACE
+        )
+        uvicorn.Server(config).run(sockets=[listening])
