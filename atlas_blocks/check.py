@@ -54,6 +54,9 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         fail(name, f"a tensor {axes}", type(value).__name__)
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        fail(name, f"a dense tensor {axes} (cu_seqlens packs rows of unequal length)", kind)
     shape = tuple(value.shape)
     fits = len(shape) == len(sizes) and all(
         w is None or w == g for w, g in zip(sizes, shape, strict=True)

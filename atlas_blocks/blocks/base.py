@@ -100,7 +100,7 @@ class Block(nn.Module, abc.ABC):
         feeding a sequence in any split gives the same outputs and final state as one call.
         cu_seqlens: int [N + 1], document boundaries 0 = c_0 < ... < c_N = T of a packed x with
         B = 1: every document runs as if alone, and `state` (in and out) has a batch of N. Or what
-        `Documents.check` made of them.
+        `Documents.check` made of them. There are no masks: padding would enter the state.
         detach_state: False keeps the returned state in the autograd graph.
         Returns y [B, T, dim] and the state. Raises ValueError on a wrong shape, dtype or state.
         """

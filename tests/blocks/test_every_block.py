@@ -17,6 +17,7 @@ from helpers import (
     make_block,
 )
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
 from atlas_blocks import Block, State
 
@@ -280,6 +281,11 @@ def test_wrong_inputs_are_named(name: str) -> None:
         ((x[..., 1:],), {}, r"x: expected shape .*, got \[2, 9, 11\]"),
         ((x.long(),), {}, r"x: expected dtype .*, got torch.int64"),
         (("x",), {}, r"x: expected a tensor \[B, T, dim\], got str"),
+        (
+            (x.to_sparse(),),
+            {},
+            r"x: expected a dense tensor .*, got one of layout torch.sparse_coo",
+        ),
         ((x, x), {}, "state: expected .*None, got Tensor"),
     ]
     if state is not None:
@@ -311,6 +317,28 @@ def test_wrong_inputs_are_named(name: str) -> None:
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             block(*arguments, **options)
+
+
+@every_block
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padding_is_refused_in_every_form(name: str) -> None:
+    """Masks, nested tensors, packed sequences: packed documents (cu_seqlens) are the one way."""
+    block, x = make_block(name), draw(2, 9, DIM)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    for word in ("mask", "attention_mask", "attn_mask", "key_padding_mask"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{word}'"):
+            block(x, **{word: mask})
+    with pytest.raises(ValueError, match=r"state: expected .*None, got Tensor"):
+        block(x, mask)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected dtype torch.int32 or torch.int64"):
+        block(x[:1], cu_seqlens=mask[0])
+    rows = [x[0, :5], x[1]]
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor(rows, layout=layout)
+        with pytest.raises(ValueError, match=r"x: expected a dense tensor .*cu_seqlens.* nested"):
+            block(nested)
+    with pytest.raises(ValueError, match=r"x: expected a tensor .*, got PackedSequence"):
+        block(pack_sequence(rows, enforce_sorted=False))
 
 
 @every_block
