@@ -23,7 +23,7 @@ VARIANTS = [
     dict(zip(("objective", "window", "momentum", "feature_map"), values, strict=True))
     for values in itertools.product(OBJECTIVES, (1, 16), (True, False), ("identity", "sketch"))
 ]
-# Known not to stay finite in float32 with momentum (README, Status).
+# Known not to stay finite in float32 with momentum (docs/limits.md, Stability).
 UNBOUNDED = {
     ("matrix", "drawn", "million"),  # in half of the draws of weights
     ("mlp", "drawn", "thousand"),

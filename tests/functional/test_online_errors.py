@@ -310,6 +310,6 @@ def test_one_token_over_and_over_is_bounded_at_any_retention_and_window(
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 3, 4, 64])
 def test_tokens_with_gates_of_their_own_are_bounded(tokens: int) -> None:
-    """Without momentum. (With it they are not always, see README, Status.)"""
+    """Without momentum. (With it they are not always, see docs/limits.md.)"""
     sizes = largest_reads(repeated(tokens, 16, False, None), 64)
     assert sizes.max() < 20, sizes.topk(5)
