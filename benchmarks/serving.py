@@ -7,8 +7,8 @@ Both serve a recipe as it is initialised by the command `atlas-blocks serve`, in
 own. The load of the machine before and after is in the result.
 
 throughput: streamed answers over HTTP, one at a time and --batch at once, in turn; tokens/s by the
-clock, and by the CPU time of the server, where others are on the machine. An answer alone is computed
-in a batch of 4 rows, as always, so that it is what it is among others.
+clock, and by the CPU time of the server, where others are on the machine. An answer alone is
+computed in a batch of 4 rows, as always, so that it is what it is among others.
 session: random tokens read into a session by one server, and questions about it to that server and
 to another, started later, that takes the session up from its file; tokens must be the same.
 """

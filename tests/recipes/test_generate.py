@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atlas_blocks.recipes import build, generate, prefill, stream
+from atlas_blocks.recipes import build, checkpoint, generate, prefill, stream
 from atlas_blocks.recipes.generate import ENDED
 from atlas_blocks.recipes.rows import TILE, Rows
 from atlas_blocks.recipes.sampling import Continuation, Sampling, choose
@@ -311,3 +311,46 @@ def test_bad_generation_arguments_are_named(prompt, options, word):
     # At once, not at the first token.
     with pytest.raises(ValueError, match=word):
         stream(tiny("transformer-tiny"), prompt, **options)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    place = tmp_path_factory.mktemp("saved") / "model"
+    checkpoint.save(place, tiny("deltanet-tiny", depth=1))
+    return place
+
+
+def test_the_command_continues_every_prompt(run, saved):
+    prompts = ("--prompt", "ab", "--prompt", "a longer é")
+    code, out, _ = run("generate", saved, *prompts, "--tokens", 9, "--seed", 3, "--batch", 2)
+    assert code == 0
+    parts = out.split("--- ")[1:]
+    assert len(parts) == 4
+    for number, part in enumerate(parts):
+        text = ("ab", "a longer é")[number // 2]
+        alone = run("generate", saved, "--prompt", text, "--tokens", 9, "--seed", 3 + number)[1]
+        assert part == f"{number + 1} ---\n{alone}"
+        assert alone.startswith(text)
+
+
+def test_the_command_ends_at_a_stop(run, saved):
+    command = ("generate", saved, "--prompt", "a", "--tokens", 40)
+    plain = run(*command)[1]
+    new = plain[1:-1]
+    at = next(i for i in range(5, len(new)) if new[i].isascii() and new.index(new[i]) == i)
+    assert run(*command, "--stop", new[at])[1] == f"a{new[:at]}\n"
+    assert run(*command, "--stop-id", ord(new[at]))[1] == f"a{new[:at]}\n"
+    assert run(*command, "--repetition-penalty", 5.0)[1] != plain
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--stop", ""), ("--repetition-penalty", 0), ("--prompt", ""), ("--tokens", -1)],
+)
+def test_the_command_names_what_is_wrong(run, saved, option, value):
+    code, _, err = run("generate", saved, option, value)
+    assert code == 2
+    assert option.strip("-").replace("tokens", "max_new_tokens").replace("-", "_") in err
