@@ -178,12 +178,14 @@ def _step_call(arguments: dict[str, Any], backward: bool) -> omega_step.StepCall
 
 def _features_call(arguments: dict[str, Any], backward: bool) -> FeaturesCall:
     x, degree = arguments["x"], int(arguments["coefficients"].shape[0]) - 1
-    return FeaturesCall(x.device.type, x.dtype, int(x.shape[-1]), degree, backward)
+    device, index = x.device.type, x.device.index
+    return FeaturesCall(device, x.dtype, int(x.shape[-1]), degree, backward, index)
 
 
 def _iteration_call(arguments: dict[str, Any], backward: bool) -> IterationCall:
     s = arguments["s"]
-    return IterationCall(s.device.type, s.dtype, int(s.shape[-2]), int(s.shape[-1]), backward)
+    rows, columns = (int(n) for n in s.shape[-2:])
+    return IterationCall(s.device.type, s.dtype, rows, columns, backward, s.device.index)
 
 
 # By op; "memory_as_context" has no providers, and hands the name to the ops inside it.

@@ -39,6 +39,7 @@ class Call:
     rows: int  # m
     columns: int  # n
     needs_grad: bool
+    index: int | None = None  # the device's number, current while `supports` is asked
 
 
 def newton_schulz(
@@ -60,7 +61,7 @@ def newton_schulz(
     # operator.index: a graph serves one width and number of steps, where they are symbolic.
     steps = operator.index(steps)
     rows, columns = operator.index(s.shape[-2]), operator.index(s.shape[-1])
-    facts = (s.device.type, s.dtype, rows, columns, needs_grad)
+    facts = (s.device.type, s.dtype, rows, columns, needs_grad, s.device.index)
     chosen = _choose(provider, providers.context(), *facts)
     if chosen == providers.DEFINITION and not torch.compiler.is_compiling():
         return definition(s, steps=steps, coefficients=coefficients, gradient=gradient)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,8 @@ class Call:
     needs_grad: bool
     packed: bool
     traced: bool  # by torch.compile, and so where a graph can take the rule in
+    # The device's number: `supports` is asked with it as the current device.
+    index: int | None = field(default=None, kw_only=True)
 
 
 def omega_rule(
@@ -176,7 +178,7 @@ def facts_of(
         return tuple(operator.index(n) for n in shape)
 
     return (
-        a.q.device.type,
+        (a.q.device.type, a.q.device.index),
         tuple(t.dtype for t in _tensors(a) if t.is_floating_point() and t is not signs),
         _state_dtype(a),
         sizes(a.q.shape[2], a.q.shape[3], a.v.shape[3]),
@@ -194,7 +196,7 @@ def facts_of(
 
 
 def call_of(
-    device: str,
+    device: tuple[str, int | None],
     dtypes: tuple[torch.dtype, ...],
     state_dtype: torch.dtype,
     widths: tuple[int, int, int],
@@ -210,7 +212,7 @@ def call_of(
     traced: bool,
 ) -> Call:
     return Call(
-        device=device,
+        device=device[0],
         dtype=dtypes[0],
         dtypes=frozenset(dtypes),
         state_dtype=state_dtype,
@@ -227,6 +229,7 @@ def call_of(
         needs_grad=needs_grad,
         packed=packed,
         traced=traced,
+        index=device[1],
     )
 
 

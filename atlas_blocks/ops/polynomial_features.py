@@ -39,6 +39,7 @@ class Call:
     width: int  # D
     degree: int
     needs_grad: bool
+    index: int | None = None  # the device's number, current while `supports` is asked
 
 
 def polynomial_features(x: Tensor, coefficients: Tensor, *, provider: str = "auto") -> Tensor:
@@ -54,7 +55,7 @@ def polynomial_features(x: Tensor, coefficients: Tensor, *, provider: str = "aut
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or coefficients.requires_grad)
     # operator.index: a graph serves one width and degree, where sizes are symbolic.
     width, degree = operator.index(x.shape[-1]), operator.index(coefficients.shape[0]) - 1
-    facts = (x.device.type, x.dtype, width, degree, needs_grad)
+    facts = (x.device.type, x.dtype, width, degree, needs_grad, x.device.index)
     chosen = _choose(provider, providers.context(), *facts)
     if chosen == providers.DEFINITION and not torch.compiler.is_compiling():
         return definition(x, coefficients)

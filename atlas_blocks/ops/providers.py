@@ -12,9 +12,11 @@ import importlib
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from atlas_blocks import check
@@ -32,7 +34,7 @@ class Provider:
     """One implementation of one op.
 
     supports(call): None where it can serve the call, else why not, in one sentence. `call` is what
-    the op says of a call, such as `ops.omega_rule.Call`.
+    the op says of a call, such as `ops.omega_rule.Call`; its GPU is then the current device.
     forward, backward: serve the op and its backward; their arguments are the ops' without the
     provider's name, the settings as one tuple.
     saves: whether the forward, asked to save, hands out what the op keeps for the backward; one
@@ -215,11 +217,20 @@ def names(op: str) -> tuple[str, ...]:
 
 
 def refusal(op: str, name: str, call: Any) -> str | None:
-    """Why the provider cannot serve the call of `op`, or None where it can."""
+    """Why the provider cannot serve the call of `op`, or None where it can. Asked with the call's
+    GPU as the current one."""
     try:
-        return find(op, name).supports(call)
+        with _current(call):
+            return find(op, name).supports(call)
     except ImportError as error:
         return f"it cannot be imported: {error}"
+
+
+def _current(call: Any) -> AbstractContextManager[object]:
+    index = getattr(call, "index", None)
+    if index is None or call.device != "cuda" or not torch.cuda.is_available():
+        return nullcontext()
+    return torch.cuda.device(index)
 
 
 def find(op: str, name: str) -> Provider:

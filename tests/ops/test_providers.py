@@ -1,5 +1,6 @@
 """Who serves an op: what is asked for, what is chosen, what is refused, and who says so."""
 
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -38,6 +39,7 @@ from atlas_blocks.functional import memories as functional_memories
 from atlas_blocks.functional.rule import Arguments, Rule
 from atlas_blocks.ops import providers
 from atlas_blocks.ops.contract import untraced
+from atlas_blocks.ops.newton_schulz import Call as NewtonSchulzCall
 from atlas_blocks.ops.omega_rule import describe
 from atlas_blocks.ops.omega_step import StepCall
 
@@ -108,7 +110,47 @@ def test_a_call_says_what_a_provider_may_ask():
         "needs_grad": True,
         "packed": False,
         "traced": False,
+        "index": None,
     }
+
+
+@pytest.mark.parametrize("op", ["omega_rule", "newton_schulz"])
+def test_a_provider_is_asked_with_the_gpu_of_the_tensors_as_the_current_one(op, monkeypatch):
+    """Which is not the one that would be asked about its capability otherwise."""
+    entered, asked = [], []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    provider = ops.Provider("asks", lambda call: asked.append([*entered]) or "never", None, None)
+    table = {name: dict(entries) for name, entries in providers._PROVIDERS.items()}
+    monkeypatch.setattr(providers, "_PROVIDERS", table)
+    ops.register_provider(op, provider)
+    if op == "omega_rule":
+        second = dataclasses.replace(call_of(), device="cuda", index=1)
+    else:
+        second = NewtonSchulzCall("cuda", torch.float32, 4, 4, True, 1)
+    providers.explain_choice(op, second)
+    providers.refusal(op, "asks", second)
+    providers.refusal(op, "asks", dataclasses.replace(second, device="cpu"))
+    assert asked[-3:] == [[1], [1], []]
+
+
+def test_a_call_knows_which_gpu_its_tensors_are_on():
+    class OnSecond(torch.Tensor):
+        device = torch.device("cuda:1")
+
+    x = rule_inputs("mlp")
+    streams = [x[name] for name in ("q", "k", "v", "alpha", "eta", "theta", "gamma")]
+    streams[0] = streams[0].as_subclass(OnSecond)
+    rule = Rule("mlp", "l2", "gd", 5, 1, 64, "online", x["gamma"].shape[-1])
+    call = describe(Arguments(*streams, x["weights"], None, rule, None), True)
+    assert (call.device, call.index) == ("cuda", 1)
 
 
 def test_by_itself_a_cpu_takes_the_definition_and_says_nothing(register):
