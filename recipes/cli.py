@@ -139,7 +139,8 @@ def show(
         str,
         typer.Argument(
             help="A name that `recipes` lists; layers in turn at one of their sizes, such as "
-            "'3*atlas+transformer-tiny'; a config's file, .toml or .json; a checkpoint."
+            "'3*atlas+transformer-tiny'; a config's file, .toml or .json; a checkpoint, "
+            "or the folder of a run."
         ),
     ],
     settings: Annotated[
@@ -153,8 +154,12 @@ def show(
     ] = False,
 ) -> None:
     """Show how a model is assembled."""
-    saved = Path(source).is_file() and not registry.is_file(source)
-    config = checkpoints.config(Path(source)) if saved else registry.config(source)
+    saved = Path(source).exists() and not (
+        registry.is_file(source) or source in registry.names()
+    )
+    config = (
+        checkpoints.config(runs.newest(Path(source))) if saved else registry.config(source)
+    )
     config = with_settings(config, dict(map(_setting, settings or [])))
     if as_json:
         print(config.to_json())
