@@ -154,12 +154,8 @@ def show(
     ] = False,
 ) -> None:
     """Show how a model is assembled."""
-    saved = Path(source).exists() and not (
-        registry.is_file(source) or source in registry.names()
-    )
-    config = (
-        checkpoints.config(runs.newest(Path(source))) if saved else registry.config(source)
-    )
+    saved = Path(source).exists() and not (registry.is_file(source) or source in registry.names())
+    config = checkpoints.config(runs.newest(Path(source))) if saved else registry.config(source)
     config = with_settings(config, dict(map(_setting, settings or [])))
     if as_json:
         print(config.to_json())

@@ -422,9 +422,16 @@ def test_a_factory_that_makes_no_block_is_named() -> None:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def test_a_hybrid_of_the_command_line_trains_resumes_and_generates(run, tmp_path) -> None:
+@pytest.fixture
+def data(tmp_path):
+    """A text, short to prepare."""
+    (tmp_path / "words.txt").write_text(" ".join(f"word {i} of many" for i in range(4000)))
+    return tmp_path / "words.txt"
+
+
+def test_a_hybrid_of_the_command_line_trains_resumes_and_generates(run, tmp_path, data) -> None:
     name, saved = "3*samba+transformer-tiny", tmp_path / "model"
-    options = ("--batch", 1, "--length", 16)
+    options = ("--batch", 1, "--length", 16, "--no-compile", "--data", data)
     code, out, _ = run("train", name, "--out", saved, "--steps", 1, *options)
     assert code == 0
     assert f"{name}, 1" in out
@@ -438,7 +445,7 @@ def test_a_hybrid_of_the_command_line_trains_resumes_and_generates(run, tmp_path
     assert "3 x MAL(matrix, dot, gradient descent, c=1, window 32) + (full attention)" in out
 
 
-def test_a_file_of_a_config_is_shown_changed_and_trained(run, tmp_path) -> None:
+def test_a_file_of_a_config_is_shown_changed_and_trained(run, tmp_path, data) -> None:
     _, text, _ = run("show", "3*samba+lstm-tiny", "--set", "layers.0.attention.window=7", "--json")
     file, saved = tmp_path / "mine.json", tmp_path / "model"
     file.write_text(text)
@@ -447,7 +454,7 @@ def test_a_file_of_a_config_is_shown_changed_and_trained(run, tmp_path) -> None:
     assert "c=1, window 7) + 2 x MAL(matrix, dot, gradient descent, c=1, window 32) + (LSTM)" in out
     assert "blocks (4)" in out
     assert "1, 2 MemoryAsLayer" in out
-    options = ("--batch", 1, "--length", 16, "--steps", 1)
+    options = ("--batch", 1, "--length", 16, "--no-compile", "--steps", 1, "--data", data)
     assert run("train", file, "--out", saved, *options)[0] == 0
     assert run("train", file, "--out", saved, "--resume")[0] == 0
     file.write_text(text.replace('"window": 7', '"window": 8'))
