@@ -66,7 +66,16 @@ class Block(nn.Module, abc.ABC):
         """x [B, T, dim], state of this block or None -> y [B, T, dim], state after token T."""
 
     def mix_packed(self, x: Tensor, state: Any, documents: Documents) -> tuple[Tensor, Any]:
-        """x [1, T, dim] and a state of N documents -> y, their states; `mix` for each length."""
+        """x [1, T, dim] and a state of N documents -> y, their states; `mix` for each length.
+
+        A compiled graph breaks here: it would be one for every set of lengths.
+        """
+        apart: Any = self._apart
+        if torch.compiler.is_compiling():
+            apart = torch.compiler.disable(apart)
+        return apart(x, state, documents)
+
+    def _apart(self, x: Tensor, state: Any, documents: Documents) -> tuple[Tensor, Any]:
         bounds = documents.cu_seqlens.tolist()
         starts, lengths = bounds[:-1], [b - a for a, b in pairwise(bounds)]
         # Documents of equal length share one call; each is a row of its batch.
