@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from atlas_blocks.recipes.model import LanguageModel, LanguageModelState
 
 TILE = 4
 PROVIDER = "rows"
+KEYS = ".keys"
 
 
 class Rows:
@@ -41,6 +42,8 @@ class Rows:
         self.model, self._count = model, 0
         # With the rows that fill it up.
         self._state: LanguageModelState | None = None
+        # Names of its parts that keep every key.
+        self._growing: set[str] = set()
 
     def __len__(self) -> int:
         return self._count
@@ -62,7 +65,7 @@ class Rows:
         if not rows:
             self._state = None
             return
-        state = state[rows]
+        state = _cut(state[rows], self._growing)
         missing = -len(rows) % TILE
         if any(bool((t == t[0]).all()) for t in state.tensors() if _is_position(t)):
             missing = missing or TILE
@@ -84,9 +87,31 @@ class Rows:
         # A copy reads what the row does that it was copied from.
         filled = [*tokens, *tokens[:1] * (len(self._state) - self._count)]
         column = torch.tensor(filled, device=device)[:, None]
+        before = self._state.named_tensors()
         with _one_token_at_a_time(device):
             logits, self._state = self.model(column, self._state)
+        for name, t in self._state.named_tensors().items():
+            if name.endswith(KEYS) and t.shape[1] > before[name].shape[1]:
+                self._growing.add(name.removesuffix(KEYS))
         return logits[: self._count, -1]
+
+
+def _cut(state: LanguageModelState, growing: Iterable[str]) -> LanguageModelState:
+    """Without keys that stand before the first token of the longest row: each row is as long as
+    the longest, and one that was longer may have left."""
+    named = state.named_tensors()
+    sizes = {part: named[part + KEYS].shape[1] for part in growing}
+    longest = {part: int(named[part + ".position"].max()) for part in growing}
+    names = iter(named)
+
+    def shorter(t: Tensor) -> Tensor:
+        name = next(names)
+        part = next((p for p in sizes if name.startswith(p + ".")), None)
+        if part is None or t.ndim < 2 or t.shape[1] != sizes[part]:
+            return t
+        return t[:, max(0, sizes[part] - longest[part]) :].clone()
+
+    return state.map(shorter) if sizes else state
 
 
 def _is_position(t: Tensor) -> bool:
@@ -114,7 +139,7 @@ def _supports(call: Any) -> str | None:
 
 def _forward(tensors: list[Tensor], settings: Settings, *_: Any) -> list[Tensor]:
     a = unflatten(tensors, settings)
-    # A memory that begins a segment may read more than one.
+    # A block of somebody's may have its memory read more at a step.
     one = a.q.shape[1] == 1 and a.state is not None
     y, state = one_token(a) if one else run(a)
     return list(_apart([y, *state.tensors()], tensors))

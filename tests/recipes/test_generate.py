@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from atlas_blocks.recipes import build, checkpoint, generate, prefill, stream
+from atlas_blocks import AtlasBlockConfig, DeepTransformerConfig
+from atlas_blocks.recipes import (
+    LanguageModelConfig,
+    build,
+    checkpoint,
+    config,
+    describe,
+    generate,
+    names,
+    prefill,
+    stream,
+)
 from atlas_blocks.recipes.generate import ENDED
 from atlas_blocks.recipes.rows import TILE, Rows
 from atlas_blocks.recipes.sampling import Continuation, Sampling, choose
@@ -98,19 +109,27 @@ def test_unequal_prompts_after_a_state():
 # --- rows -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "transformer-tiny"])
+FIXED = [n for n in names() if n.endswith("-tiny") and not describe.state_grows(config(n))]
+WIDE = ["atlas-170m", "atlas-mag-170m", "gated-deltanet-170m"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in NAMES else pytest.param(n, marks=pytest.mark.slow) for n in (*FIXED, *WIDE)],
+)
 def test_a_rows_numbers_do_not_depend_on_the_others(name):
     """To the last bit: alone, among rows at the same place, and where others join and leave."""
-    model, texts = tiny(name, depth=1), prompts(7, 7, 7, 30, 3, 33, 64, 5, 8)
-    states = [prefill(model, text[None])[1] for text in texts]
+    model = tiny(name, **({} if name not in (*NAMES, *WIDE) else {"depth": 1}))
+    count = 12 if name in WIDE else 40
+    states = [prefill(model, text[None])[1] for text in prompts(7, 7, 7, 30, 3, 33, 64, 5, 8)]
     alone = []
     for state in states:
         batch = Rows(model)
         batch.join([state])
-        alone.append([batch.step([i])[0] for i in range(40)])
+        alone.append([batch.step([i])[0] for i in range(count)])
     batch, there, at = Rows(model), [0, 1, 2], [0] * len(states)
     batch.join(states[:3])
-    for step in range(40):
+    for step in range(count):
         if 3 <= step < len(states):
             batch.join([states[step]])
             there.append(step)
@@ -122,7 +141,7 @@ def test_a_rows_numbers_do_not_depend_on_the_others(name):
         for row, found in zip(there, logits, strict=True):
             assert torch.equal(found, alone[row][at[row]])
             at[row] += 1
-    assert max(at) > 30
+    assert max(at) > count - 10
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,6 +170,32 @@ def test_rows_hold_what_they_need_and_no_more():
     assert (len(batch), len(batch._state)) == (2, TILE)
     batch.keep([])
     assert (len(batch), batch._state) == (0, None)
+
+
+def growing(kind: str):
+    torch.manual_seed(0)
+    if kind == "attention":
+        return build("transformer-tiny", depth=1).double()
+    block = AtlasBlockConfig(DeepTransformerConfig(objective="l2", window=3, chunk_size=8))
+    return LanguageModelConfig("deep", 256, 32, 2, layers=block).build().double()
+
+
+@pytest.mark.parametrize("kind", ["attention", "phi*"])
+def test_keys_of_a_row_that_left_are_not_kept(kind):
+    model, (long, short) = growing(kind), prompts(90, 7)
+    states = [prefill(model, text[None])[1] for text in (long, short)]
+    batch, more = Rows(model), tokens(30)
+    batch.join(states)
+    sizes, found = [], []
+    for i, token in enumerate(more.tolist()):
+        if i == 10:
+            batch.keep([1])
+        found.append(batch.step([token] * len(batch))[-1])
+        sizes.append(batch._state.nbytes)
+    assert sizes[10] < sizes[9] / 2
+    with torch.no_grad():
+        true = model(torch.cat([short, more])[None]).logits[0, len(short) :]
+    torch.testing.assert_close(torch.stack(found), true, atol=1e-8, rtol=1e-8)
 
 
 # --- choices ----------------------------------------------------------------------------------
