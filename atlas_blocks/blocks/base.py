@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.blocks.settings import changed
+from atlas_blocks.blocks.sharded import distributed, together
 from atlas_blocks.config import Config
 from atlas_blocks.functional.documents import check_packed, document_of
 from atlas_blocks.ops.documents import checked_bounds
@@ -132,4 +133,8 @@ class Block(nn.Module, abc.ABC):
             y, state = self.mix(x, state)
         else:
             y, state = self.mix_packed(x, state, cu_seqlens)
-        return y, state.detach() if detach_state and state is not None else state
+        if state is not None and detach_state:
+            state = state.detach()
+        elif state is not None and distributed():
+            y, state = together(self, y, state)
+        return y, state

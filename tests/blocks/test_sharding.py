@@ -8,7 +8,7 @@ from helpers import BLOCKS, DIM, HEADS, difference, draw, make_block
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from atlas_blocks import AtlasMemory
+from atlas_blocks import AtlasMemory, State
 from atlas_blocks.recipes import build
 
 # Of what is changed in place after a unit has returned it: nothing is.
@@ -75,6 +75,65 @@ def test_an_embedding_that_is_the_head_too_is_a_unit(name: str, tied: bool) -> N
     y, true = model(tokens).logits, whole(tokens).logits
     assert difference([y], [true]) < 1e-10
     assert difference(gradients(model, y), gradients(whole, true)) < 1e-8
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("name", ["block-attention", "block-memory", "as-context", "swdt", "lstm"])
+def test_a_gradient_that_comes_through_a_state_alone_finds_the_parameters(
+    name: str, units: str, reshard: bool
+) -> None:
+    """FSDP2 walks no State: what it had taken away after the second call's backward was read."""
+    whole, model = make_block(name), make_block(name)
+    for unit in reversed([u for u in UNITS[units](model) if u is not model]):
+        fully_shard(unit, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+    x, found = draw(2, 30, DIM), []
+    for m in (model, whole):
+        _, state = m(x[:, :13].clone().requires_grad_(), detach_state=False)
+        found.append(m(x[:, 13:].clone().requires_grad_(), state)[0])
+    assert difference(*found) < 1e-12
+    assert difference(gradients(model, found[0]), gradients(whole, found[1])) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "omeganet-tiny"])
+def test_blocks_of_a_model_are_units_across_calls(name: str) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(build(name, depth=2).double())
+    whole, model = models
+    for unit in (*model.blocks, model):
+        fully_shard(unit)
+    tokens, found = torch.arange(40)[None] % 256, []
+    for m in models:
+        _, state = m(tokens[:, :17], detach_state=False)
+        found.append(m(tokens[:, 17:], state).logits)
+    assert difference(gradients(model, found[1]), gradients(whole, found[0])) < 1e-8
+
+
+class Around(nn.Module):
+    """A parameter around a block, as in somebody's layer."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.scale = block, nn.Parameter(torch.ones(DIM).double())
+
+    def forward(self, x: Tensor, state: State | None, detach_state: bool) -> tuple[Tensor, State]:
+        y, state = self.block(x, state, detach_state=detach_state)
+        return y * self.scale, state
+
+
+@pytest.mark.parametrize("name", ["block-attention", "memory-mlp-gd-sketch", "lstm"])
+def test_a_state_that_a_unit_around_the_block_returns_is_no_wrong_gradient(name: str) -> None:
+    model = Around(Around(make_block(name)))
+    for unit in (model.block, model):
+        fully_shard(unit)
+    first, second = draw(1, 30, DIM).split([13, 17], 1)
+    _, state = model(first.clone().requires_grad_(), None, False)
+    y, _ = model(second.clone().requires_grad_(), state, False)
+    with pytest.raises(RuntimeError, match=r"state: its gradient .* \(fully_shard\(block\)\)"):
+        y.sum().backward()
 
 
 def test_no_persistent_tokens_are_no_empty_shard() -> None:
