@@ -35,8 +35,11 @@ from atlas_blocks.recipes.optimizers import adamw, muon
 WINDOW, ENOUGH = 50, 25
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 SCHEDULES = ("cosine", "wsd")
+BACKEND = "atlas"
 # Graphs of one block's code: hybrids have several kinds of block, each with and without gradients.
 GRAPHS = 64
+# How many pieces a batch has, which differs from step to step: so that the first graph is for all.
+PIECES = r"L['cu_seqlens'].cu_seqlens,L['cu_seqlens'].bounds,L\['state'\].*:0"
 
 Batches = Callable[[int], Sequence[Batch]]
 """The micro-batches of a step, from its number."""
@@ -445,8 +448,11 @@ def _compiled(model: LanguageModel, config: TrainingConfig) -> Iterator[None]:
     import torch._dynamo
 
     for block in model.blocks:
-        block.compile(backend="atlas")
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        block.compile(backend=BACKEND)
+    with (
+        torch._dynamo.config.patch(recompile_limit=GRAPHS),
+        torch.compiler.config.patch(dynamic_sources=PIECES),
+    ):
         yield
 
 

@@ -180,6 +180,28 @@ def test_a_state_that_is_carried_comes_back():
         TrainingState.restored(model, 1, state.record(), cut)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("name", ["linear-attention-tiny", "lstm-tiny"])
+def test_documents_of_whatever_length_share_their_graphs(monkeypatch, name, carry):
+    """Those of the first step serve all others, or where documents run one by one of the second."""
+    monkeypatch.setattr(training, "BACKEND", "eager")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    lengths = np.random.default_rng(0).integers(3, 60, 100).tolist()
+    packed = Packed(documents(lengths), batch=2, length=32, carry=carry)
+    model, graphs, pieces = build(name), [], set()
+
+    def told(at):
+        graphs.append(counters["unique_graphs"])
+        pieces.add(len(packed(at.step - 1)[0].cu_seqlens) - 1)
+
+    train(model, packed, TrainingConfig(steps=6, compile=True, carry=carry), on_step=told)
+    assert len(pieces) > 2
+    assert graphs[0] > 0
+    assert set(graphs[name == "lstm-tiny" :]) == {graphs[-1]}
+
+
 # --- optimizers and schedules -------------------------------------------------------------------
 
 
