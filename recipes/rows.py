@@ -89,8 +89,9 @@ class Rows:
         column = torch.tensor(filled, device=device)[:, None]
         before = self._state.named_tensors()
         with _one_token_at_a_time(device):
-            logits, self._state = self.model(column, self._state)
-        for name, t in self._state.named_tensors().items():
+            logits, after = self.model(column, self._state)
+        self._state = after
+        for name, t in after.named_tensors().items():
             if name.endswith(KEYS) and t.shape[1] > before[name].shape[1]:
                 self._growing.add(name.removesuffix(KEYS))
         return logits[: self._count, -1]
