@@ -184,7 +184,7 @@ def test_a_state_that_is_carried_comes_back():
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("name", ["linear-attention-tiny", "lstm-tiny"])
 def test_documents_of_whatever_length_share_their_graphs(monkeypatch, name, carry):
-    """Those of the first step serve all others, or where documents run one by one of the second."""
+    """Those of the first step serve all others, but for one where documents run one by one."""
     monkeypatch.setattr(training, "BACKEND", "eager")
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
@@ -199,7 +199,7 @@ def test_documents_of_whatever_length_share_their_graphs(monkeypatch, name, carr
     train(model, packed, TrainingConfig(steps=6, compile=True, carry=carry), on_step=told)
     assert len(pieces) > 2
     assert graphs[0] > 0
-    assert set(graphs[name == "lstm-tiny" :]) == {graphs[-1]}
+    assert graphs[-1] - graphs[0] <= (name == "lstm-tiny")
 
 
 # --- optimizers and schedules -------------------------------------------------------------------
