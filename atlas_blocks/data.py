@@ -12,16 +12,33 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from atlas_blocks import check
+
 R = TypeVar("R")
 
 
 def there(t: Tensor) -> bool:
-    """Whether the tensor holds anything."""
-    return not t.is_meta and not isinstance(t, FakeTensor)
+    """Whether the tensor holds anything that can be read; one inside of torch.func does not."""
+    return not (t.is_meta or isinstance(t, FakeTensor) or _wrapped(t))
+
+
+def _wrapped(t: Tensor) -> bool:
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def numbers(t: Tensor) -> list[int]:
-    """Of a tensor of integers [n], on the host; zeros where it holds nothing."""
+    """Of a tensor of integers [n], on the host; zeros where it holds nothing.
+
+    Under vmap those of every row. Raises ValueError where they differ from row to row.
+    """
+    functorch = torch._C._functorch
+    if _wrapped(t):
+        inside, axis = functorch.get_unwrapped(t), functorch.maybe_get_bdim(t)
+        rows = [numbers(row) for row in (inside.unbind(axis) if axis >= 0 else [inside])]
+        if any(row != rows[0] for row in rows):
+            check.fail("state.position", "one position for all rows of a vmap", rows)
+        return rows[0]
     return t.tolist() if there(t) else [0] * t.numel()
 
 

@@ -305,7 +305,8 @@ def walk(
     before = x.rows.shape[1]
 
     def grown(t: Tensor) -> Tensor:
-        return torch.cat([t, t.new_zeros(groups, tokens, t.shape[2])], 1)
+        # Of q: under vmap the tokens may have rows where the state has none.
+        return torch.cat([t, x.q.new_zeros(groups, tokens, t.shape[2], dtype=t.dtype)], 1)
 
     rows, outputs, errors = grown(x.rows), [], x.errors
     start = grown(x.start) if s.from_start else x.start

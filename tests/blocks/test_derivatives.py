@@ -87,6 +87,45 @@ def test_an_ensemble_returns_the_state_of_each_member(name: str) -> None:
             torch.testing.assert_close(a[i], b)
 
 
+def apart(state: State) -> State:
+    """The rows of a state as rows of a vmap, each a batch of one."""
+    return state.map(lambda t: t[:, None])
+
+
+@pytest.mark.parametrize("name", [n for n in BLOCKS if n not in ("lstm", "block-lstm")])
+def test_rows_of_a_vmap_go_on_from_states_of_their_own(name: str) -> None:
+    block, x = make_block(name), draw(3, 9, DIM)
+    _, state = block(x)
+    if state is None:
+        return
+    for length in (1, 6):
+        more = draw(3, length, DIM, seed=3)
+        true, end = block(more, state)
+        y, after = vmap(block)(more[:, None], apart(state))
+        pairs = zip([y, *after.tensors()], [true, *end.tensors()], strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a[:, 0], b, rtol=1e-9, atol=1e-9)
+        # Only one of the two is the vmap's.
+        from_one = vmap(lambda row: block(row[None], state[[1]])[0])(more)
+        torch.testing.assert_close(from_one[1], true[[1]], rtol=1e-9, atol=1e-9)
+        onto_one = vmap(lambda s: block(more[[1]], s)[0])(apart(state))  # noqa: B023
+        torch.testing.assert_close(onto_one[1], true[[1]], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["memory-mlp-gd-sketch", "as-context", "block-attention", "dot"])
+def test_rows_of_a_vmap_at_different_places_go_on_or_are_refused(name: str) -> None:
+    """What a memory computes depends on the place in its chunk, which is read on the host."""
+    block, x, more = make_block(name), draw(2, 9, DIM), draw(2, 6, DIM, seed=3)
+    state = State.cat([block(x[:1, :4])[1], block(x[:1])[1]])
+    if name == "block-attention":
+        y, _ = vmap(block)(more[:, None], apart(state))
+        torch.testing.assert_close(y[:, 0], block(more, state)[0], rtol=1e-9, atol=1e-9)
+        return
+    message = r"state\.position: expected one position for all rows of a vmap, got \[\[4\], \[9\]\]"
+    with pytest.raises(ValueError, match=message):
+        vmap(block)(more[:, None], apart(state))
+
+
 @every_block
 def test_forward_mode_is_the_difference(name: str) -> None:
     block, x, t = make_block(name), draw(2, 19, DIM), draw(2, 19, DIM, seed=5)
