@@ -7,8 +7,8 @@ one thread and the state does not grow with the text (tests/recipes/serving/test
   is filled up with copies of a row;
 * attention takes another way, which rounds otherwise, where all rows stand at one position: the
   copies stand one further, and there is one at least where all others are at one;
-* the memory's step is that of one token (`functional.one_token`), which takes rows at different
-  places of their chunks in one batch, where the definition takes those of each place apart.
+* the memory's step is the provider "one_token"'s, which takes rows at different places of their
+  chunks in one batch, where the definition takes those of each place apart.
 
 B rows, V vocabulary.
 """
@@ -16,22 +16,16 @@ B rows, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atlas_blocks import State, ops
-from atlas_blocks.functional.omega_rule import run
-from atlas_blocks.functional.one_token import one_token
-from atlas_blocks.ops.omega_rule import Settings, unflatten
-from atlas_blocks.ops.providers import Provider
+from atlas_blocks import State, use_provider
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelState
 
 TILE = 4
-PROVIDER = "rows"
 KEYS = ".keys"
 
 
@@ -121,38 +115,5 @@ def _is_position(t: Tensor) -> bool:
 
 
 def _one_token_at_a_time(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type != "cpu":  # the kernels take rows at any place
-        return contextlib.nullcontext()
-    _register()
-    return ops.use_provider(PROVIDER)
-
-
-@functools.cache
-def _register() -> None:
-    ops.register_provider(
-        "omega_rule", Provider(PROVIDER, _supports, _forward, _backward), automatic_on=()
-    )
-
-
-def _supports(call: Any) -> str | None:
-    return "it has no gradient" if call.needs_grad else None
-
-
-def _forward(tensors: list[Tensor], settings: Settings, *_: Any) -> list[Tensor]:
-    a = unflatten(tensors, settings)
-    # A block of somebody's may have its memory read more at a step.
-    one = a.q.shape[1] == 1 and a.state is not None
-    y, state = one_token(a) if one else run(a)
-    return list(_apart([y, *state.tensors()], tensors))
-
-
-def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Copies of what shares memory: an op may return neither an input nor a tensor twice."""
-    seen = {t.untyped_storage()._cdata for t in inputs}
-    for t in results:
-        yield t.clone() if t.untyped_storage()._cdata in seen else t
-        seen.add(t.untyped_storage()._cdata)
-
-
-def _backward(*arguments: Any) -> list[Tensor]:
-    raise NotImplementedError("the provider of rows has no gradient")
+    # On a GPU the kernels take rows at any place.
+    return use_provider("one_token") if device.type == "cpu" else contextlib.nullcontext()

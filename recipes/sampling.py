@@ -16,6 +16,8 @@ from torch import Tensor
 
 from atlas_blocks import check
 
+# Temperatures below this take the likeliest, where dividing by them would be no number.
+LEAST = 1e-5
 # Why a sequence ended, in the words of OpenAI's API.
 STOP, LENGTH = "stop", "length"
 
@@ -77,7 +79,7 @@ def choose(logits: Tensor, rows: Sequence[Continuation]) -> list[int]:
     """The next token of every row; logits [B, V]. The rows have still to `take` it."""
     logits = _penalised(logits.float(), rows)
     tokens = logits.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= LEAST]
     # Sorting is most of the work, and is for those that need it.
     for narrowed in (False, True):
         group = [i for i in drawn if (rows[i].sampling.top_p < 1) == narrowed]

@@ -97,6 +97,9 @@ _PROVIDERS: dict[str, dict[str, _Entry]] = {
             ("cuda",), functools.partial(_imported, "atlas_blocks.kernels.omega_rule")
         ),
         "inline": _INLINE,
+        "one_token": _Entry(
+            (), functools.partial(_module, "atlas_blocks.ops.omega_one_token"), special=True
+        ),
     },
     "omega_rule_step": {
         "triton": _Entry(("cuda",), functools.partial(_imported, "atlas_blocks.kernels.decode")),

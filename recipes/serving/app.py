@@ -54,6 +54,8 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
+        if not service.alive:
+            raise Refused(503, None, "health: the engine has stopped")
         engine = service.engine
         waiting = len(engine.waiting) + len(engine.reading)
         return {"status": "ok", "running": len(engine.sequences), "waiting": waiting}

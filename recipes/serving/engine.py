@@ -134,7 +134,10 @@ class Engine:
         while not self._inbox.empty():
             self._receive(*self._inbox.get())
         self._read()
-        self._go_on()
+        try:
+            self._go_on()
+        except Exception as error:
+            self._fail([s.job for s in self.sequences], error)
         return bool(self.sequences or self.waiting or self.reading)
 
     def _receive(self, what: str, job: Job | None) -> None:
@@ -223,12 +226,8 @@ class Engine:
     def _go_on(self) -> None:
         if not self.sequences:
             return
-        try:
-            logits = self._rows.step([s.last for s in self.sequences])
-            tokens = choose(logits, [s.continuation for s in self.sequences])
-        except Exception as error:
-            self._fail(list(dict.fromkeys(s.job for s in self.sequences)), error)
-            return
+        logits = self._rows.step([s.last for s in self.sequences])
+        tokens = choose(logits, [s.continuation for s in self.sequences])
         left = []
         for row, (sequence, token) in enumerate(zip(self.sequences, tokens, strict=True)):
             reason = self._told(sequence, token)

@@ -153,6 +153,11 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether anything is answered."""
+        return self._thread.is_alive()
+
     async def stop(self) -> None:
         """Whoever is being answered gets no more."""
         self.engine.stop()

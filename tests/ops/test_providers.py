@@ -266,7 +266,7 @@ def test_one_that_cannot_serve_is_refused_with_its_reason(register):
 
 
 def test_a_name_that_is_not_there_is_named():
-    known = "provider: expected one of auto, definition, fla, inline, triton, got 'cuda'"
+    known = "provider: expected one of auto, definition, fla, inline, one_token, triton, got 'cuda'"
     with pytest.raises(ValueError, match=known):
         ops.omega_rule(**rule_inputs(), provider="cuda")
     with pytest.raises(ValueError, match=known):
@@ -294,7 +294,7 @@ def test_a_choice_can_be_explained(register):
     assert (choice.provider, choice.refusals["fast"]) == ("definition", WIDE)
     choice = ops.explain_choice("omega_rule", call_of())
     assert choice.provider == "fast"
-    assert set(choice.refusals) == {"triton", "fla", "inline"}
+    assert set(choice.refusals) == {"triton", "fla", "inline", "one_token"}
     register("faster", automatic_on=("cpu",))
     choice = ops.explain_choice("omega_rule", call_of())
     assert choice.refusals["fast"] == "'faster' is preferred"

@@ -224,6 +224,8 @@ class Drawn(Continuation):
         ({"top_p": 0.7}, [625, 375, 0, 0]),
         ({"top_p": 0.0}, [1000, 0, 0, 0]),
         ({"temperature": 0.0}, [1000, 0, 0, 0]),
+        ({"temperature": 1e-300}, [1000, 0, 0, 0]),
+        ({"temperature": 2e-5}, [1000, 0, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_with_their_probabilities(settings, expected):

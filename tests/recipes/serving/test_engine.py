@@ -267,6 +267,22 @@ def test_a_failure_is_told_and_the_engine_goes_on(model, monkeypatch, caplog):
     assert after.listener.tokens[0] == alone(model, after)
 
 
+def test_a_listener_that_fails_ends_no_more_than_what_was_going_on(model, monkeypatch, caplog):
+    engine = Engine(model, piece=PIECE)
+    bad, beside = (job(5, settings(0, max_new_tokens=50), seed=i) for i in (1, 2))
+    for one in (bad, beside):
+        engine.submit(one)
+    engine.step()
+    monkeypatch.setattr(bad.listener, "token", lambda *told: 1 / 0)
+    finish(engine)
+    for one in (bad, beside):
+        assert one.listener.errors == ["ZeroDivisionError: division by zero"]
+    after = job(7, settings(0))
+    engine.submit(after)
+    finish(engine)
+    assert after.listener.tokens[0] == alone(model, after)
+
+
 def test_a_state_that_cannot_be_kept_is_an_error(model):
     def full(*arguments):
         raise OSError("no space left on device")

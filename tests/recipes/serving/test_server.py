@@ -9,10 +9,11 @@ import pytest
 import torch
 from serving_client import Client, serving, serving_process
 
-from atlas_blocks.recipes import build, checkpoint, generate
-from atlas_blocks.recipes.data import Tokenizer
+from atlas_blocks.recipes import TrainingConfig, build, checkpoint, generate
+from atlas_blocks.recipes.data import Tokenizer, train_tokenizer
 from atlas_blocks.recipes.serving.service import Options, Service
 from atlas_blocks.recipes.serving.sessions import Session
+from atlas_blocks.recipes.training import make_optimizer
 
 NAME, PIECE = "atlas-mag-tiny", 64
 
@@ -172,6 +173,30 @@ def test_models_and_health(client):
     assert "$ref" not in json.dumps(
         document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     )
+
+
+def test_the_checkpoints_tokenizer_is_used(tmp_path):
+    """By the command, as by generate's: texts to its tokens and back, and its end is an end."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([["the cat sat on the mat, é 日本 " * 3]], 290)
+    model = build(NAME, depth=1, vocab_size=tokenizer.vocab_size)
+    config = TrainingConfig(steps=1)
+    run = checkpoint.Run(config, make_optimizer(model, config), 0, tokenizer=tokenizer.json)
+    checkpoint.save(tmp_path / "model", model, run)
+    prompt = "the cat sat"
+    tokens = tokenizer.encode([prompt])[0].tolist()
+    assert len(tokens) < len(prompt)
+    with serving_process(tmp_path / "model") as (found, _):
+        for seed in range(3):
+            choice = found.complete(prompt=prompt, max_tokens=60, seed=seed)
+            true = alone(model, tokens, 60, seed, stop_ids=[tokenizer.end])
+            end = true.index(tokenizer.end) if tokenizer.end in true else len(true)
+            assert choice["token_ids"] == true[:end]
+            assert choice["text"].encode() == tokenizer.decode(true[:end])
+            assert choice["finish_reason"] == ("stop" if end < 60 else "length")
+        fields = {"prompt": prompt, "max_tokens": 5}
+        usage = found("POST", "/v1/completions", fields)[1]["usage"]
+        assert usage["prompt_tokens"] == len(tokens)
 
 
 # --- sessions ---------------------------------------------------------------------------------
