@@ -25,6 +25,7 @@ from atlas_blocks.recipes.rows import Rows
 from atlas_blocks.recipes.sampling import LENGTH, STOP, Continuation, Sampling, choose
 from atlas_blocks.recipes.serving.prefixes import Prefix, PrefixCache, keys_of
 
+STOPPING = "the server is stopping"
 # Tokens of prompts that are read between two steps of the sequences.
 PIECE = 512
 
@@ -125,8 +126,7 @@ class Engine:
             after_step()
             if not busy and not self._stopping:
                 self._receive(*self._inbox.get())
-        for job in self._jobs():
-            self._close(job)
+        self._stop()
         after_step()
 
     def step(self) -> bool:
@@ -144,10 +144,19 @@ class Engine:
         if what == "stop":
             self._stopping = True
         elif what == "submit" and job is not None:
-            self.waiting.append(job)
+            if self._stopping:
+                self._close(job, STOPPING)
+            else:
+                self.waiting.append(job)
         elif job is not None:
             self._leave([job])
             self._close(job)
+
+    def _stop(self) -> None:
+        jobs = self._jobs()
+        self._leave(jobs)
+        for job in jobs:
+            self._close(job, STOPPING)
 
     def _jobs(self) -> list[Job]:
         found = [*self.waiting, *self.reading, *(s.job for s in self.sequences)]

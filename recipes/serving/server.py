@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 from rich.console import Console
 
@@ -10,7 +11,7 @@ from atlas_blocks.recipes.data import Tokenizer
 from atlas_blocks.recipes.model import LanguageModel
 from atlas_blocks.recipes.serving.service import Options, Service
 
-# Seconds that answers which are under way have to end, once the server is to.
+# Seconds that answers have to be told that the server stops.
 GRACE = 2
 
 
@@ -43,4 +44,11 @@ def run(
         config = uvicorn.Config(
             create_app(service), log_level="error", timeout_graceful_shutdown=GRACE
         )
-        uvicorn.Server(config).run(sockets=[listening])
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                # Or it would wait for answers that may have no end.
+                service.engine.stop()
+                super().handle_exit(sig, frame)
+
+        Server(config).run(sockets=[listening])

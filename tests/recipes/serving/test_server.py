@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -412,6 +413,19 @@ def test_a_port_that_is_taken_is_named(run, tmp_path, model, client):
     code, _, err = run("serve", tmp_path / "model", "--port", client.port)
     assert code == 1
     assert f"cannot listen at 127.0.0.1:{client.port}" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_who_is_answered_is_told_that_the_server_stops(tmp_path, model, number, code):
+    checkpoint.save(tmp_path / "model", model)
+    endless = {"prompt": "a", "max_tokens": 10**9, "stream": True}
+    with serving_process(tmp_path / "model") as (found, process):
+        with found.asking("POST", "/v1/completions", endless) as response:
+            response.readline()
+            process.send_signal(number)
+            *_, last, _ = response.read().split(b"\n\n")
+        assert b'"error": {"message": "the server is stopping"' in last
+        assert process.wait() == code
 
 
 @pytest.mark.slow
