@@ -50,8 +50,14 @@ class Refused(Exception):
 def error_body(status: int, message: str, field: str | None = None) -> dict[str, Any]:
     """In one line."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    line = " ".join(message.split())
-    return {"error": {"message": line, "type": kind, "param": field, "code": None}}
+    line = _unicode(" ".join(message.split()))
+    name = None if field is None else _unicode(field)
+    return {"error": {"message": line, "type": kind, "param": name, "code": None}}
+
+
+def _unicode(text: str) -> str:
+    """JSON may spell what is none: half of a surrogate pair."""
+    return text.encode(errors="replace").decode()
 
 
 class _Strict(BaseModel):
