@@ -184,7 +184,9 @@ def _refused(error: Mapping[str, Any]) -> Refused:
         says = "there is no such field"
     else:
         says += f", got {_shown(error['input'])}"
-    return Refused(400, str(error["loc"][0]), f"{path}: {says}")
+    # A name that is no Unicode lies nowhere.
+    field = str(error["loc"][0]) if error["loc"] else None
+    return Refused(400, field, f"{path or 'body'}: {says}")
 
 
 def _shown(value: Any) -> str:

@@ -298,7 +298,7 @@ USER = [{"role": "user", "content": "a"}]
         (b"[]", 400, "body: expected an object, got []"),
         (b'{"prompt": "\\ud800"}', 400, "body: not valid Unicode"),
         (b'{"prompt": "a", "stream": "\\ud800"}', 400, 'stream: must be a valid boolean, got "?"'),
-        (b'{"prompt": "a", "\\ud800": 1}', 400, "?: there is no such field"),
+        (b'{"prompt": "a", "\\ud800": 1}', 400, "body: "),
         ({}, 400, "prompt: is missing"),
         ({"prompt": ""}, 400, "prompt: must have at least one token"),
         ({"prompt": []}, 400, "prompt: must have at least one token"),
