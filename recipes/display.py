@@ -238,7 +238,8 @@ class TrainingView:
             console=console,
         )
         self.tasks = {name: self.progress.add_task(name, total=n) for name, n in runs.items()}
-        self.live = Live(self._render(), console=console, refresh_per_second=8)
+        # Drawn when it is refreshed, in a thread of its own, and not at every step.
+        self.live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
 
     def __enter__(self) -> TrainingView:
         if self.console.is_terminal:
@@ -247,7 +248,6 @@ class TrainingView:
 
     def __exit__(self, *error: object) -> None:
         if self.console.is_terminal:
-            self.live.update(self._render())
             self.live.stop()
 
     def callback(self, name: str) -> Callable[[training.Progress], None]:
@@ -273,7 +273,6 @@ class TrainingView:
                     speed=speed,
                     left=left,
                 )
-                self.live.update(self._render())
             elif at.step % max(1, at.steps // 10) == 0 or time.monotonic() > self.printed + 60:
                 self.printed = time.monotonic()
                 self.console.print(f"{name} {at.step}/{at.steps}  {loss}  {speed}  {left}")
@@ -284,12 +283,12 @@ class TrainingView:
         """Show `words` in the last column of a run."""
         if self.console.is_terminal:
             self.progress.update(self.tasks[name], left=words)
-            self.live.update(self._render())
 
     def _render(self) -> RenderableType:
         lines = Table.grid(padding=(0, 2))
-        for name, (first, recent) in self.ends.items():
-            last = sum(recent) / len(recent)
-            curve = f"[yellow]{sparkline(self.curves[name].means)}[/]  {first:.2f} → {last:.2f}"
+        # Copies, of what a step may be changing.
+        for name, (first, recent) in list(self.ends.items()):
+            means, last = list(self.curves[name].means), list(recent)
+            curve = f"[yellow]{sparkline(means)}[/]  {first:.2f} → {sum(last) / len(last):.2f}"
             lines.add_row(f"[cyan]{name}[/]", curve)
         return Panel(Group(self.progress, lines), title="training", border_style="dim")

@@ -34,7 +34,7 @@ class Log:
         if has_tensorboard():
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=step + 1)
+            self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=step + 1, max_queue=1000)
         self._project: Any = None
         if project:
             # The folder names the run, so that one that goes on is one there too.
@@ -52,8 +52,8 @@ class Log:
         line = {"step": step} | dict.fromkeys(numbers) | scalars | words
         self._lines.write(json.dumps(line) + "\n")
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            # One event for all of them: a small model's step is not much longer than each takes.
+            self._board.file_writer.add_summary(_summary(scalars), step)
         if self._project is not None:
             self._project.log(scalars, step=step)
 
@@ -66,6 +66,12 @@ class Log:
             self._board.close()
         if self._project is not None:
             self._project.finish()
+
+
+def _summary(scalars: dict[str, float]) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()])
 
 
 def has_tensorboard() -> bool:

@@ -108,7 +108,7 @@ class Packed:
         before, last = [], []
         for lane, (epoch, crop, follows) in enumerate(places):
             for document, start, stop in self._pieces(epoch, crop):
-                tokens = self.split.read(document, start, stop + 1).astype(np.int64)
+                tokens = self.split.read(document, start, stop + 1)
                 inputs.append(tokens[:-1])
                 targets.append(tokens[1:])
                 bounds.append(bounds[-1] + stop - start)
@@ -116,7 +116,8 @@ class Packed:
                 before.append(lane if follows and start else -1)
             last.append(len(before) - 1)
         tokens, following = (
-            torch.from_numpy(np.concatenate(parts))[None] for parts in (inputs, targets)
+            torch.from_numpy(np.concatenate(parts, dtype=np.int64))[None]
+            for parts in (inputs, targets)
         )
         whole = Batch(tokens, following, torch.tensor(bounds))
         if not self.carry:

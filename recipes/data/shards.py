@@ -103,7 +103,8 @@ class Shards:
                 if size != count * dtype.itemsize:
                     wanted = f"{count * dtype.itemsize:,} bytes in {file}"
                     check.fail(f"data {self.folder}", wanted, f"{size:,}")
-                kept.append(np.memmap(file, dtype, mode="r"))
+                # As a plain array, of which slices are cheap.
+                kept.append(np.asarray(np.memmap(file, dtype, mode="r")))
             if ends[-1][-1] != shard["tokens"]:
                 wanted = f"documents up to token {shard['tokens']:,} in {shard['name']}.idx"
                 check.fail(f"data {self.folder}", wanted, f"{ends[-1][-1]:,}")
