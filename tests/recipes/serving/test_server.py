@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -408,6 +409,17 @@ def test_bad_options_are_named(run, tmp_path, model, option, value, message):
     code, _, err = run("serve", tmp_path / "model", option, value)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize("library", ["uvicorn", "fastapi"])
+def test_a_library_that_is_missing_is_named(run, tmp_path, model, monkeypatch, library):
+    checkpoint.save(tmp_path / "model", model)
+    for name in [n for n in sys.modules if n.startswith("atlas_blocks.recipes.serving.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    code, _, err = run("serve", tmp_path / "model")
+    assert code == 2
+    assert f"expected the library {library}, got none (pip install 'atlas-blocks[serve]')" in err
 
 
 def test_a_port_that_is_taken_is_named(run, tmp_path, model, client):
