@@ -122,7 +122,7 @@ def begin(
     wanted, data = registry.config(recipe), _opened(options, given, None)
     if list(out.glob(CHECKPOINTS)):
         raise ValueError(f"out: {out} holds a run; --resume continues it, or name another folder")
-    files.check_folder("out", out)
+    _check_machine(out, config, device)
     # What a run that was killed prepared is of use where all of it is as it would be now.
     shards = _shards(console, data, options, ("tokenizer", "field", "held_out"), out)
     wanted = _fitted(recipe, wanted, shards)
@@ -164,7 +164,7 @@ def resume(
         if settings["steps"] < run.step:
             check.fail("steps", f"at least the {run.step} that {out} has done", settings["steps"])
         config = config.replace(steps=settings["steps"])
-    files.check_folder("out", out)
+    _check_machine(out, config, device)
     if not (options.path or is_prepared(out / DATA)):
         check.fail("data", f"{run.data}, that of the run, which is not in {out}", "none")
     data = _opened(options, given, out / DATA)
@@ -176,6 +176,20 @@ def resume(
     _check(keeping, model.config, config, shards)
     state = TrainingState.restored(model, run.step, run.record, run.tensors)
     return Training(model, config, run.optimizer, state, shards)
+
+
+def _check_machine(out: Path, config: TrainingConfig, device: torch.device) -> None:
+    """Raise ValueError where the folder cannot be written, or nothing can be compiled."""
+    files.check_folder("out", out)
+    if not config.compile:
+        return
+    try:
+        torch.compile(torch.exp)(torch.ones(64, device=device))
+    except Exception as error:  # whatever its backend stumbles over, for want of a compiler
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"compile: nothing can be compiled here (--no-compile trains without): {lines[0]}"
+        ) from error
 
 
 def prepared(

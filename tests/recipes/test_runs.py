@@ -114,7 +114,7 @@ def test_a_full_disk_is_named_first(run, tmp_path, data, no_step, monkeypatch):
 def test_a_text_too_short_is_named_first(run, tmp_path, no_step, size, words):
     file = tmp_path / "small.txt"
     file.write_text("x" * size)
-    code, _, err = run("train", NAME, "--data", file, "--out", tmp_path / "model")
+    code, _, err = run("train", NAME, "--data", file, "--out", tmp_path / "model", "--no-compile")
     assert code == 2
     assert f"atlas-blocks: data: expected {words} in small.txt" in err
 
@@ -141,6 +141,18 @@ def test_what_is_wrong_is_named_first(run, tmp_path, data, no_step, monkeypatch,
     assert code == 2
     assert len(err.splitlines()) == 1
     assert f"atlas-blocks: {words}" in flat(err)
+
+
+def test_a_machine_without_a_compiler_is_named_first(run, tmp_path, data, no_step, monkeypatch):
+    def compiled(function):
+        raise RuntimeError("No working C++ compiler found\nin any place")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    command = ("train", NAME, "--data", data, "--out", tmp_path / "out")
+    code, printed, err = run(*command)
+    assert (code, printed) == (2, "")
+    assert "compile: nothing can be compiled here" in err
+    assert "(--no-compile trains without): No working C++ compiler found" in err
 
 
 def test_a_vocabulary_beyond_the_models_is_named_first(run, tmp_path, data, no_step):
@@ -388,6 +400,24 @@ def killed_at_random(run, tmp_path, data, kills):
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(run, tmp_path, data):
     killed_at_random(run, tmp_path, data, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
+def test_a_compiled_run_in_parts_is_the_run(run, tmp_path, data):
+    """Each in a process of its own, which compiles anew."""
+    command = ["train", "atlas-mag-tiny", "--data", data, "--batch", 2, "--length", 32, "--carry"]
+    main = "from atlas_blocks.recipes.cli import main; main()"
+
+    def process(*flags):
+        whole = [sys.executable, "-c", main, *map(str, [*command, *flags])]
+        subprocess.run(whole, check=True, stdout=subprocess.DEVNULL)
+
+    for place in ("whole", "parts"):
+        process("--out", tmp_path / place, "--steps", 6, "--save-every", 3)
+    runs.newest(tmp_path / "parts").unlink()
+    process("--out", tmp_path / "parts", "--resume")
+    assert same(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.slow
