@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -23,8 +24,7 @@ def there(t: Tensor) -> bool:
 
 
 def _wrapped(t: Tensor) -> bool:
-    compiling = torch.compiler.is_compiling()
-    return not compiling and torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(t)
 
 
 def numbers(t: Tensor) -> list[int]:
@@ -32,9 +32,8 @@ def numbers(t: Tensor) -> list[int]:
 
     Under vmap those of every row. Raises ValueError where they differ from row to row.
     """
-    functorch = torch._C._functorch
     if _wrapped(t):
-        inside, axis = functorch.get_unwrapped(t), functorch.maybe_get_bdim(t)
+        inside, axis = get_unwrapped(t), maybe_get_bdim(t)
         rows = [numbers(row) for row in (inside.unbind(axis) if axis >= 0 else [inside])]
         if any(row != rows[0] for row in rows):
             check.fail("state.position", "one position for all rows of a vmap", rows)
