@@ -76,7 +76,8 @@ class InTurn:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.losses.append(loss.item())
-        if (step + 1) % self.validate_every == 0 or step + 1 == self.config.steps:
+        # At the first step too, which is left out: a validation has a graph of its own.
+        if step == 0 or (step + 1) % self.validate_every == 0 or step + 1 == self.config.steps:
             self.held_out(self.model)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import re
 
 import pytest
@@ -152,3 +153,27 @@ def test_a_benchmark_says_what_comes_next_but_not_every_round():
         for words in ("forward: atlas is checked", *(f"round {n} of 3" for n in (1, 2, 3))):
             on_step(words)
     assert file.getvalue().splitlines() == ["forward: atlas is checked", "round 1 of 3"]
+
+
+@pytest.mark.parametrize("count", [1, 47, 96, 97, 5_000])
+def test_a_curve_stays_short_and_keeps_its_means(count):
+    curve, values = display.Curve(width=8), [float(i * i % 97) for i in range(count)]
+    for value in values:
+        curve.append(value)
+    assert len(curve.means) < 16
+    whole = [*(m for m in curve.means for _ in range(curve.stretch)), *curve.rest]
+    assert len(whole) == count
+    assert sum(whole) == pytest.approx(sum(values))
+
+
+def test_a_run_is_drawn_while_it_goes_on():
+    """Into a terminal; steps that are skipped are lines above."""
+    file = io.StringIO()
+    console = Console(file=file, width=120, force_terminal=True, color_system=None)
+    with display.TrainingView(console, {"some-model": 2}) as view:
+        told = view.callback("some-model")
+        told(training.Progress(1, 2, 0.693147, 1e-3, 1.0, 10.0, 1.0))
+        told(training.Progress(2, 2, math.nan, 1e-3, 1.0, 10.0, 0.0, "step 2: loss nan"))
+    shown = file.getvalue()
+    assert "1.00 → 1.00" in shown
+    assert "step 2: loss nan; the step is skipped" in shown

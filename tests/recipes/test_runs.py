@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from atlas_blocks.recipes import build, checkpoint, cli, losses, runs, training
+from atlas_blocks.recipes import build, checkpoint, cli, logs, losses, runs, training
 from atlas_blocks.recipes.data import Packed, Shards, Tokenizer
 from atlas_blocks.recipes.training import TrainingConfig, TrainingState, make_optimizer
 
@@ -622,6 +622,19 @@ def test_logs_tell_every_step(run, tmp_path, data):
     assert [(s.step, s.value) for s in board.Scalars("loss")] == [
         (line["step"], pytest.approx(line["loss"])) for line in steps
     ]
+
+
+def test_a_log_goes_on_from_the_step_it_is_told(tmp_path):
+    """Later steps, and what a kill left of a line, are dropped."""
+    lines = [json.dumps({"step": step, "loss": step}) for step in (1, 2, 2, 3, 4)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    with logs.Log(tmp_path, 3) as log:
+        log.write(4, loss=float("nan"), lr=0.1, skipped="")
+        log.write(5, loss=0.5, skipped="why")
+    told = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [1, 2, 2, 3, 4, 5]
+    assert told[4] == {"step": 4, "loss": None, "lr": 0.1}
+    assert told[5] == {"step": 5, "loss": 0.5, "skipped": "why"}
 
 
 def test_a_project_of_weights_and_biases_is_told_the_same(run, tmp_path, data, monkeypatch):
