@@ -5,7 +5,6 @@ B batch, L length of a crop.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import sysconfig
 import zlib
@@ -66,15 +65,7 @@ def _tensor(data: bytes) -> Tensor:
 
 def printable(tokens: Iterable[int]) -> str:
     """Bytes as text that is safe to show: whatever would steer a terminal becomes U+FFFD."""
-    return "".join(printable_parts([tokens]))
-
-
-def printable_parts(parts: Iterable[Iterable[int]]) -> Iterator[str]:
-    """The same as the bytes come: a character is shown when its last byte is there."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for part in parts:
-        yield safe(decoder.decode(bytes(part)))
-    yield safe(decoder.decode(b"", final=True))
+    return safe(bytes(tokens).decode(errors="replace"))
 
 
 def safe(text: str) -> str:

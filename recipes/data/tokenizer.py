@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atlas_blocks import check
-from atlas_blocks.recipes import files, text
+from atlas_blocks.recipes import files
 from atlas_blocks.recipes.data.sources import Document, needed
 
 BYTES = "bytes"
@@ -105,17 +105,6 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> bytes:
         """The text of tokens, in UTF-8, without those that stand for none."""
         return bytes(tokens) if self.json is None else self._inner.decode(list(tokens)).encode()
-
-    def printable(self, parts: Iterable[Sequence[int]]) -> Iterator[str]:
-        """Tokens as they come, as text that is safe to show: see `text.printable_parts`."""
-        if self.json is None:
-            yield from text.printable_parts(parts)
-            return
-        # Special tokens are shown: they were sampled.
-        stream = needed("tokenizers", "tokenizer").decoders.DecodeStream(skip_special_tokens=False)
-        for part in parts:
-            shown = (stream.step(self._inner, token) for token in part)
-            yield text.safe("".join(s for s in shown if s is not None))
 
 
 def train_tokenizer(documents: Iterable[Document], size: int) -> Tokenizer:

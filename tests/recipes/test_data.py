@@ -14,11 +14,6 @@ def test_standard_library_is_text_split_by_file():
     assert torch.equal(corpus.held_out, again.held_out)
 
 
-def test_text_is_shown_as_its_bytes_come():
-    parts = list(text.printable_parts([b"a\xc3", b"\xa9", b"", b"\x1b", b"\xe2\x82"]))
-    assert parts == ["a", "é", "", "\ufffd", "", "\ufffd"]
-
-
 def test_batches_are_crops_and_depend_on_seed_and_step_alone():
     data = torch.arange(200, dtype=torch.uint8)
     batch = text.random_batch(data, 5, 16, seed=3, step=4)
