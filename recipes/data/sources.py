@@ -23,6 +23,8 @@ JSON_LINES = {".jsonl", ".ndjson"}
 PARQUET = ".parquet"
 # What `datasets` writes beside the rows of a dataset, and beside the folders of several.
 DATASET, DATASETS = "state.json", "dataset_dict.json"
+# Of shards. Where one lies, and no record of them all, tokens would pass as text.
+SHARD = "*-00000.idx"
 # Bytes of a text file that are read at a time, and rows of a table.
 PIECE, ROWS = 2**20, 256
 
@@ -53,6 +55,8 @@ class Source:
                 splits = [p.parent.name for p in sorted(path.glob(f"*/{DATASET}"))]
                 check.fail("data", f'a dataset with "train", or one of {path}/', ", ".join(splits))
             self.path, self.root = path / "train", path / "train"
+        if path.is_dir() and any(path.glob(SHARD)):
+            check.fail("data", "text, or a folder that `prepare` has finished", path)
         found = sorted(self.root.rglob("*")) if path.is_dir() else [path]
         self.files = [f for f in found if f.is_file() and self._visible(f)]
         if not any(f.stat().st_size for f in self.files):

@@ -408,6 +408,13 @@ def test_shards_that_are_not_as_they_were_are_refused(prepared, damage, words):
         Shards(prepared)
 
 
+def test_shards_without_their_record_are_no_text(prepared):
+    for left in (lambda: None, (prepared / "shards.json").unlink):
+        left()
+        with pytest.raises(ValueError, match="data: expected text, or a folder that `prepare`"):
+            Source(prepared)
+
+
 def test_the_standard_library_is_a_source():
     source = Source(None)
     assert len(source.files) > 500
