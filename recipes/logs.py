@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,9 @@ class Log:
             self._project.finish()
 
 
-def _summary(scalars: dict[str, float]) -> Any:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    return Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()])
+def _summary(scalars: Mapping[str, float]) -> Any:
+    summary: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
+    return summary(value=[summary.Value(tag=n, simple_value=v) for n, v in scalars.items()])
 
 
 def has_tensorboard() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -445,13 +447,13 @@ def _compiled(model: LanguageModel, config: TrainingConfig) -> Iterator[None]:
         yield
         return
     # Imported here: it takes seconds.
-    import torch._dynamo
-
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    compiler: Any = importlib.import_module("torch.compiler.config")
     for block in model.blocks:
         block.compile(backend=BACKEND)
     with (
-        torch._dynamo.config.patch(recompile_limit=GRAPHS),
-        torch.compiler.config.patch(dynamic_sources=PIECES),
+        dynamo.patch(recompile_limit=GRAPHS),
+        compiler.patch(dynamic_sources=PIECES),
     ):
         yield
 
