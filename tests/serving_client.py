@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -94,7 +95,13 @@ def serving(service: Service) -> Iterator[Client]:
 def serving_process(*arguments: object) -> Iterator[tuple[Client, subprocess.Popen]]:
     """By the command."""
     command = [sys.executable, "-m", "atlas_blocks.recipes", "serve", *map(str, arguments)]
-    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        # Ignored where the tests run in the background of a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert process.stdout is not None
         told = process.stdout.readline()

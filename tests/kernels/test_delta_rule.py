@@ -241,14 +241,15 @@ def test_a_gpu_takes_it_by_itself_and_its_refusals_are_silent(
     assert "pip install 'atlas-blocks[fla]'" in str(delta_rule.PROVIDER.supports(call_of()))
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: True if n == "fla" else find(n))
     choice = ops.explain_choice("omega_rule", call_of())
-    assert (choice.provider, set(choice.refusals)) == ("fla", {"triton", "inline"})
+    assert (choice.provider, set(choice.refusals)) == ("fla", {"triton", "inline", "one_token"})
     assert choice.refusals["triton"] == "'fla' is preferred"
     chunks = call_of(rule=dataclasses.replace(RULE, chunk_size=16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert providers.choose("omega_rule", "auto", "auto", "cuda", chunks) == "triton"
     choice = ops.explain_choice("omega_rule", call_of(value_width=300, key_width=300))
-    assert (choice.provider, set(choice.refusals)) == ("definition", {"triton", "fla", "inline"})
+    refused = {"triton", "fla", "inline", "one_token"}
+    assert (choice.provider, set(choice.refusals)) == ("definition", refused)
 
 
 @pytest.mark.parametrize(
