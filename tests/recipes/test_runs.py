@@ -1,6 +1,5 @@
 """Training from the command line: what can be known is known before step 1; nothing is lost."""
 
-import contextlib
 import io
 import json
 import os
@@ -360,46 +359,58 @@ def test_a_signal_saves_and_resuming_equals_never_stopping(
     assert same(stopped, whole)
 
 
-def killed_at_random(run, tmp_path, data, kills):
+def killed_at_random(run, tmp_path, data, kills, steps):
     """Kill a run at random moments, go on each time, and compare with one that is never killed."""
     flags = ["--batch", 2, "--length", 16, "--no-compile", "--tokenizer", 300]
-    flags += ["--steps", 80, "--save-every", 3, "--keep", 2, "--validate-every", 40]
+    flags += ["--steps", steps, "--save-every", 3, "--keep", 2, "--validate-every", 40]
     command = ["train", NAME, "--data", data, *flags]
-    out, main = tmp_path / "killed", "from atlas_blocks.recipes.cli import main; main()"
+    whole, out, draw = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    main = "from atlas_blocks.recipes.cli import main; main()"
+
+    def resumed(place):
+        return ["--resume"] if any(place.glob("step-*.safetensors")) else []
+
+    def start(place):
+        arguments = map(str, [*command, "--out", place, *resumed(place)])
+        started = [sys.executable, "-c", main, *arguments]
+        return subprocess.Popen(started, stdout=subprocess.DEVNULL)
+
+    def told(place):
+        """Whole lines of steps, and perhaps a part of one."""
+        log = place / "log.jsonl"
+        lines = log.read_bytes().splitlines() if log.exists() else []
+        return [line for line in lines if b'"lr"' in line]
+
     began = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-c", main, *map(str, command), "--out", tmp_path / "whole"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    lasts, draw = time.monotonic() - began, random.Random(0)
-    for _ in range(kills):
-        resumed = ["--resume"] if any(out.glob("step-*.safetensors")) else []
-        process = subprocess.Popen(
-            [sys.executable, "-c", main, *map(str, command), "--out", out, *resumed],
-            stdout=subprocess.DEVNULL,
-        )
-        # Anywhere from the first import to the last step.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            assert process.wait(lasts * draw.random()) == 0
+    assert start(whole).wait() == 0
+    lasts, landed = time.monotonic() - began, 0
+    for number in range(kills):
+        process, done = start(out), len(told(out))
+        if number % 4 == 1:
+            # Wherever it is: while it imports, prepares, loads.
+            time.sleep(draw.uniform(0, lasts / 2))
+        else:
+            # So far that all kills together come before the end; then anywhere in a step or a save.
+            target = done + draw.randint(1, steps // kills)
+            while process.poll() is None and len(told(out)) < target:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.05))
+        landed += process.poll() is None
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    resumed = ["--resume"] if any(out.glob("step-*.safetensors")) else []
-    assert run(*command, "--out", out, *resumed)[0] == 0
-    assert same(out, tmp_path / "whole")
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert landed > kills / 2
+    assert run(*command, "--out", out, *resumed(out))[0] == 0
+    assert same(out, whole)
     # Its log tells every step once, in order, as that of the other.
-    logs = [
-        [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
-        for place in (out, tmp_path / "whole")
-    ]
     ours, true = (
-        [(line["step"], line["loss"], line["lr"]) for line in log if "loss" in line] for log in logs
+        [(line["step"], line["loss"], line["lr"]) for line in map(json.loads, told(place))]
+        for place in (out, whole)
     )
     assert ours == true
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(run, tmp_path, data):
-    killed_at_random(run, tmp_path, data, 3)
+    killed_at_random(run, tmp_path, data, kills=3, steps=80)
 
 
 @pytest.mark.slow
@@ -422,7 +433,7 @@ def test_a_compiled_run_in_parts_is_the_run(run, tmp_path, data):
 
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_with_the_same_weights(run, tmp_path, data):
-    killed_at_random(run, tmp_path, data, 20)
+    killed_at_random(run, tmp_path, data, kills=20, steps=600)
 
 
 def poison(monkeypatch, *places):
