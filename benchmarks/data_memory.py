@@ -86,7 +86,8 @@ def main() -> None:
             text.unlink()
     if a.json:
         what = {"gigabytes": a.gigabytes, "recipe": RECIPE}
-        write_json(a.json, {**stamp(torch.device("cpu")), "what": what, "figures": figures})
+        record = {**stamp(torch.device("cpu")), "complete": True, "what": what}
+        write_json(a.json, {**record, "figures": figures})
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def main() -> None:
     if a.json:
         what = {name: getattr(a, name) for name in ("recipe", "steps", "batch", "length", "every")}
         what |= {"compile": a.compile, "cpu_time": a.cpu_time, "first_steps_left_out": FIRST}
-        write_json(a.json, {**stamp(torch.device("cpu")), "what": what, "figures": figures})
+        record = {**stamp(torch.device("cpu")), "complete": True, "what": what}
+        write_json(a.json, {**record, "figures": figures})
 
 
 if __name__ == "__main__":
