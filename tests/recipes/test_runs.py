@@ -364,7 +364,8 @@ def killed_at_random(run, tmp_path, data, kills, steps):
     flags = ["--batch", 2, "--length", 16, "--no-compile", "--tokenizer", 300]
     flags += ["--steps", steps, "--save-every", 3, "--keep", 2, "--validate-every", 40]
     command = ["train", NAME, "--data", data, *flags]
-    whole, out, draw = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    whole, out, said = (tmp_path / name for name in ("whole", "killed", "said"))
+    draw = random.Random(0)
     main = "from atlas_blocks.recipes.cli import main; main()"
 
     def resumed(place):
@@ -373,7 +374,8 @@ def killed_at_random(run, tmp_path, data, kills, steps):
     def start(place):
         arguments = map(str, [*command, "--out", place, *resumed(place)])
         started = [sys.executable, "-c", main, *arguments]
-        return subprocess.Popen(started, stdout=subprocess.DEVNULL)
+        with said.open("a") as file:
+            return subprocess.Popen(started, stdout=file, stderr=subprocess.STDOUT)
 
     def told(place):
         """Whole lines of steps, and perhaps a part of one."""
@@ -382,7 +384,7 @@ def killed_at_random(run, tmp_path, data, kills, steps):
         return [line for line in lines if b'"lr"' in line]
 
     began = time.monotonic()
-    assert start(whole).wait() == 0
+    assert start(whole).wait() == 0, said.read_text()
     lasts, landed = time.monotonic() - began, 0
     for number in range(kills):
         process, done = start(out), len(told(out))
@@ -397,7 +399,7 @@ def killed_at_random(run, tmp_path, data, kills, steps):
             time.sleep(draw.uniform(0, 0.05))
         landed += process.poll() is None
         process.send_signal(signal.SIGKILL)
-        assert process.wait() in (0, -signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL), said.read_text()
     assert landed > kills / 2
     assert run(*command, "--out", out, *resumed(out))[0] == 0
     assert same(out, whole)
