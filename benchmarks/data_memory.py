@@ -63,7 +63,14 @@ def main() -> None:
     parser.add_argument("--tokenizers", nargs="+", default=["bytes", "4096"])
     parser.add_argument("--json", type=Path, help="keep the figures here")
     a = parser.parse_args()
+    what = {"gigabytes": a.gigabytes, "recipe": RECIPE}
     figures: dict[str, dict[str, float]] = {}
+    record = {**stamp(torch.device("cpu")), "what": what, "figures": figures}
+
+    def keep(*, complete: bool = False) -> None:
+        if a.json:
+            write_json(a.json, record | {"complete": complete})
+
     with tempfile.TemporaryDirectory() as folder:
         for kind in a.kinds:
             text = Path(folder) / f"large.{'txt' if kind == 'text' else kind}"
@@ -76,18 +83,15 @@ def main() -> None:
                     "train": ("train", RECIPE, "--data", shards, "--out", out, *size),
                 }
                 for name, command in commands.items():
-                    found = measure(*command)
-                    figures[f"{kind}, {tokenizer}, {name}"] = found
+                    found = figures[f"{kind}, {tokenizer}, {name}"] = measure(*command)
+                    keep()
                     print(
                         f"{kind}, {tokenizer}, {name}: {found['peak_mb']:,.0f} MB, "
                         f"{found['seconds']:.0f} s",
                         flush=True,
                     )
             text.unlink()
-    if a.json:
-        what = {"gigabytes": a.gigabytes, "recipe": RECIPE}
-        record = {**stamp(torch.device("cpu")), "complete": True, "what": what}
-        write_json(a.json, {**record, "figures": figures})
+    keep(complete=True)
 
 
 if __name__ == "__main__":
