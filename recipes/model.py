@@ -17,6 +17,7 @@ from atlas_blocks import AtlasMemory, Config, DeepTransformerLayer, State, check
 from atlas_blocks.blocks.base import Documents
 from atlas_blocks.blocks.foreign import ForeignBlock, built
 from atlas_blocks.blocks.norm import RMSNorm
+from atlas_blocks.blocks.padding import Padding, checked_mask, run_padded
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.stacks import BlockConfig
 from atlas_blocks.recipes.architectures import size_of
@@ -178,12 +179,14 @@ class LanguageModel(nn.Module):
         state: LanguageModelState | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         detach_state: bool = True,
     ) -> LMOutput:
         """Logits for the token after each of `tokens`.
 
         tokens: int [B, T], any T >= 0. state: what the last call returned, to continue it.
         cu_seqlens: int [N + 1], bounds of packed documents (B = 1), each run as if alone.
+        mask: bool [B, T], False at padding, which no row reads: see `Block.forward`.
         detach_state: False keeps the returned state in the autograd graph.
         Returns logits [B, T, V] and the state. Raises ValueError on a wrong shape, dtype or state.
         """
@@ -192,6 +195,11 @@ class LanguageModel(nn.Module):
             check.fail("state", "what this model returned, or None", type(state).__name__)
         if state is not None and len(state.blocks) != len(self.blocks):
             check.fail("state", f"{len(self.blocks)} block states", len(state.blocks))
+        if mask is not None:
+            if cu_seqlens is not None:
+                check.fail("mask", "none beside cu_seqlens", "both")
+            if checked_mask(mask, tokens):
+                return self._masked(tokens, state, Padding.of(mask), detach_state)
         x = self.embedding(tokens)
         documents = None if cu_seqlens is None else Documents.check(cu_seqlens, x)
         before = state.blocks if state is not None else (None,) * len(self.blocks)
@@ -202,6 +210,21 @@ class LanguageModel(nn.Module):
         x = self.norm(x)
         logits = (self.embedding if self.head is None else self.head)(x)
         return LMOutput(logits, LanguageModelState(tuple(after)))
+
+    def _masked(
+        self,
+        tokens: Tensor,
+        state: LanguageModelState | None,
+        padding: Padding,
+        detach_state: bool,
+    ) -> LMOutput:
+        if state is not None and (n := len(state)) != len(tokens):
+            check.fail("state", f"a batch of {len(tokens)} (that of tokens)", n)
+
+        def call(tokens: Tensor, state: Any, cu_seqlens: Tensor | None) -> LMOutput:
+            return self(tokens, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
+
+        return LMOutput(*run_padded(call, tokens, state, padding))
 
     def parameter_count(self) -> int:
         """Number of trainable parameters."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
+from atlas_blocks.blocks.padding import Padding, checked_mask, run_padded
 from atlas_blocks.blocks.settings import changed
 from atlas_blocks.blocks.sharded import distributed, together
 from atlas_blocks.config import Config
@@ -96,12 +97,24 @@ class Block(nn.Module, abc.ABC):
             return y, None
         return y, State.cat(states)[sorted(range(len(order)), key=order.__getitem__)]
 
+    def _masked(
+        self, x: Tensor, state: Any, padding: Padding, detach_state: bool
+    ) -> tuple[Tensor, Any]:
+        if isinstance(state, State) and (n := len(state)) != len(x) and state.tensors():
+            check.fail("state", f"a batch of {len(x)} (that of x)", n)
+
+        def call(x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+            return self(x, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
+
+        return run_padded(call, x, state, padding)
+
     def forward(
         self,
         x: Tensor,
         state: Any = None,
         *,
         cu_seqlens: Tensor | Documents | None = None,
+        mask: Tensor | None = None,
         detach_state: bool = True,
     ) -> tuple[Tensor, Any]:
         """Run the block over a sequence or a further piece of one.
@@ -110,11 +123,19 @@ class Block(nn.Module, abc.ABC):
         feeding a sequence in any split gives the same outputs and final state as one call.
         cu_seqlens: int [N + 1], document boundaries 0 = c_0 < ... < c_N = T of a packed x with
         B = 1: every document runs as if alone, and `state` (in and out) has a batch of N. Or what
-        `Documents.check` made of them. There are no masks: padding would enter the state.
+        `Documents.check` made of them.
+        mask: bool [B, T], True where x has a token. What is False is padding, wherever it stands:
+        it is neither read, written nor counted, every row gives what it gives alone, and y is 0
+        there. A compiled graph breaks at it.
         detach_state: False keeps the returned state in the autograd graph.
         Returns y [B, T, dim] and the state. Raises ValueError on a wrong shape, dtype or state.
         """
         check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
+        if mask is not None:
+            if cu_seqlens is not None:
+                check.fail("mask", "none beside cu_seqlens", "both")
+            if checked_mask(mask, x):
+                return self._masked(x, state, Padding.of(mask), detach_state)
         if state is not None and (
             self.state_type is None or not isinstance(state, self.state_type)
         ):

@@ -404,6 +404,7 @@ class AtlasMemory(Block):
         state: Any = None,
         *,
         cu_seqlens: Tensor | Documents | None = None,
+        mask: Tensor | None = None,
         detach_state: bool = True,
         place: int | None = None,
     ) -> tuple[Tensor, Any]:
@@ -419,7 +420,9 @@ class AtlasMemory(Block):
             return self.recall(x, weights), FixedMemory(weights)
         if place is not None:
             return self.mix(x, state, place=place)
-        return super().forward(x, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
+        return super().forward(
+            x, state, cu_seqlens=cu_seqlens, mask=mask, detach_state=detach_state
+        )
 
     def mix(
         self,
