@@ -321,11 +321,11 @@ def test_wrong_inputs_are_named(name: str) -> None:
 
 @every_block
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_padding_is_refused_in_every_form(name: str) -> None:
-    """Masks, nested tensors, packed sequences: packed documents (cu_seqlens) are the one way."""
+def test_padding_is_refused_in_other_forms(name: str) -> None:
+    """Nested tensors, packed sequences, masks by other names than `mask` (test_padding.py)."""
     block, x = make_block(name), draw(2, 9, DIM)
     mask = torch.ones(2, 9, dtype=torch.bool)
-    for word in ("mask", "attention_mask", "attn_mask", "key_padding_mask"):
+    for word in ("attention_mask", "attn_mask", "key_padding_mask"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{word}'"):
             block(x, **{word: mask})
     with pytest.raises(ValueError, match=r"state: expected .*None, got Tensor"):

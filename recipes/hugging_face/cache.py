@@ -1,0 +1,111 @@
+"""The states of blocks in the caches of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from atlas_blocks import check
+from atlas_blocks.state import State
+
+
+class StateLayer(CacheLayerMixin):
+    """A block's state in the place of a layer's keys and values in a transformers cache.
+
+    real: which of the tokens seen were no padding [B, P], None: all of them. offset: what their
+    position_ids are ahead of their number [B], None: nothing. Padding is not in the state.
+    last: of a whole model that has seen padding, its output for each row's last token [B, dim].
+    """
+
+    is_sliding = False
+    # transformers would fill it with keys of its own kind.
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: State | None = None
+        self.length = 0
+        self.real: Tensor | None = None
+        self.offset: Tensor | None = None
+        self.last: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        check.fail("past_key_values", "a layer with keys and values", "one with a block's state")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.lazy_initialization(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.__init__()
+
+    def offload(self) -> None:
+        """The state on the CPU; a block that goes on from it has it brought back."""
+        if self.state is not None:
+            self.state = self.state.cpu()
+
+    def prefetch(self) -> None:
+        """Nothing: the model brings the state back, which knows where its layers are."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: what a memory has written cannot be taken back."""
+        if tokens_to_remove:
+            wanted = "0 (a memory forgets no single tokens: no assisted generation)"
+            check.fail("crop", wanted, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._choose(lambda t: t[beam_idx.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._choose(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._choose(lambda t: t[indices.to(t.device)])
+
+    def _choose(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = self.state.map(rows)
+        for name in ("real", "offset", "last"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, rows(tensor))
+
+
+def layer_of(cache: Any, index: int) -> StateLayer:
+    """The part of a transformers cache that is one layer's; an empty one of keys and values is
+    replaced. Raises ValueError for caches of other kinds, and for keys and values."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        check.fail("past_key_values", "a DynamicCache", type(cache).__name__)
+    if cache.layer_class_to_replicate is not None:
+        while len(layers) <= index:
+            layers.append(cache.layer_class_to_replicate())
+    layer = layers[index]
+    if isinstance(layer, StateLayer):
+        return layer
+    if type(layer) is not DynamicLayer:
+        check.fail("past_key_values", "a DynamicCache", f"layers of {type(layer).__name__}")
+    if layer.get_seq_length():
+        check.fail("past_key_values", "a cache that this model filled", "one of keys and values")
+    layers[index] = StateLayer()
+    return layers[index]
+
+
+def brought(state: State | None, device: torch.device) -> State | None:
+    """The state on the device of what goes on from it."""
+    floats = [] if state is None else [t for t in state.tensors() if t.is_floating_point()]
+    return (
+        state.to(device) if state is not None and any(t.device != device for t in floats) else state
+    )
