@@ -116,7 +116,8 @@ class SlidingWindowAttention(Block):
         if heads % kv_heads:
             check.fail("kv_heads", f"a divisor of heads = {heads}", kv_heads)
         self.dim, self.heads, self.kv_heads, self.config = dim, heads, kv_heads, config
-        width, sinks = dim // heads, config.sink_tokens
+        self.width = width = dim // heads
+        sinks = config.sink_tokens
         self.qkv = Linear(dim, (heads + 2 * kv_heads) * width, bias=False)
         self.out = Linear(dim, dim, bias=False)
         self.q_scale = nn.Parameter(torch.empty(width)) if config.qk_norm else None
@@ -124,6 +125,17 @@ class SlidingWindowAttention(Block):
         self.sink_k = nn.Parameter(torch.empty(kv_heads, sinks, width)) if sinks else None
         self.sink_v = nn.Parameter(torch.empty(kv_heads, sinks, width)) if sinks else None
         self.reset_parameters()
+
+    def tensor_plan(self) -> dict[str, tuple[int, int]] | None:
+        """Heads never meet but in `out`; None where several share their keys and values."""
+        if self.kv_heads != self.heads:
+            return None
+        plan = {"qkv.weight": (0, 3), "out.weight": (1, 1)}
+        return plan | {n: (0, 1) for n in ("sink_k", "sink_v") if getattr(self, n) is not None}
+
+    def take_heads(self, rank: int, ranks: int) -> None:
+        self.heads //= ranks
+        self.kv_heads //= ranks
 
     def reset_parameters(self) -> None:
         """Fill the parameters that this module itself holds."""
@@ -178,8 +190,7 @@ class SlidingWindowAttention(Block):
         self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], Tensor]:
         """q [B, T, H, D], cache + own k and v [B, S, G, D]; options; tokens seen after the call."""
-        (B, T, _), H, G = x.shape, self.heads, self.kv_heads
-        width = self.dim // H
+        (B, T, _), H, G, width = x.shape, self.heads, self.kv_heads, self.width
         qkv = check.whole("qkv", self.qkv(x), (H + 2 * G) * width)
         q, k, v = qkv.unflatten(2, (-1, width)).split([H, G, G], 2)
         if self.q_scale is not None and self.k_scale is not None:
@@ -261,7 +272,7 @@ class SlidingWindowAttention(Block):
             check.fail("state", "an AttentionState", type(state).__name__)
         window = self.config.window
         size = None if window is None else window - 1
-        sizes = (B, size, self.kv_heads, self.dim // self.heads)
+        sizes = (B, size, self.kv_heads, self.width)
         check.tensor("state.keys", state.keys, "[B, window - 1, G, D]", sizes)
         check.tensor("state.values", state.values, "[B, window - 1, G, D]", sizes)
         check.tensor("state.position", state.position, "[B]", (B,), (torch.int64,))

@@ -63,6 +63,18 @@ class Block(nn.Module, abc.ABC):
         parts = [str(self.dim), changed(config) if isinstance(config, Config) else ""]
         return ", ".join(part for part in parts if part)
 
+    def tensor_plan(self) -> dict[str, tuple[int, int]] | None:
+        """Which parameters ranks may hold parts of, so that the sum of what they give is y.
+
+        name -> (axis, n): along this axis lie n groups, each of all heads (or hidden units), of
+        which a rank takes its own; parameters that are not named every rank holds whole. None: the
+        block cannot be taken apart. A block that has heads then runs after `take_heads`.
+        """
+        return None
+
+    def take_heads(self, rank: int, ranks: int) -> None:
+        """Compute with this rank's heads alone, once it holds their parameters alone."""
+
     @abc.abstractmethod
     def mix(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x [B, T, dim], state of this block or None -> y [B, T, dim], state after token T."""

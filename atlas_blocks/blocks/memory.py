@@ -296,8 +296,8 @@ class AtlasMemory(Block):
         check.at_least("heads", heads, 1)
         if dim % heads:
             check.fail("heads", f"a divisor of dim = {dim}", heads)
-        self.dim, self.heads, self.config = dim, heads, config
         width = dim // heads
+        self.dim, self.heads, self.width, self.config = dim, heads, width, config
         c = config
 
         self.qkv = Linear(dim, 3 * dim, bias=False)
@@ -318,6 +318,28 @@ class AtlasMemory(Block):
         self.gate = Linear(dim, dim, bias=False)
         self.out = Linear(dim, dim, bias=False)
         self.reset_parameters()
+
+    def tensor_plan(self) -> dict[str, tuple[int, int]]:
+        """Heads never meet but in `out`."""
+        plan = {"qkv.weight": (0, 3), "conv.weight": (1, 3), "gate.weight": (0, 1)}
+        for name in self._gates():
+            plan |= {f"{name}.1.{part}": (0, 1) for part in ("weight", "bias")}
+        plan |= {f"memory.{name}": (0, 1) for name, _ in self.memory.named_parameters()}
+        return plan | {"out.weight": (1, 1)}
+
+    def take_heads(self, rank: int, ranks: int) -> None:
+        self.heads //= ranks
+        self.conv.dim //= ranks
+        for name in ("alpha", "eta", "theta", "gamma"):
+            if isinstance(gate := getattr(self, name), FixedGate):
+                size = len(gate.values) // ranks
+                gate.values = gate.values[rank * size : (rank + 1) * size]
+                gate.reset_parameters()
+
+    def _gates(self) -> list[str]:
+        """Those that are learned."""
+        names = ("alpha", "eta", "theta", "gamma")
+        return [name for name in names if isinstance(getattr(self, name), Gate)]
 
     def _gate(self, name: str, init: list[float], top: float = 1.0) -> Gate | FixedGate:
         if name in self.config.fixed:
@@ -360,7 +382,7 @@ class AtlasMemory(Block):
             return PolynomialMap(coefficients)
         if self.buckets is not None and self.signs is not None:
             return SketchMap(coefficients, self.buckets, self.signs, self.sketch_width)
-        c, width = self.config, self.dim // self.heads
+        c, width = self.config, self.width
         tables = sketch_tables_for(coefficients, width, self.sketch_width, c.degree, c.sketch_seed)
         return SketchMap(coefficients, *tables, self.sketch_width)
 
@@ -375,7 +397,7 @@ class AtlasMemory(Block):
         """Room for tables that are part of the layer's data, or those of its config."""
         self.buckets = self.signs = None
         if own:
-            c, width = self.config, self.dim // self.heads
+            c, width = self.config, self.width
             where = next(self.parameters()).device
             tables = sketch_tables(width, self.sketch_width, c.degree, c.sketch_seed, where)
             self.buckets, self.signs = tables
@@ -435,7 +457,7 @@ class AtlasMemory(Block):
         if state is None and documents is None and x.shape[1] == 0:
             return self.out(x), self.initial_state(x)
         qkv, conv = self.conv(
-            check.whole("qkv", self.qkv(x), 3 * self.dim),
+            check.whole("qkv", self.qkv(x), 3 * self.heads * self.width),
             state and state.conv,
             cu_seqlens=documents,
             detach_state=False,
@@ -482,9 +504,9 @@ class AtlasMemory(Block):
             c.window,
             c.rule_decay_to,
         )
-        none = x.new_zeros(len(x), 0, self.heads, self.dim // self.heads)
+        none = x.new_zeros(len(x), 0, self.heads, self.width)
         start = initial_state(none, none, self.initial_weights(none), rule, c.momentum)
-        return MemoryState(ConvState(x.new_zeros(len(x), c.conv_width - 1, 3 * self.dim)), start)
+        return MemoryState(ConvState(x.new_zeros(len(x), c.conv_width - 1, self.conv.dim)), start)
 
     def recall(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read a fixed memory: queries [B, T, dim], weights of an OmegaState -> [B, T, dim].

@@ -33,6 +33,9 @@ class SwiGLU(Block):
         self.up = Linear(dim, width, bias=False)
         self.down = Linear(width, dim, bias=False)
 
+    def tensor_plan(self) -> dict[str, tuple[int, int]]:
+        return {"gate.weight": (0, 1), "up.weight": (0, 1), "down.weight": (1, 1)}
+
     def mix(
         self, x: Tensor, state: None, documents: Documents | None = None
     ) -> tuple[Tensor, None]:
@@ -55,6 +58,9 @@ class SquaredReLU(Block):
         self.dim = dim
         self.up = Linear(dim, width, bias=False)
         self.down = Linear(width, dim, bias=False)
+
+    def tensor_plan(self) -> dict[str, tuple[int, int]]:
+        return {"up.weight": (0, 1), "down.weight": (1, 1)}
 
     def mix(
         self, x: Tensor, state: None, documents: Documents | None = None
