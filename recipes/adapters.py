@@ -145,6 +145,8 @@ def replace_attention(model: nn.Module, *, window: int = 1, gate_rank: int = 32)
         model.set_submodule(name, converted[name])
         config: Any = module.config
         config.atlas_attention = {"window": window, "gate_rank": gate_rank}
+    # Assisted generation would take back what memories have written: transformers refuses it.
+    model._is_stateful = True  # type: ignore[assignment]
     return [name for name, _ in found]
 
 

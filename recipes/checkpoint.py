@@ -63,12 +63,18 @@ def version() -> str:
 
 
 def save(
-    path: Path, model: nn.Module, run: Run | None = None, *, allow_nonfinite: bool = False
+    path: Path,
+    model: nn.Module,
+    run: Run | None = None,
+    *,
+    allow_nonfinite: bool = False,
+    tokenizer: str = "",
 ) -> None:
     """Write the model, and the run where given, to `path` in one atomic replacement.
 
     model: a LanguageModel, also compiled, or inside DistributedDataParallel. One that
     `fully_shard` took apart is gathered: every rank calls, rank 0 writes.
+    tokenizer: the text of its tokenizer.json, where there is no run that has it.
     Raises ValueError, before anything is written, for what `load` would refuse: parts that the
     model's config does not build, or weights that are not finite unless allow_nonfinite. Raises
     OSError where the file cannot be written; what was there before stays.
@@ -85,6 +91,8 @@ def save(
         tensors |= _slots(whole, run) | {RUN + name: t for name, t in run.tensors.items()}
         metadata |= {"training": run.config.to_json(), "step": str(run.step)}
         metadata |= {name: getattr(run, name) for name in WORDS}
+    elif tokenizer:
+        metadata["tokenizer"] = tokenizer
     sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
     writes = not sharded or torch.distributed.get_rank() == 0
     # One at a time: the other ranks never hold a whole model.

@@ -29,6 +29,7 @@ from atlas_blocks.recipes import display, files, registry, runs, separation, tex
 from atlas_blocks.recipes.bench.subjects import MODES, Size
 from atlas_blocks.recipes.data import Source, Tokenizer, train_tokenizer
 from atlas_blocks.recipes.data.shards import SHARD, is_prepared, training_documents
+from atlas_blocks.recipes.data.sources import needed
 from atlas_blocks.recipes.data.tokenizer import BYTES, LEAST
 from atlas_blocks.recipes.generate import stream
 from atlas_blocks.recipes.model import LanguageModel
@@ -507,6 +508,31 @@ def export(
         f"[bold]{out}[/]: (tokens [{batch}, 1], {len(state.tensors())} tensors of the state) -> "
         "(logits, the state after the token)"
     )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of a run or a file that `train` wrote; or a folder that transformers' "
+            "save_pretrained wrote of such a model."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write for transformers; the other way, a .safetensors.")
+    ],
+) -> None:
+    """Turn a checkpoint into a folder for Hugging Face transformers, or back."""
+    needed("transformers", "convert", "hf")
+    # Imported here: transformers is an extra, and slow to import.
+    from atlas_blocks.recipes.hugging_face import convert as conversion
+
+    if conversion.is_folder(source):
+        conversion.to_checkpoint(source, out)
+    else:
+        conversion.to_folder(runs.newest(source), out)
+    Console().print(f"[bold]{out}[/]")
 
 
 @bench.command("model")

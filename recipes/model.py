@@ -140,6 +140,21 @@ class TokenEmbedding(nn.Embedding):
         return input @ self.weight.mT if input.is_floating_point() else super().forward(input)
 
 
+def start_widths(model: nn.Module, dim: int) -> None:
+    """Have embeddings and Linears of a model of this width start as LanguageModel says."""
+    std = math.sqrt(2 / (5 * dim))
+    inside_memory = {
+        part
+        for memory in model.modules()
+        if isinstance(memory, (AtlasMemory, DeepTransformerLayer, ForeignBlock))
+        for part in memory.modules()
+    }
+    for module in model.modules():
+        if isinstance(module, (Linear, TokenEmbedding)) and module not in inside_memory:
+            module.std = std
+            module.reset_parameters()
+
+
 class LanguageModel(nn.Module):
     """`model(tokens, state=None) -> LMOutput(logits, state)`.
 
@@ -161,17 +176,7 @@ class LanguageModel(nn.Module):
         self.head = (
             None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         )
-        std = math.sqrt(2 / (5 * self.config.dim))
-        inside_memory = {
-            part
-            for memory in self.modules()
-            if isinstance(memory, (AtlasMemory, DeepTransformerLayer, ForeignBlock))
-            for part in memory.modules()
-        }
-        for module in self.modules():
-            if isinstance(module, (Linear, TokenEmbedding)) and module not in inside_memory:
-                module.std = std
-                module.reset_parameters()
+        start_widths(self, config.dim)
 
     def forward(
         self,

@@ -107,14 +107,15 @@ class Source:
                 self.left_out += 1
 
 
-def needed(module: str, what: str) -> Any:
+def needed(module: str, what: str, extra: str = "train") -> Any:
     """The optional library. Raises ValueError that says how to install it."""
     try:
         found: ModuleType = importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
         raise ValueError(
-            f"{what}: expected the library {package}, got none (pip install 'atlas-blocks[train]')"
+            f"{what}: expected the library {package}, got none (pip install "
+            f"'atlas-blocks[{extra}]')"
         ) from None
     return found
 

@@ -1,9 +1,17 @@
-"""At home in Hugging Face transformers: blocks in the place of its attention, its cache, its masks.
+"""At home in Hugging Face transformers: recipes as its models, blocks in the place of attention.
 
-Needs the extra `hf`.
+Importing it registers the models with the Auto classes. Needs the extra `hf`.
 """
 
 from atlas_blocks.recipes.hugging_face.attention import HuggingFaceAttention, start_blocks
 from atlas_blocks.recipes.hugging_face.cache import StateLayer
+from atlas_blocks.recipes.hugging_face.model import AtlasConfig, AtlasForCausalLM, AtlasModel
 
-__all__ = ["HuggingFaceAttention", "StateLayer", "start_blocks"]
+__all__ = [
+    "AtlasConfig",
+    "AtlasForCausalLM",
+    "AtlasModel",
+    "HuggingFaceAttention",
+    "StateLayer",
+    "start_blocks",
+]

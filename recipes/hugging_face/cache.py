@@ -49,7 +49,8 @@ class StateLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.__init__()
+        self.state, self.length = None, 0
+        self.real = self.offset = self.last = None
 
     def offload(self) -> None:
         """The state on the CPU; a block that goes on from it has it brought back."""

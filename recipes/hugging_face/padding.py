@@ -78,6 +78,14 @@ def run_placed(
     return padding.padded(y, x.shape[:2]), None
 
 
+def held(y: Tensor, own: Tensor, last: Tensor | None) -> Tensor:
+    """y [B, T, dim] with the last token's at padding after it, last [B, dim] that of before."""
+    there = own.cumsum(1) > 0
+    found = y.gather(1, _latest(own)[..., None].expand_as(y))
+    before = torch.zeros_like(y) if last is None else last.to(y)[:, None].expand_as(y)
+    return torch.where(there[..., None], found, before)
+
+
 def _visible(mask: Any, B: int, T: int, P: int) -> Tensor:
     """Which of S tokens each new one may see, as a mask of transformers says [B, T, S]."""
     S = P + T
