@@ -67,8 +67,9 @@ class Block(nn.Module, abc.ABC):
         """Which parameters ranks may hold parts of, so that the sum of what they give is y.
 
         name -> (axis, n): along this axis lie n groups, each of all heads (or hidden units), of
-        which a rank takes its own; parameters that are not named every rank holds whole. None: the
-        block cannot be taken apart. A block that has heads then runs after `take_heads`.
+        which a rank takes its own; parameters that are not named every rank holds whole. {}: its
+        parts have plans of their own. None: the block cannot be taken apart. A block that has
+        heads then runs after `take_heads`.
         """
         return None
 

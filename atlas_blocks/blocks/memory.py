@@ -455,7 +455,7 @@ class AtlasMemory(Block):
     ) -> tuple[Tensor, MemoryState]:
         c = self.config
         if state is None and documents is None and x.shape[1] == 0:
-            return self.out(x), self.initial_state(x)
+            return self.out(self.gate(x)), self.initial_state(x)
         qkv, conv = self.conv(
             check.whole("qkv", self.qkv(x), 3 * self.heads * self.width),
             state and state.conv,

@@ -99,6 +99,9 @@ class AtlasBlock(Block):
         self.mlp_norm = RMSNorm(dim)
         self.mlp = MLPS[config.mlp](dim, config.mlp_width)
 
+    def tensor_plan(self) -> dict[str, tuple[int, int]]:
+        return {}
+
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
     ) -> tuple[Tensor, StackState]:
@@ -151,6 +154,9 @@ class MemoryAsLayer(Block):
         mlp = (config.mlp_width, config.mlp)
         self.memory = AtlasBlock(dim, heads, AtlasBlockConfig(config.memory, *mlp))
         self.attention = AtlasBlock(dim, heads, AtlasBlockConfig(config.attention, *mlp))
+
+    def tensor_plan(self) -> dict[str, tuple[int, int]]:
+        return {}
 
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
@@ -207,6 +213,9 @@ class MemoryAsGate(Block):
         self.attention_norm = RMSNorm(dim)
         self.mlp_norm = RMSNorm(dim)
         self.mlp = MLPS[config.mlp](dim, config.mlp_width)
+
+    def tensor_plan(self) -> dict[str, tuple[int, int]]:
+        return {}
 
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None

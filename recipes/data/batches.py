@@ -91,9 +91,13 @@ class Packed:
         """Whole steps that the crops of an epoch make."""
         return self.crops // self.lanes
 
-    def __call__(self, step: int) -> list[Batch]:
-        where = [self._place(step, lane) for lane in range(self.lanes)]
-        return [self._batch(where[i : i + self.batch]) for i in range(0, self.lanes, self.batch)]
+    def __call__(self, step: int, some: range | None = None) -> list[Batch]:
+        """some: numbers of the crops of every micro-batch that are wanted, all if None."""
+        some = range(self.batch) if some is None else some
+        return [
+            self._batch([self._place(step, first + crop) for crop in some])
+            for first in range(0, self.lanes, self.batch)
+        ]
 
     def _place(self, step: int, lane: int) -> tuple[int, int, bool]:
         """Epoch and number of a crop, and whether the lane's crop before is the one before it."""
