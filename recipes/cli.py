@@ -25,12 +25,14 @@ from typer.core import TyperGroup
 from atlas_blocks import check, with_settings
 from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import demo as demonstration
-from atlas_blocks.recipes import display, files, registry, runs, separation, text, training
+from atlas_blocks.recipes import display, files, registry, runs, separation, text
 from atlas_blocks.recipes.bench.subjects import MODES, Size
 from atlas_blocks.recipes.data import Source, Tokenizer, train_tokenizer
 from atlas_blocks.recipes.data.shards import SHARD, is_prepared, training_documents
 from atlas_blocks.recipes.data.sources import needed
 from atlas_blocks.recipes.data.tokenizer import BYTES, LEAST
+from atlas_blocks.recipes.distributed import layout
+from atlas_blocks.recipes.distributed.layout import Layout
 from atlas_blocks.recipes.generate import stream
 from atlas_blocks.recipes.model import LanguageModel
 from atlas_blocks.recipes.serving import server
@@ -316,10 +318,16 @@ def train(
     keep: Annotated[int, typer.Option(help="Checkpoints that are kept, the newest.")] = 3,
     validate_every: Annotated[int, typer.Option(help="Steps between two validations.")] = 500,
     wandb: Annotated[str, typer.Option(help="Project of Weights & Biases to log to.")] = "",
+    tensor: Annotated[
+        int, typer.Option(help="Processes of torchrun that share the heads of every block.")
+    ] = 1,
+    sequence: Annotated[int, typer.Option(help="Processes of torchrun that share every crop.")] = 1,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train a model on text; Ctrl-C and SIGTERM save what there is, --resume goes on."""
-    training.check_one_process()
+    """Train a model on text; Ctrl-C and SIGTERM save what there is, --resume goes on.
+
+    Started by torchrun, in several processes at once.
+    """
     settings = {
         "steps": steps,
         "batch": batch,
@@ -342,10 +350,38 @@ def train(
     options = runs.DataOptions(data, tokenizer, field, held_out)
     keeping = runs.Keeping(out, save_every, keep, validate_every, wandb)
     given = _given(ctx, [*settings, "tokenizer", "field", "held_out"])
-    console, start = Console(), runs.resume if resume else runs.begin
-    run = start(console, recipe, keeping, settings, options, given, _device(device))
-    if not runs.train(console, keeping, run):
+    # What torchrun has started again goes on from what was saved.
+    again = resume or (layout.restarted() and runs.holds_run(out))
+    start = runs.resume if again else runs.begin
+    arguments = (recipe, keeping, settings, options, given)
+    divided = Layout.of(layout.ranks(), tensor=tensor, sequence=sequence)
+    if layout.ranks() == 1:
+        console = Console()
+        done = runs.train(console, keeping, start(console, *arguments, _device(device)))
+    else:
+        done = _train_together(start, keeping, arguments, divided, device)
+    if not done:
         raise typer.Exit(INTERRUPTED)
+
+
+def _train_together(
+    start: Any, keeping: runs.Keeping, arguments: tuple[Any, ...], divided: Layout, device: str
+) -> bool:
+    """As one of the processes that torchrun has started, of which the first alone speaks."""
+    # Imported here: it takes a second.
+    from atlas_blocks.recipes.distributed.parallel import Parallel
+
+    where = _device(layout.own_device(device))
+    console = Console() if layout.leads() else Console(quiet=True)
+    try:
+        with layout.joined(where):
+            run = start(console, *arguments, where, Parallel(divided, where))
+            return runs.train(console, keeping, run)
+    except (ValueError, FloatingPointError, OSError) as error:
+        # They all come to the same end.
+        if layout.leads():
+            raise
+        raise typer.Exit(2 if isinstance(error, ValueError) else WRONG) from error
 
 
 def _given(ctx: typer.Context, names: Collection[str]) -> set[str]:

@@ -2,19 +2,21 @@
 been learnt is not lost, whatever ends the run.
 
     OUT/step-00000200.safetensors   checkpoints: everything that the run goes on from
+    OUT/step-00000200.dcp           the same of a run in several processes, see `distributed`
     OUT/log.jsonl, OUT/tensorboard  see `logs`
     OUT/data                        the shards, where the data was not prepared before
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -31,7 +33,10 @@ from atlas_blocks.recipes.losses import HELD_OUT, mean_loss
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
 from atlas_blocks.recipes.training import TrainingConfig, TrainingState
 
-CHECKPOINTS = "step-*.safetensors"
+if TYPE_CHECKING:
+    from atlas_blocks.recipes.distributed.parallel import Parallel
+
+CHECKPOINTS, FOLDERS = "step-*.safetensors", "step-*.dcp"
 DATA = "data"
 
 
@@ -71,9 +76,15 @@ class Training:
     optimizer: torch.optim.Optimizer
     state: TrainingState
     shards: Shards
+    parallel: Parallel | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for all of the run."""
+        return self.parallel is None or self.parallel.leads
 
     def save(self, path: Path) -> None:
-        """Everything that it goes on from."""
+        """Everything that it goes on from. Over several ranks `path` is a folder."""
         device = next(self.model.parameters()).device
         run = Run(
             self.config,
@@ -84,7 +95,12 @@ class Training:
             self.state.record(),
             self.state.tensors(device),
         )
-        checkpoint.save(path, self.model, run)
+        if self.parallel is None:
+            checkpoint.save(path, self.model, run)
+        else:
+            from atlas_blocks.recipes.distributed import folders
+
+            folders.save(path, self.model, run, self.parallel)
 
 
 def newest(place: Path) -> Path:
@@ -95,9 +111,16 @@ def newest(place: Path) -> Path:
     if place.is_dir():
         found = sorted(place.glob(CHECKPOINTS))
         if not found:
-            check.fail("checkpoint", f"a file {CHECKPOINTS} in {place}", "none")
+            ranks = sorted(place.glob(FOLDERS))
+            got = f"{ranks[-1].name} alone (train --resume makes a file of it)" if ranks else "none"
+            check.fail("checkpoint", f"a file {CHECKPOINTS} in {place}", got)
         return found[-1]
     return place
+
+
+def holds_run(out: Path) -> bool:
+    """Whether there is anything to resume."""
+    return any(True for form in (CHECKPOINTS, FOLDERS) for _ in out.glob(form))
 
 
 # --- before step 1 ----------------------------------------------------------------------------
@@ -111,25 +134,37 @@ def begin(
     options: DataOptions,
     given: Collection[str],
     device: torch.device,
+    parallel: Parallel | None = None,
 ) -> Training:
     """A new run of a recipe, or of a config's file. settings: those of TrainingConfig. given: names
     of the settings and data options that were asked for.
+
+    parallel: the ranks that it is divided over; each calls, with the same arguments.
 
     Raises ValueError for bad settings, data that does not fit them or the model, or a place that
     cannot be written.
     """
     out, config = keeping.out, TrainingConfig(**settings)
     wanted, data = registry.config(recipe), _opened(options, given, None)
-    if list(out.glob(CHECKPOINTS)):
+    if holds_run(out):
         raise ValueError(f"out: {out} holds a run; --resume continues it, or name another folder")
-    _check_machine(out, config, device)
-    # What a run that was killed prepared is of use where all of it is as it would be now.
-    shards = _shards(console, data, options, ("tokenizer", "field", "held_out"), out)
+    _check_machine(out, config, device, parallel)
+    if parallel is not None:
+        parallel.layout.check(wanted, config)
+
+    def shards_of() -> Shards:
+        # What a run that was killed prepared is of use where all of it is as it would be now.
+        return _shards(console, data, options, ("tokenizer", "field", "held_out"), out)
+
+    shards = shards_of() if parallel is None else parallel.first(shards_of)
     wanted = _fitted(recipe, wanted, shards)
     _check(keeping, wanted, config, shards)
     torch.manual_seed(config.seed)
     model = wanted.build().to(device)
-    return Training(model, config, training.make_optimizer(model, config), TrainingState(), shards)
+    if parallel is not None:
+        parallel.shard(model)
+    optimizer = training.make_optimizer(model, config)
+    return Training(model, config, optimizer, TrainingState(), shards, parallel)
 
 
 def resume(
@@ -140,6 +175,7 @@ def resume(
     options: DataOptions,
     given: Collection[str],
     device: torch.device,
+    parallel: Parallel | None = None,
 ) -> Training:
     """The run whose newest checkpoint is in the folder `out`, as it was set up, but for its number
     of steps where that is given.
@@ -148,11 +184,9 @@ def resume(
     and as `begin`.
     """
     out, wanted = keeping.out, registry.config(recipe)
-    if not list(out.glob(CHECKPOINTS)):
+    if not holds_run(out):
         check.fail("out", "the folder of a run to resume", out)
-    path = newest(out)
-    model = checkpoint.load(path, device)
-    run = checkpoint.load_run(path, model)
+    model, run = _newest_run(out, device, parallel)
     before = run.config.to_dict()
     if wanted.name != model.config.name:
         check.fail("recipe", f"{model.config.name} (that of the run in {out})", wanted.name)
@@ -164,24 +198,54 @@ def resume(
         if settings["steps"] < run.step:
             check.fail("steps", f"at least the {run.step} that {out} has done", settings["steps"])
         config = config.replace(steps=settings["steps"])
-    _check_machine(out, config, device)
+    _check_machine(out, config, device, parallel)
     if not (options.path or is_prepared(out / DATA)):
         check.fail("data", f"{run.data}, that of the run, which is not in {out}", "none")
     data = _opened(options, given, out / DATA)
-    shards = _shards(console, data, options, given, out)
+
+    def shards_of() -> Shards:
+        return _shards(console, data, options, given, out)
+
+    shards = shards_of() if parallel is None else parallel.first(shards_of)
     if run.data != shards.fingerprint:
         check.fail("data", f"{run.data}, that of the run in {out}", shards.fingerprint)
     if registry.is_file(recipe) and wanted != model.config:
         check.fail("recipe", f"the config of the run in {out}", f"another in {recipe}")
     _check(keeping, model.config, config, shards)
     state = TrainingState.restored(model, run.step, run.record, run.tensors)
-    return Training(model, config, run.optimizer, state, shards)
+    return Training(model, config, run.optimizer, state, shards, parallel)
 
 
-def _check_machine(out: Path, config: TrainingConfig, device: torch.device) -> None:
+def _newest_run(
+    out: Path, device: torch.device, parallel: Parallel | None
+) -> tuple[LanguageModel, Run]:
+    """The last checkpoint in a folder that holds a run, whatever number of processes wrote it.
+
+    One process goes on from a file, several from a folder: what is the other is first made into it.
+    """
+    steps = {form: {p.stem: p for p in out.glob(form)} for form in (CHECKPOINTS, FOLDERS)}
+    last = max(name for found in steps.values() for name in found)
+    file, folder = out / f"{last}{Path(CHECKPOINTS).suffix}", out / f"{last}{Path(FOLDERS).suffix}"
+    if parallel is None:
+        if not file.exists():
+            from atlas_blocks.recipes.distributed import folders
+
+            folders.to_file(folder, file)
+        model = checkpoint.load(file, device)
+        return model, checkpoint.load_run(file, model)
+    from atlas_blocks.recipes.distributed import folders
+
+    if not folder.exists():
+        parallel.at_first(lambda: folders.from_file(file, folder))
+    return folders.load(folder, device, parallel)
+
+
+def _check_machine(
+    out: Path, config: TrainingConfig, device: torch.device, parallel: Parallel | None
+) -> None:
     """Raise ValueError where the folder cannot be written, or nothing can be compiled."""
     files.check_folder("out", out)
-    if not config.compile:
+    if not config.compile or parallel is not None:
         return
     try:
         torch.compile(torch.exp)(torch.ones(64, device=device))
@@ -373,17 +437,23 @@ def train(console: Console, keeping: Keeping, run: Training) -> bool:
     """
     _announce(console, run)
     out, config, name = keeping.out, run.config, run.model.config.name
-    for partial in out.glob(f"{CHECKPOINTS}.*.partial"):
-        partial.unlink()
+    parallel, batches = run.parallel, _batches(run.shards, config)
+    if run.leads:
+        for partial in out.glob(f"{CHECKPOINTS}.*.partial"):
+            partial.unlink()
+        for partial in out.glob(f"{FOLDERS}.partial*"):
+            shutil.rmtree(partial)
     held_out = HeldOut(run.shards, config)
     view = display.TrainingView(console, {name: config.steps})
     show = view.callback(name)
-    log = logs.Log(out, run.state.step, project=keeping.project)
+    log = logs.Log(out, run.state.step, project=keeping.project) if run.leads else None
     if not logs.has_tensorboard():
         console.print("no TensorBoard logs: not installed (pip install 'atlas-blocks[train]')")
 
     def on_step(at: training.Progress) -> None:
         show(at)
+        if log is None:
+            return
         log.write(
             at.step,
             loss=at.loss,
@@ -396,17 +466,19 @@ def train(console: Console, keeping: Keeping, run: Training) -> bool:
 
     def validate(step: int) -> None:
         nats, bits = held_out(run.model)
+        if log is None:
+            return
         log.write(step, held_out_loss=nats, held_out_bits_per_byte=bits)
         console.print(f"{name} {step}/{config.steps}  held out {bits:.3f} bits per byte")
 
     def save(step: int) -> None:
         _save(keeping, run)
 
-    with log, view:
+    with log or contextlib.nullcontext(), view:
         try:
             result = training.train(
                 run.model,
-                _batches(run.shards, config),
+                batches if parallel is None else parallel.batches(batches),
                 config,
                 optimizer=run.optimizer,
                 state=run.state,
@@ -415,22 +487,26 @@ def train(console: Console, keeping: Keeping, run: Training) -> bool:
                 save_every=keeping.save_every,
                 validate=validate,
                 validate_every=keeping.validate_every,
+                parallel=parallel,
             )
         except training.Diverged as error:
             _save(keeping, run)
             batch = out / f"bad-step-{error.step + 1:08d}.safetensors"
             tensors = {
                 f"{i}.{field}": tensor.contiguous()
-                for i, one in enumerate(error.batches)
+                for i, one in enumerate(batches(error.step) if parallel else error.batches)
                 for field, tensor in vars(one).items()
                 if tensor is not None
             }
-            with files.replacing(batch) as partial:
-                save_file(tensors, partial)
+            if run.leads:
+                with files.replacing(batch) as partial:
+                    save_file(tensors, partial)
             raise FloatingPointError(
                 f"{error}; the run as it was before, after step {error.step}, is saved in {out}, "
                 f"and the batch in {batch}"
             ) from error
+    if parallel is not None:
+        parallel.at_first(lambda: _as_file(keeping, run.state.step))
     if result.interrupted:
         console.print(
             f"interrupted after step {result.step}; [bold]{out}[/] is whole and "
@@ -456,7 +532,9 @@ def _announce(console: Console, run: Training) -> None:
         )
     console.print(line)
     console.print(f"text: {_told(run.shards)}")
-    if config.compile and step < config.steps:
+    if run.parallel is not None:
+        console.print(f"{run.parallel.layout}; nothing is compiled over several processes")
+    elif config.compile and step < config.steps:
         console.print("every block is compiled in the first steps: up to minutes (--no-compile)")
     if step == config.steps:
         console.print(f"all {step} steps were taken before; --steps with a larger number goes on")
@@ -469,10 +547,13 @@ def _announce(console: Console, run: Training) -> None:
 def _save(keeping: Keeping, run: Training) -> None:
     """To the run's folder, of which the newest are kept; or where that fails to the temporary
     folder, and OSError says so."""
-    path = keeping.out / CHECKPOINTS.replace("*", f"{run.state.step:08d}")
+    form = CHECKPOINTS if run.parallel is None else FOLDERS
+    path = keeping.out / form.replace("*", f"{run.state.step:08d}")
     try:
         run.save(path)
     except OSError as error:
+        if run.parallel is not None:  # whose ranks may have no other folder in common
+            raise
         elsewhere = Path(tempfile.mkdtemp(prefix="atlas-blocks-")) / path.name
         try:
             run.save(elsewhere)
@@ -480,5 +561,26 @@ def _save(keeping: Keeping, run: Training) -> None:
             shutil.rmtree(elsewhere.parent)
             raise OSError(f"{error}, nor elsewhere: {again}") from error
         raise OSError(f"{error}; the run after step {run.state.step} is in {elsewhere}") from error
+    if run.leads:
+        _keep_newest(keeping)
+
+
+def _as_file(keeping: Keeping, step: int) -> None:
+    """What several processes have saved after this step as a single file too, for what reads
+    models."""
+    from atlas_blocks.recipes.distributed import folders
+
+    folder, file = (keeping.out / f.replace("*", f"{step:08d}") for f in (FOLDERS, CHECKPOINTS))
+    if folder.exists() and not file.exists():
+        folders.to_file(folder, file)
+        _keep_newest(keeping)
+
+
+def _keep_newest(keeping: Keeping) -> None:
     for old in sorted(keeping.out.glob(CHECKPOINTS))[: -keeping.keep]:
         old.unlink()
+    if old_folders := sorted(keeping.out.glob(FOLDERS))[: -keeping.keep]:
+        from atlas_blocks.recipes.distributed import folders
+
+        for old in old_folders:
+            folders.remove(old)

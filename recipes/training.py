@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from atlas_blocks.recipes.data.batches import Batch
 from atlas_blocks.recipes.losses import batch_loss, fresh_state
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelState
 from atlas_blocks.recipes.optimizers import adamw, muon
+
+if TYPE_CHECKING:
+    from atlas_blocks.recipes.distributed.parallel import Parallel
 
 # Good losses that a spike is measured against, and from how many on.
 WINDOW, ENOUGH = 50, 25
@@ -276,18 +279,22 @@ def accumulate(
     batches: Sequence[Batch],
     config: TrainingConfig,
     carried: Sequence[LanguageModelState | None],
+    parallel: Parallel | None = None,
 ) -> tuple[Tensor, list[LanguageModelState | None]]:
     """Add the gradient of the mean loss over micro-batches of equal size to the parameters';
-    returns the loss and what each carries on. carried: from the step before; [] for nothing."""
+    returns the loss and what each carries on. carried: from the step before; [] for nothing.
+    parallel: batches are this rank's parts; the loss is that of all."""
     device = next(model.parameters()).device
+    loss_of = batch_loss if parallel is None else parallel.loss
     losses, after = [], []
     for batch, state in itertools.zip_longest(batches, carried):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            loss, state = batch_loss(model, batch.to(device), state)
+            loss, state = loss_of(model, batch.to(device), state)
         (loss / len(batches)).backward()
         losses.append(loss.detach())
         after.append(state)
-    return torch.stack(losses).mean(), after
+    mean = torch.stack(losses).mean()
+    return mean if parallel is None else parallel.mean(mean), after
 
 
 def descend(
@@ -322,7 +329,9 @@ def update(
     """
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    norm: Any = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    # Of gradients in shards, what all ranks hold.
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     loss_value, norm_value = loss.item(), norm.item()
     why = ""
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
@@ -350,6 +359,7 @@ def train(
     save_every: int | None = None,
     validate: Callable[[int], None] | None = None,
     validate_every: int | None = None,
+    parallel: Parallel | None = None,
 ) -> TrainingResult:
     """Train on batches, or on random crops of one text [N], from where `state` stands to
     `config.steps`; it moves along.
@@ -357,10 +367,12 @@ def train(
     validate, save: told the steps done after every `..._every` of them and at the end; `save` also
     where the end is early. A bad step (see BadStep) is skipped. Ctrl-C or SIGTERM ends the run
     after the step in hand, so that the model is always whole; a second one interrupts at once.
+    parallel: the ranks over which the model is; each gives its own batches, and calls this.
     Raises Diverged where more steps in a row are bad than `config.patience`, and ValueError in one
-    of several ranks.
+    of several ranks without `parallel`.
     """
-    check_one_process()
+    if parallel is None:
+        check_one_process()
     optimizer = optimizer or make_optimizer(model, config)
     state = state or TrainingState()
     batches = crops(data, config) if isinstance(data, Tensor) else data
@@ -368,10 +380,17 @@ def train(
     losses: list[float] = []
     seconds: collections.deque[float] = collections.deque(maxlen=20)
     began, saved, validated = time.perf_counter(), state.step, -1
-    with _graceful_interrupt() as interrupted, _compiled(model, config):
-        while state.step < config.steps and not interrupted.is_set():
+    with _graceful_interrupt() as interrupted, _compiled(model, config, parallel):
+
+        def stopped() -> bool:
+            # Ranks stop after the same step, whichever of them was told.
+            told = interrupted.is_set()
+            return told if parallel is None else parallel.any(told)
+
+        while state.step < config.steps and not stopped():
             at = time.perf_counter()
-            loss, norm, skipped = _step(model, optimizer, batches(state.step), config, state)
+            own = batches(state.step)
+            loss, norm, skipped = _step(model, optimizer, own, config, state, parallel)
             if not skipped:
                 losses.append(loss)
             seconds.append(time.perf_counter() - at)
@@ -390,7 +409,7 @@ def train(
                     )
                 )
             due = validate_every and state.step % validate_every == 0
-            if validate and due and not interrupted.is_set():
+            if validate and due and not stopped():
                 validate(state.step)
                 validated = state.step
             if save and save_every and state.step % save_every == 0:
@@ -398,9 +417,11 @@ def train(
                 saved = state.step
         if save and saved < state.step:
             save(state.step)
-        if validate and validated < state.step and not interrupted.is_set():
+        ended_early = stopped()
+        if validate and validated < state.step and not ended_early:
             validate(state.step)
-    return TrainingResult(losses, state.step, time.perf_counter() - began, interrupted.is_set())
+            ended_early = stopped()
+    return TrainingResult(losses, state.step, time.perf_counter() - began, ended_early)
 
 
 def _step(
@@ -409,13 +430,14 @@ def _step(
     batches: Sequence[Batch],
     config: TrainingConfig,
     state: TrainingState,
+    parallel: Parallel | None = None,
 ) -> tuple[float, float, str]:
     """The next step of a run: loss, gradient norm, and why it was skipped or "".
 
     Raises Diverged.
     """
     optimizer.zero_grad()
-    mean, carried = accumulate(model, batches, config, state.carried)
+    mean, carried = accumulate(model, batches, config, state.carried, parallel)
     limit = state.spike_from(config)
     try:
         loss, norm = update(model, optimizer, mean, config, state.step, spike_from=limit)
@@ -441,9 +463,12 @@ def _set_generators(rng: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _compiled(model: LanguageModel, config: TrainingConfig) -> Iterator[None]:
-    """Every block compiled, where the config wants it, and room for the graphs of all kinds."""
-    if not config.compile:
+def _compiled(
+    model: LanguageModel, config: TrainingConfig, parallel: Parallel | None
+) -> Iterator[None]:
+    """Every block compiled, where the config wants it, and room for the graphs of all kinds. Not
+    over several ranks, whose hooks would break every graph."""
+    if not config.compile or parallel is not None:
         yield
         return
     # Imported here: it takes seconds.

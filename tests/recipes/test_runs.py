@@ -172,7 +172,7 @@ def test_a_state_that_grows_is_not_carried(run, tmp_path, data, no_step):
 
 def test_one_of_several_ranks_is_refused(run, tmp_path, data, no_step, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (("train", NAME, "--data", data), ("demo",), ("ablate",), ("separation",)):
+    for command in (("demo",), ("ablate",), ("separation",)):
         code, printed, err = run(*command, "--out", tmp_path / "out")
         assert (code, printed) == (2, "")
         assert "training: expected one process, as it divides no work, got 2 ranks" in err
