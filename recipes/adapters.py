@@ -1,11 +1,10 @@
-"""Trained softmax attention turned into a DeepTransformer layer, and back."""
+"""Trained softmax attention turned into a block, and back. (Those of a whole model: surgery.py.)"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +16,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from atlas_blocks import (
+    AtlasMemory,
+    AtlasMemoryConfig,
+    Block,
+    Config,
     DeepTransformerConfig,
     DeepTransformerLayer,
     SlidingWindowAttention,
+    SlidingWindowAttentionConfig,
     check,
 )
 from atlas_blocks.blocks.deep_transformer import NeutralGates
 from atlas_blocks.blocks.parameters import Linear
-from atlas_blocks.data import there
 
-MODELS = "Gemma, GPT-2, Llama, Mistral, Qwen2 or Qwen3"
+MODELS = "Gemma, Gemma 2, GPT-2, GPT-NeoX, Llama, Mistral, Phi, Qwen2 or Qwen3"
 RMS_EPS = 1e-6
 # Hooks that set a parameter anew before it is used.
 REFRESHED = (BasePruningMethod, WeightNorm)
@@ -41,34 +44,37 @@ class Layout(NamedTuple):
     # Of every parameter of the layer: the module's that lie one under the other in it.
     slots: dict[str, tuple[str, ...]]
     transposed: bool = False  # the module's matrices [in, out]
+    by_head: bool = False  # rows of qkv: head by head the query, key and value of each
 
 
 def from_attention(
-    module: nn.Module, *, window: int = 1, gate_rank: int = 32
-) -> DeepTransformerLayer:
+    module: nn.Module,
+    *,
+    window: int = 1,
+    gate_rank: int = 32,
+    block: Config | None = None,
+) -> Block:
     """A layer that computes what trained causal attention computes, to rounding, and learns on.
 
     module: torch.nn.MultiheadAttention (its causal use, batch first, without dropout), the
-    attention of a model of Hugging Face transformers (Gemma, GPT-2, Llama, Mistral, Qwen2, Qwen3;
-    rotary positions unscaled, as its config says, and no sliding window), or a
-    SlidingWindowAttention with window=None.
+    attention of a model of Hugging Face transformers (MODELS; rotary positions unscaled, as its
+    config says, and no sliding window), or a SlidingWindowAttention with window=None.
     window, gate_rank: of the gates that the layer has beyond it. They start at exactly 1 (older
     lags of the window at 0), where they change nothing and still receive a gradient.
+    block: None is a DeepTransformerLayer of that window. Or a config of one whose objective is
+    "dot", of SlidingWindowAttention (the same function as long as its window), or of AtlasMemory,
+    which takes over the projections and is another function: it has to be trained.
     Rotary positions, grouped keys, scale and biases are taken over, dropout is not. The layer owns
     copies of the weights as they are in effect (parametrised, pruned), of the same dtype and on
-    the same device, frozen where they are frozen; the gates are trainable.
-    Raises ValueError for any other module, for one whose attention is not causal softmax, and for
-    projections that are wrapped, replaced, quantised, sharded or hooked, by the parameter's name.
+    the same device, frozen where they are frozen; what is new is trainable.
+    Raises ValueError for any other module, for one whose attention is not causal softmax, for a
+    block that cannot take it over, and for projections that are wrapped, replaced, quantised,
+    sharded or hooked, by the parameter's name.
     """
     layout = _layout(module)
-    config = DeepTransformerConfig(
-        window=window,
-        gates="neutral",
-        gate_rank=gate_rank,
-        conv_width=None,
-        output_gate=False,
-        **layout.settings,
-    )
+    if block is None:
+        block = DeepTransformerConfig(window=window, gate_rank=gate_rank)
+    config = _config_for(block, layout)
     found = {ours: [_effective(module, n) for n in names] for ours, names in layout.slots.items()}
     first = found["qkv.weight"][0]
     layer = config.build(layout.dim, layout.heads).to(first.device, first.dtype)
@@ -79,11 +85,68 @@ def from_attention(
                 if getattr(tensor, what) != getattr(like, what):
                     wanted = f"the {what} of the others, {getattr(like, what)}"
                     check.fail(name, wanted, getattr(tensor, what))
-        parts = [t.mT if layout.transposed and t.ndim == 2 else t for t in found[ours]]
+        if ours in ("q_scale", "k_scale") and isinstance(layer, AtlasMemory):
+            continue  # it has its own norm of queries and keys
+        rows = torch.cat([_ours(t.detach(), layout, ours) for t in found[ours]])
         target = layer.get_parameter(ours)
-        _fill(target.detach(), names, parts)
+        if isinstance(layer, AtlasMemory) and ours == "qkv.weight":
+            rows = _ungrouped(rows, layout)
+        check.tensor(" and ".join(names), rows, "together", target.shape)
+        target.detach().copy_(rows)
         target.requires_grad_(group.requires_grad)
     return layer.train(module.training)
+
+
+def taken(layer: nn.Module) -> set[str]:
+    """The parameters of a layer of `from_attention` that the attention had."""
+    names = {"qkv.weight", "qkv.bias", "out.weight", "out.bias", "q_scale", "k_scale"}
+    return names & {name for name, _ in layer.named_parameters()}
+
+
+def _config_for(block: Config, layout: Layout) -> Any:
+    """The config of the layer that takes an attention over."""
+    settings = layout.settings
+    if isinstance(block, DeepTransformerConfig):
+        if block.objective != "dot" or not block.normalise:
+            wanted = 'objective="dot" and normalise=True, which is softmax attention'
+            check.fail("block", wanted, block)
+        return block.replace(gates="neutral", conv_width=None, output_gate=False, **settings)
+    width = settings["head_width"] or layout.dim // layout.heads
+    square = width * layout.heads == layout.dim
+    if isinstance(block, AtlasMemoryConfig):
+        if not square or settings["qkv_bias"] or settings["out_bias"]:
+            wanted = "heads that make up the width, and no biases, for an AtlasMemory"
+            check.fail("module", wanted, settings)
+        return block
+    if isinstance(block, SlidingWindowAttentionConfig):
+        fits = square and not (settings["qkv_bias"] or settings["out_bias"])
+        fits = fits and settings["rope_base"] is not None and settings["rope_width"] is None
+        if not fits or settings["scale"] not in (None, width**-0.5):
+            wanted = "plain attention with rotary positions, for a SlidingWindowAttention"
+            check.fail("module", wanted, settings)
+        return block.replace(
+            rope_base=settings["rope_base"],
+            qk_norm=settings["qk_norm"] == "rms",
+            kv_heads=settings["kv_heads"],
+        )
+    kinds = "DeepTransformerConfig, SlidingWindowAttentionConfig or AtlasMemoryConfig"
+    check.fail("block", kinds, type(block).__name__)
+
+
+def _ours(t: Tensor, layout: Layout, name: str) -> Tensor:
+    """A module's tensor as the layer has it: rows [out, in], those of queries first."""
+    t = t.mT if layout.transposed and t.ndim == 2 else t
+    if layout.by_head and name.startswith("qkv"):
+        t = t.unflatten(0, (layout.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return t
+
+
+def _ungrouped(rows: Tensor, layout: Layout) -> Tensor:
+    """qkv with keys and values for every head of queries."""
+    H, G = layout.heads, layout.settings["kv_heads"] or layout.heads
+    q, k, v = rows.unflatten(0, (H + 2 * G, -1)).split([H, G, G])
+    k, v = (t.repeat_interleave(H // G, 0) for t in (k, v))
+    return torch.cat([q, k, v]).flatten(0, 1)
 
 
 def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
@@ -96,7 +159,7 @@ def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
     layout = _layout(like)
     if parametrize.type_before_parametrizations(layer) is not DeepTransformerLayer:
         check.fail("layer", "a DeepTransformerLayer", type(layer).__name__)
-    _check_own("layer", layer, is_part=False)
+    check_own("layer", layer, is_part=False)
     gates = layer.gates
     if not isinstance(gates, NeutralGates) or not gates.untouched():
         check.fail("layer", "gates that are still neutral", "gates that are not")
@@ -113,80 +176,18 @@ def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
         targets = [t.mT if layout.transposed and t.ndim == 2 else t for t in targets]
         parts = _effective(layer, ours).detach().split([len(t) for t in targets])
         for name, target, part in zip(names, targets, parts, strict=True):
-            _fill(target, (name,), [part])
+            if layout.by_head and ours.startswith("qkv"):
+                part = part.unflatten(0, (3, layout.heads, -1)).transpose(0, 1).flatten(0, 2)
+            check.tensor(name, part, "together", target.shape)
+            target.copy_(part)
     return module
-
-
-def replace_attention(model: nn.Module, *, window: int = 1, gate_rank: int = 32) -> list[str]:
-    """Replace every attention of a Hugging Face model in place (MODELS); their names.
-
-    The model goes on as before, `generate` with its cache included; see HuggingFaceAttention. Its
-    config notes what was done, so that `load_converted` reads what its `save_pretrained` writes.
-    Raises ValueError where there is none, and where one cannot be converted; the model is then as
-    it was.
-    """
-    kinds = tuple(_hugging_face())
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
-    if not found:
-        check.fail("model", f"one with the attention of {MODELS}", type(model).__name__)
-    from atlas_blocks.recipes.hugging_face import HuggingFaceAttention
-
-    converted = {}
-    for name, module in found:
-        try:
-            layer = from_attention(module, window=window, gate_rank=gate_rank)
-            _check_rotary(model, module, layer)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        index = module.layer_idx
-        assert isinstance(index, int)
-        converted[name] = HuggingFaceAttention(layer, index)
-    for name, module in found:
-        model.set_submodule(name, converted[name])
-        config: Any = module.config
-        config.atlas_attention = {"window": window, "gate_rank": gate_rank}
-    # Assisted generation would take back what memories have written: transformers refuses it.
-    model._is_stateful = True  # type: ignore[assignment]
-    return [name for name, _ in found]
-
-
-def load_converted(path: str | Path, **options: Any) -> Any:
-    """The model that `save_pretrained` wrote after `replace_attention`.
-
-    The model class's own `from_pretrained` cannot: it fills plain attention with random weights
-    (transformers warns). options: of `from_pretrained` (dtype, device_map, ...).
-    Raises ValueError where the folder holds no converted model.
-    """
-    import transformers
-
-    from atlas_blocks.recipes.hugging_face import start_blocks
-
-    config: Any = transformers.AutoConfig.from_pretrained(path)
-    settings = getattr(config, "atlas_attention", None)
-    if settings is None:
-        check.fail("path", "a model saved after replace_attention", path)
-    name = config.architectures[0]
-    kind: Any = getattr(transformers, name, None)
-    if kind is None:
-        check.fail("path", "a model whose class transformers has", name)
-
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        kind.__init__(self, config, *args, **kwargs)
-        replace_attention(self, **settings)
-        start_blocks(self)
-
-    # Only a class of its own tells from_pretrained which parameters there are to fill.
-    converted = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
-    model = converted.from_pretrained(path, **options)
-    model.__class__ = kind
-    return model
 
 
 def _effective(module: nn.Module, name: str) -> Tensor:
     """A parameter as forward uses it. Raises ValueError where something else stands before it."""
     path, _, kind = name.rpartition(".")
     owner = module.get_submodule(path)
-    _check_own(name, owner, is_part=bool(path))
+    check_own(name, owner, is_part=bool(path))
     # Those of pruning and weight norm set the parameter anew. MultiheadAttention never calls its
     # out_proj, and computes with what was set last.
     hooks = list(owner._forward_pre_hooks.values())
@@ -203,7 +204,7 @@ def _effective(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _check_own(name: str, owner: nn.Module, is_part: bool) -> None:
+def check_own(name: str, owner: nn.Module, is_part: bool) -> None:
     """That a module computes what its class says. is_part: it is to be a projection or norm."""
     kind = parametrize.type_before_parametrizations(owner)
     if is_part and kind not in _plain_parts():
@@ -235,12 +236,6 @@ def _plain_parts() -> list[type]:
     return found
 
 
-def _fill(target: Tensor, names: tuple[str, ...], parts: list[Tensor]) -> None:
-    rows = torch.cat([t.detach() for t in parts])
-    check.tensor(" and ".join(names), rows, "together", target.shape)
-    target.copy_(rows)
-
-
 def _layout(module: nn.Module) -> Layout:
     kind = parametrize.type_before_parametrizations(module)
     readers = {
@@ -251,7 +246,7 @@ def _layout(module: nn.Module) -> Layout:
     if kind not in readers:
         kinds = "MultiheadAttention, a SlidingWindowAttention or the attention of " + MODELS
         check.fail("module", f"a {kinds}", kind.__name__)
-    _check_own("module", module, is_part=False)
+    check_own("module", module, is_part=False)
     return readers[kind](module)
 
 
@@ -259,6 +254,9 @@ def _hugging_face() -> dict[type, Any]:
     """The attention classes of transformers, where it has been imported: no module is one else."""
     readers = {
         "gemma.modeling_gemma.GemmaAttention": _llama,
+        "gemma2.modeling_gemma2.Gemma2Attention": _gemma2,
+        "gpt_neox.modeling_gpt_neox.GPTNeoXAttention": _gpt_neox,
+        "phi.modeling_phi.PhiAttention": _phi,
         "gpt2.modeling_gpt2.GPT2Attention": _gpt2,
         "llama.modeling_llama.LlamaAttention": _llama,
         "mistral.modeling_mistral.MistralAttention": _mistral,
@@ -280,6 +278,7 @@ def _settings(**changes: Any) -> dict[str, Any]:
         "qk_norm": "none",
         "scale": None,
         "rope_base": None,
+        "rope_width": None,
         "kv_heads": None,
         "head_width": None,
         "qkv_bias": False,
@@ -294,7 +293,7 @@ def _linears(module: nn.Module, qkv: tuple[str, ...], out: str) -> dict[str, tup
     for ours, names in (("qkv", qkv), ("out", (out,))):
         owners = [module.get_submodule(name) for name in names]
         for name, owner in zip(names, owners, strict=True):
-            _check_own(f"{name}.weight", owner, is_part=True)
+            check_own(f"{name}.weight", owner, is_part=True)
         slots[f"{ours}.weight"] = tuple(f"{name}.weight" for name in names)
         without = [n for n, owner in zip(names, owners, strict=True) if owner.bias is None]
         if not without:
@@ -327,22 +326,51 @@ def _our_own(m: SlidingWindowAttention) -> Layout:
     return Layout(m.dim, m.heads, settings, slots)
 
 
-def _llama(m: Any, qk_norm: str = "none") -> Layout:
+def _llama(m: Any, qk_norm: str = "none", out: str = "o_proj") -> Layout:
     c = m.config
-    rope = c.rope_parameters
-    if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        check.fail("module", 'rotary positions of type "default"', rope)
     _check_causal(m)
-    slots = _linears(m, ("q_proj", "k_proj", "v_proj"), "o_proj")
+    slots = _linears(m, ("q_proj", "k_proj", "v_proj"), out)
     settings = _settings(
         qk_norm=qk_norm,
         scale=m.scaling,
-        rope_base=float(rope["rope_theta"]),
         kv_heads=c.num_key_value_heads,
         head_width=m.head_dim,
+        **_rope(c, m.head_dim),
         **_biases(slots),
     )
     return Layout(c.hidden_size, c.num_attention_heads, settings, slots)
+
+
+def _rope(c: Any, width: int) -> dict[str, Any]:
+    """Of rotary positions, as the config of a model says."""
+    rope = c.rope_parameters
+    if rope["rope_type"] != "default":
+        check.fail("module", 'rotary positions of type "default"', rope)
+    turned = int(width * rope.get("partial_rotary_factor", 1.0))
+    whole = turned == width
+    return {"rope_base": float(rope["rope_theta"]), "rope_width": None if whole else turned}
+
+
+def _gemma2(m: Any) -> Layout:
+    if m.attn_logit_softcapping is not None:
+        wanted = "None (a soft cap of the scores, which the rule does not have)"
+        check.fail("attn_logit_softcapping", wanted, m.attn_logit_softcapping)
+    return _llama(m)
+
+
+def _phi(m: Any) -> Layout:
+    if m.qk_layernorm:
+        check.fail("qk_layernorm", "False", True)
+    return _llama(m, out="dense")
+
+
+def _gpt_neox(m: Any) -> Layout:
+    _check_causal(m)
+    slots = _linears(m, ("query_key_value",), "dense")
+    rope = _rope(m.config, m.head_size)
+    settings = _settings(scale=m.scaling, **rope, **_biases(slots))
+    c = m.config
+    return Layout(c.hidden_size, c.num_attention_heads, settings, slots, by_head=True)
 
 
 def _mistral(m: Any) -> Layout:
@@ -353,7 +381,7 @@ def _mistral(m: Any) -> Layout:
 def _qwen3(m: Any) -> Layout:
     layout = _llama(m, "rms")
     for name, norm in (("q_norm", m.q_norm), ("k_norm", m.k_norm)):
-        _check_own(f"{name}.weight", norm, is_part=True)
+        check_own(f"{name}.weight", norm, is_part=True)
         if norm.variance_epsilon != RMS_EPS:
             check.fail(name, f"an eps of {RMS_EPS}", norm.variance_epsilon)
     slots = layout.slots | {"q_scale": ("q_norm.weight",), "k_scale": ("k_norm.weight",)}
@@ -371,31 +399,6 @@ def _gpt2(m: Any) -> Layout:
 
 def _biases(slots: dict[str, tuple[str, ...]]) -> dict[str, bool]:
     return {"qkv_bias": "qkv.bias" in slots, "out_bias": "out.bias" in slots}
-
-
-def _check_rotary(model: nn.Module, module: nn.Module, layer: DeepTransformerLayer) -> None:
-    """That the model turns an attention's queries and keys as the attention's config says, from
-    which the layer takes its positions."""
-    base, attention = layer.config.rope_base, type(module).__module__
-    for name, part in model.named_modules():
-        of_another = getattr(part, "config", module.config) is not module.config
-        if base is None or of_another or name.rpartition(".")[2] != "rotary_emb":
-            continue
-        rotary: Any = part
-        _check_own(name, rotary, is_part=False)
-        found = getattr(rotary, "inv_freq", None)
-        if type(rotary).__module__ != attention or not isinstance(found, Tensor):
-            check.fail(name, f"the rotary embedding of {attention}", type(rotary).__name__)
-        if rotary.attention_scaling != 1:
-            check.fail(f"{name}.attention_scaling", "1", rotary.attention_scaling)
-        if not there(found):  # as `load_converted` builds it
-            continue
-        exponents = torch.arange(0, layer.width, 2, dtype=torch.float64) / layer.width
-        ours, theirs = base**-exponents, found.detach().cpu().double()
-        # Computed in float32, and rounded where the model was cast.
-        close = 32 * torch.finfo(torch.float32).eps + torch.finfo(found.dtype).eps
-        if ours.shape != theirs.shape or not torch.allclose(theirs, ours, rtol=close, atol=0):
-            check.fail(f"{name}.inv_freq", f"the frequencies of rope_theta = {base}", "others")
 
 
 def _check_causal(m: Any) -> None:

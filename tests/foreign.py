@@ -20,6 +20,16 @@ def model_config(kind: str, **changes: Any) -> Any:
             vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0,
             eos_token_id=0, scale_attn_by_inverse_layer_idx=True, **changes,
         )  # fmt: skip
+    if kind == "gpt_neox":
+        return transformers.GPTNeoXConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, bos_token_id=0, eos_token_id=0, **changes,
+        )  # fmt: skip
+    if kind == "phi":
+        return transformers.PhiConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, **changes,
+        )  # fmt: skip
     small = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -39,7 +49,8 @@ def model_config(kind: str, **changes: Any) -> Any:
 def language_model(kind: str, **changes: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    name = "GPT2LMHeadModel" if kind == "gpt2" else f"{LIKE_LLAMA[kind]}ForCausalLM"
+    names = {"gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "phi": "PhiForCausalLM"}
+    name = names[kind] if kind in names else f"{LIKE_LLAMA[kind]}ForCausalLM"
     return getattr(transformers, name)(model_config(kind, **changes)).eval()
 
 

@@ -28,9 +28,11 @@ ELSEWHERE = {
     "MALLOC_MMAP_THRESHOLD_",
     "_init_weights",
     "batch_size",
+    "cache_implementation",
     "from_pretrained",
     "post_init",
     "save_pretrained",
+    "target_modules",
     "use_cache",
 }
 

@@ -38,7 +38,8 @@ class DeepTransformerConfig(Config):
     older lags at 0), where it changes nothing, and learns from there; "none".
     qk_norm: "unit" length, "rms" with a learned scale, or "none". scale: of the scores; None is
     sqrt(D) for unit length, else 1 / sqrt(D).
-    rope_base: base of the rotary frequencies; None: no positions. kv_heads: heads of keys and
+    rope_base: base of the rotary frequencies; None: no positions. rope_width: of every head the
+    first so many coordinates turn; None: all. kv_heads: heads of keys and
     values, None: as many as of queries. head_width: None is dim / heads. qkv_bias, out_bias: of the
     projections. conv_width: short convolution and SiLU after the first projection; None: neither.
     output_gate: RMSNorm of each head's output, times SiLU(Linear x).
@@ -69,6 +70,7 @@ class DeepTransformerConfig(Config):
     eta_init: float = 0.5
     lag_init: float = 0.02
     eta_max: float = 1.0
+    rope_width: int | None = None
 
     def __post_init__(self) -> None:
         check.choice("objective", self.objective, ("dot", "l2"))
@@ -86,6 +88,10 @@ class DeepTransformerConfig(Config):
             check.between("scale", self.scale, 0.0, 1e6)
         if self.rope_base is not None:
             check.between("rope_base", self.rope_base, 1.0, 1e12)
+        if self.rope_width is not None:
+            check.at_least("rope_width", self.rope_width, 2)
+            if self.rope_base is None or self.rope_width % 2:
+                check.fail("rope_width", "an even number, with rope_base", self.rope_width)
         for name in ("retention_init", "lag_init"):
             check.between(name, getattr(self, name), 1e-6, 1 - 1e-6)
         check.between("eta_max", self.eta_max, 1e-6, 2.0)
@@ -231,8 +237,10 @@ class DeepTransformerLayer(Block):
         kv_heads = c.kv_heads or heads
         if heads % kv_heads:
             check.fail("kv_heads", f"a divisor of heads = {heads}", kv_heads)
-        if c.rope_base is not None and width % 2:
+        if c.rope_base is not None and c.rope_width is None and width % 2:
             check.fail("head width", "an even number with rope_base", width)
+        if c.rope_width is not None and c.rope_width > width:
+            check.fail("rope_width", f"at most the head width {width}", c.rope_width)
         self.dim, self.heads, self.config = dim, heads, config
         self.width, self.kv_heads = width, kv_heads
 
@@ -280,7 +288,7 @@ class DeepTransformerLayer(Block):
             steps = torch.arange(x.shape[1], device=x.device)
             if state is not None:
                 steps = state.kernel.position.to(x.device)[:, None] + steps
-            q, k = rotary(q, steps, c.rope_base), rotary(k, steps, c.rope_base)
+            q, k = (_turned(t, steps, c.rope_base, c.rope_width) for t in (q, k))
         if G != H:
             k, v = (t.repeat_interleave(H // G, -2) for t in (k, v))
         alpha = eta = gamma = None
@@ -312,3 +320,10 @@ class DeepTransformerLayer(Block):
         if self.config.qk_norm == "unit":
             return unit_length(x)
         return x if scale is None else rms_norm(x, scale)
+
+
+def _turned(x: Tensor, positions: Tensor, base: float, width: int | None) -> Tensor:
+    """`rotary` of the first `width` coordinates of x [B, T, H, D]."""
+    if width is None or width == x.shape[-1]:
+        return rotary(x, positions, base)
+    return torch.cat([rotary(x[..., :width], positions, base), x[..., width:]], -1)

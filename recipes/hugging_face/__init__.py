@@ -3,7 +3,11 @@
 Importing it registers the models with the Auto classes. Needs the extra `hf`.
 """
 
-from atlas_blocks.recipes.hugging_face.attention import HuggingFaceAttention, start_blocks
+from atlas_blocks.recipes.hugging_face.attention import (
+    HuggingFaceAttention,
+    ParallelAttention,
+    start_blocks,
+)
 from atlas_blocks.recipes.hugging_face.cache import StateLayer
 from atlas_blocks.recipes.hugging_face.model import AtlasConfig, AtlasForCausalLM, AtlasModel
 
@@ -12,6 +16,7 @@ __all__ = [
     "AtlasForCausalLM",
     "AtlasModel",
     "HuggingFaceAttention",
+    "ParallelAttention",
     "StateLayer",
     "start_blocks",
 ]

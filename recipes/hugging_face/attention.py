@@ -6,6 +6,7 @@ B rows, T new tokens, P tokens in the cache before them, S = P + T.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from atlas_blocks import (
     check,
 )
 from atlas_blocks.blocks.base import Block
-from atlas_blocks.recipes.hugging_face.cache import brought, layer_of
+from atlas_blocks.recipes.hugging_face.cache import StateLayer, brought, layer_of, memory_of
 from atlas_blocks.recipes.hugging_face.padding import places_of, run_placed
 
 
@@ -75,10 +76,7 @@ class HuggingFaceAttention(nn.Module):
 
     def __init__(self, layer: Block, layer_idx: int) -> None:
         super().__init__()
-        inside = (AtlasBlock, MemoryAsContext, MemoryAsGate, MemoryAsLayer)
-        if not isinstance(layer, Block) or isinstance(layer, inside) or layer.state_type is None:
-            wanted = "a block with a state, without a residual of its own"
-            check.fail("layer", wanted, type(layer).__name__)
+        check_mixer(layer)
         self.layer, self.layer_idx = layer, layer_idx
 
     def forward(
@@ -88,25 +86,73 @@ class HuggingFaceAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
+        layer_past: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, dim] -> [B, T, dim], 0 for padding; positions are the block's own.
 
-        unused: what transformers tells every attention of other kinds (use_cache, ...).
+        layer_past: past_key_values, as GPT-NeoX calls it. unused: what transformers tells every
+        attention of other kinds (use_cache, ...).
         """
-        past = None if past_key_values is None else layer_of(past_key_values, self.layer_idx)
-        before, P = (None, 0) if past is None else (past.state, past.length)
-        B, T, _ = hidden_states.shape
-        if before is not None and (n := before.tensors()[0].shape[0]) != B:
-            check.fail("past_key_values", f"a cache of {B} rows", f"{n} rows")
-        before = brought(before, hidden_states.device)
-        places = places_of(attention_mask, position_ids, hidden_states, past)
-        y, after = run_placed(self._run, hidden_states, before, places, past is not None)
-        if past is not None:
-            past.state, past.length = after, P + T
-            if places is not None:
-                past.real, past.offset = places.real, places.offset
-        return y, None
+        cache = layer_past if past_key_values is None else past_key_values
+        past = None if cache is None else layer_of(cache, self.layer_idx)
+        return run_cached(self.layer, hidden_states, attention_mask, position_ids, past), None
 
-    def _run(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        return self.layer(x, state, cu_seqlens=cu_seqlens, detach_state=False)
+
+class ParallelAttention(nn.Module):
+    """An attention of transformers as it is, and a block beside it: attention(x) + gate * block(x).
+
+    The gate [dim] starts at zero, so that the model starts as it was. layer, layer_idx and what is
+    refused: see HuggingFaceAttention; the cache keeps the state beside the keys and values.
+    """
+
+    def __init__(self, attention: nn.Module, layer: Block, layer_idx: int) -> None:
+        super().__init__()
+        check_mixer(layer)
+        self.attention, self.layer, self.layer_idx = attention, layer, layer_idx
+        like = next(layer.parameters())
+        self.gate = nn.Parameter(torch.zeros(layer.dim, device=like.device, dtype=like.dtype))
+        self._names = list(inspect.signature(attention.forward).parameters)
+
+    def reset_parameters(self) -> None:
+        """Close the gate."""
+        nn.init.zeros_(self.gate)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the attention takes and returns."""
+        told = dict(zip(self._names, args, strict=False)) | kwargs
+        cache, past = told.get("past_key_values", told.get("layer_past")), None
+        if cache is not None:
+            past = memory_of(cache, self.layer_idx)
+        x, mask = told["hidden_states"], told.get("attention_mask")
+        more = run_cached(self.layer, x, mask, told.get("position_ids"), past)
+        y, *rest = self.attention(*args, **kwargs)
+        return (y + self.gate * more, *rest)
+
+
+def check_mixer(layer: Any) -> None:
+    """Raise ValueError for what cannot stand in the place of an attention."""
+    inside = (AtlasBlock, MemoryAsContext, MemoryAsGate, MemoryAsLayer)
+    if not isinstance(layer, Block) or isinstance(layer, inside) or layer.state_type is None:
+        wanted = "a block with a state, without a residual of its own"
+        check.fail("layer", wanted, type(layer).__name__)
+
+
+def run_cached(
+    layer: Block, x: Tensor, mask: Any, positions: Tensor | None, past: StateLayer | None
+) -> Tensor:
+    """A block over x [B, T, dim] with a mask and positions of transformers, its state in `past`."""
+    before, (B, T) = None if past is None else past.state, x.shape[:2]
+    if before is not None and (n := before.tensors()[0].shape[0]) != B:
+        check.fail("past_key_values", f"a cache of {B} rows", f"{n} rows")
+    places = places_of(mask, positions, x, past)
+
+    def run(x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        return layer(x, state, cu_seqlens=cu_seqlens, detach_state=False)
+
+    y, after = run_placed(run, x, brought(before, x.device), places, past is not None)
+    if past is not None:
+        past.state, past.length = after, past.length + T
+        if places is not None:
+            past.real, past.offset = places.real, places.offset
+    return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,24 +85,82 @@ class StateLayer(CacheLayerMixin):
                 setattr(self, name, rows(tensor))
 
 
-def layer_of(cache: Any, index: int) -> StateLayer:
-    """The part of a transformers cache that is one layer's; an empty one of keys and values is
-    replaced. Raises ValueError for caches of other kinds, and for keys and values."""
+class _Beside:
+    """What a layer of keys and values does where a block's state lies beside them."""
+
+    is_croppable = False
+    memory: StateLayer
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.memory.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.memory.reset()
+
+    def offload(self) -> None:
+        super().offload()  # type: ignore[misc]
+        self.memory.offload()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.memory.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.memory.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.memory.batch_select_indices(indices)
+
+
+@functools.cache
+def _with_memory(kind: type) -> type:
+    return type(f"{kind.__name__}WithMemory", (_Beside, kind), {})
+
+
+def _entry(cache: Any, index: int) -> Any:
     layers = getattr(cache, "layers", None)
     if layers is None:
         check.fail("past_key_values", "a DynamicCache", type(cache).__name__)
     if cache.layer_class_to_replicate is not None:
         while len(layers) <= index:
             layers.append(cache.layer_class_to_replicate())
-    layer = layers[index]
+    return layers[index]
+
+
+def _check_empty(layer: Any) -> None:
+    if layer.get_seq_length():
+        check.fail("past_key_values", "a cache that this model filled", "one of keys and values")
+
+
+def layer_of(cache: Any, index: int) -> StateLayer:
+    """The part of a transformers cache that is one layer's; an empty one of keys and values is
+    replaced. Raises ValueError for caches of other kinds, and for keys and values."""
+    layer = _entry(cache, index)
     if isinstance(layer, StateLayer):
         return layer
     if type(layer) is not DynamicLayer:
         check.fail("past_key_values", "a DynamicCache", f"layers of {type(layer).__name__}")
-    if layer.get_seq_length():
-        check.fail("past_key_values", "a cache that this model filled", "one of keys and values")
-    layers[index] = StateLayer()
-    return layers[index]
+    _check_empty(layer)
+    cache.layers[index] = StateLayer()
+    return cache.layers[index]
+
+
+def memory_of(cache: Any, index: int) -> StateLayer:
+    """The place of a block's state beside a layer's keys and values, which stay as they are.
+    Raises ValueError as `layer_of`."""
+    layer = _entry(cache, index)
+    if not isinstance(layer, _Beside):
+        if not isinstance(layer, DynamicLayer):
+            check.fail("past_key_values", "a DynamicCache", f"layers of {type(layer).__name__}")
+        _check_empty(layer)
+        kind = _with_memory(type(layer))
+        found = kind.__new__(kind)
+        vars(found).update(vars(layer), memory=StateLayer())
+        cache.layers[index] = layer = found
+    return layer.memory
 
 
 def brought(state: State | None, device: torch.device) -> State | None:

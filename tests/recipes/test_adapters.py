@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from atlas_blocks import AtlasMemory, SlidingWindowAttention, SlidingWindowAttentionConfig
-from atlas_blocks.recipes.adapters import from_attention, replace_attention, to_attention
+from atlas_blocks.recipes.adapters import from_attention, to_attention
+from atlas_blocks.recipes.surgery import replace_attention
 
 DIM, HEADS = 16, 4
 

@@ -23,7 +23,7 @@ from atlas_blocks import (
     SwiGLU,
 )
 from atlas_blocks.blocks.lstm import LSTMConfig
-from atlas_blocks.recipes.adapters import load_converted, replace_attention
+from atlas_blocks.recipes.surgery import load_converted, replace_attention
 
 transformers = pytest.importorskip("transformers")
 hugging_face = pytest.importorskip("atlas_blocks.recipes.hugging_face")
@@ -290,7 +290,7 @@ def test_a_model_that_cannot_be_converted_is_left_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.self_attn: v_proj\.weight: expected"):
         replace_attention(model)
     assert [type(m) for m in model.modules()] == kinds
-    assert not hasattr(model.config, "atlas_attention")
+    assert not hasattr(model.config, "atlas_layers")
 
 
 def stretched(rotary: Any) -> None:
@@ -319,7 +319,7 @@ def test_rotary_positions_that_were_edited_are_refused(edit: Any, message: str) 
     edit(model.model.rotary_emb)
     with pytest.raises(ValueError, match=message):
         replace_attention(model)
-    assert not hasattr(model.config, "atlas_attention")
+    assert not hasattr(model.config, "atlas_layers")
 
 
 def test_a_rotary_embedding_of_ones_own_is_refused() -> None:
@@ -355,7 +355,7 @@ def test_a_converted_model_is_saved_and_loaded(kind: str, tmp_path: Path) -> Non
     assert load_converted(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
     plain = tmp_path / "plain"
     language_model(kind).save_pretrained(plain)
-    with pytest.raises(ValueError, match="path: expected a model saved after replace_attention"):
+    with pytest.raises(ValueError, match="path: expected a model saved after replace_layers"):
         load_converted(plain)
 
 

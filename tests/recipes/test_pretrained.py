@@ -13,7 +13,7 @@ from helpers import BLOCKS, HEADS, draw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from atlas_blocks.recipes.adapters import load_converted, replace_attention
+from atlas_blocks.recipes.surgery import load_converted, replace_attention
 
 transformers = pytest.importorskip("transformers")
 hugging_face = pytest.importorskip("atlas_blocks.recipes.hugging_face")

@@ -11,8 +11,8 @@ import torch
 from foreign import language_model
 from torch import Tensor
 
-from atlas_blocks.recipes.adapters import replace_attention
 from atlas_blocks.recipes.generate import generate
+from atlas_blocks.recipes.surgery import replace_attention
 
 transformers = pytest.importorskip("transformers")
 hugging_face = pytest.importorskip("atlas_blocks.recipes.hugging_face")
