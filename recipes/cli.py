@@ -351,7 +351,7 @@ def train(
     keeping = runs.Keeping(out, save_every, keep, validate_every, wandb)
     given = _given(ctx, [*settings, "tokenizer", "field", "held_out"])
     # What torchrun has started again goes on from what was saved.
-    again = resume or (layout.restarted() and runs.holds_run(out))
+    again = resume or (layout.restarts() and runs.holds_run(out))
     start = runs.resume if again else runs.begin
     arguments = (recipe, keeping, settings, options, given)
     divided = Layout.of(layout.ranks(), tensor=tensor, sequence=sequence)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch import distributed as dist
 
 from atlas_blocks import check
 from atlas_blocks.recipes import describe
@@ -79,9 +80,9 @@ def leads() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def restarted() -> bool:
-    """Whether torchrun started them again, because one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has started them again, because one had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def own_device(device: str) -> str:
@@ -97,7 +98,12 @@ def joined(device: torch.device) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     # NCCL has nothing for what lies on the host.
     both = f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend
-    torch.distributed.init_process_group(both, timeout=PATIENCE)
+    where, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    if size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+        # torchrun's store outlives those that died, with the addresses at which they were. (Several
+        # machines count their restarts each for itself.)
+        where = dist.PrefixStore(f"attempt {restarts()}", where)
+    dist.init_process_group(both, timeout=PATIENCE, store=where, rank=rank, world_size=size)
     yield
     # Not after an error: the others may be waiting for this one, which leaves.
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
