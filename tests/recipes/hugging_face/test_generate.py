@@ -21,9 +21,9 @@ convert = pytest.importorskip("atlas_blocks.recipes.hugging_face.convert")
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
 }  # fmt: skip
-MODELS = ("atlas", "atlas-hybrid", "atlas-mac", "converted llama")
-every_model = pytest.mark.parametrize("name", MODELS)
-ours = pytest.mark.parametrize("name", MODELS[:-1])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("atlas-mac", "transformer")]
+every_model = pytest.mark.parametrize("name", ["atlas", "atlas-hybrid", "converted llama", *SLOW])
+ours = pytest.mark.parametrize("name", ["atlas-hybrid", *SLOW])
 
 
 def made(name: str) -> Any:
@@ -76,11 +76,16 @@ def test_it_is_what_our_own_generate_gives(name: str) -> None:
     "search",
     [
         {"num_beams": 3},
-        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
         {"do_sample": True, "num_return_sequences": 3, "top_k": 5},
-        {"do_sample": True, "num_beams": 2, "temperature": 0.7},
+        pytest.param(
+            {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"do_sample": True, "num_beams": 2, "temperature": 0.7}, marks=pytest.mark.slow
+        ),
     ],
-    ids=["beam", "beams", "samples", "sampled beams"],
+    ids=["beam", "samples", "beams", "sampled beams"],
 )
 def test_searches_with_a_cache_are_those_without_one(name: str, search: dict[str, Any]) -> None:
     model, rows = made(name), prompts()

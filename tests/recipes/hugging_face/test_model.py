@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ transformers = pytest.importorskip("transformers")
 hugging_face = pytest.importorskip("atlas_blocks.recipes.hugging_face")
 convert = pytest.importorskip("atlas_blocks.recipes.hugging_face.convert")
 
-some = pytest.mark.parametrize("name", ["atlas", "transformer", "atlas-hybrid", "atlas-mac"])
+SOME = ("atlas", "atlas-hybrid")
+
+
+def among(quick: Sequence[str], every: Sequence[str]) -> Any:
+    """A parameter `name` of all, those that are not quick in the slow run."""
+    slow = [pytest.param(n, marks=pytest.mark.slow) for n in every if n not in quick]
+    return pytest.mark.parametrize("name", [*quick, *slow])
+
+
+some = among(SOME, ["transformer", "atlas-mac"])
 
 
 def made(name: str, **changes: Any) -> Any:
@@ -45,7 +55,7 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
+@among(("atlas-mag", "atlas-mac", "lstm", "transformer"), list(ARCHITECTURES))
 @torch.no_grad()
 def test_every_recipe_is_the_same_model_there_and_comes_back(name: str, tmp_path: Path) -> None:
     model = registry.build(f"{name}-tiny").eval()
@@ -231,6 +241,7 @@ def test_one_of_tokens_and_embeddings_is_given() -> None:
         made("atlas")()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_a_compiled_model_takes_batches_without_padding() -> None:

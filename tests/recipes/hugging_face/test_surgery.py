@@ -99,7 +99,12 @@ def test_from_attention_goes_on_as_it_did_and_learns(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("kind", "block"),
     [
-        *((kind, MEMORY) for kind in KINDS),
+        *((kind, MEMORY) for kind in ("llama", "gpt2", "gpt_neox")),
+        *(
+            pytest.param(kind, MEMORY, marks=pytest.mark.slow)
+            for kind in KINDS
+            if kind not in ("llama", "gpt2", "gpt_neox")
+        ),
         ("llama", SlidingWindowAttentionConfig(window=5)),
         ("gpt_neox", LSTMConfig()),
     ],
