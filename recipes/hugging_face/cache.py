@@ -156,7 +156,7 @@ def memory_of(cache: Any, index: int) -> StateLayer:
         if not isinstance(layer, DynamicLayer):
             check.fail("past_key_values", "a DynamicCache", f"layers of {type(layer).__name__}")
         _check_empty(layer)
-        kind = _with_memory(type(layer))
+        kind: Any = _with_memory(type(layer))
         found = kind.__new__(kind)
         vars(found).update(vars(layer), memory=StateLayer())
         cache.layers[index] = layer = found

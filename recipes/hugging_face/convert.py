@@ -39,7 +39,7 @@ def from_language_model(model: LanguageModel, **options: Any) -> AtlasForCausalL
     for name, part in model.named_modules():
         if isinstance(part, AtlasMemory) and part.buckets is not None:
             check.fail(f"{name}.buckets", "the sketch of its config", "tables of its own")
-    found = AtlasForCausalLM(AtlasConfig.of(model.config, **options))
+    found: Any = AtlasForCausalLM(AtlasConfig.of(model.config, **options))
     dtype = model.embedding.weight.dtype
     tensors = {_renamed(n, NAMES): t for n, t in model.state_dict().items()}
     if model.head is None:

@@ -229,7 +229,8 @@ class AtlasModel(AtlasPreTrainedModel):
         """What the cache holds, for the rows of x."""
         if not parts or not parts[0].length:
             return None
-        state = LanguageModelState(tuple(brought(part.state, x.device) for part in parts))
+        states: Any = tuple(brought(part.state, x.device) for part in parts)
+        state = LanguageModelState(states)
         if state.tensors() and (n := len(state)) != len(x):
             check.fail("past_key_values", f"a cache of {len(x)} rows", f"{n} rows")
         return state
