@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
@@ -117,9 +116,7 @@ class AtlasLM(TemplateLM):
         return [torch.cat(parts)]
 
     @torch.no_grad()
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each read once from its beginning to its end: no window forgets."""
         device, found = next(self.model.parameters()).device, []
         for (text,) in (request.args for request in requests):
@@ -134,7 +131,7 @@ class AtlasLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return found
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         found: list[str] = []
         for first in range(0, len(requests), self.batch_size):
             found += self._continued(requests[first : first + self.batch_size])
@@ -142,7 +139,7 @@ class AtlasLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found
 
-    def _continued(self, requests: list[Instance]) -> list[str]:
+    def _continued(self, requests: list[Any]) -> list[str]:
         # Requests of one task have the same settings; those of several come one at a time.
         told = [dict(request.args[1]) for request in requests]
         if any(settings != told[0] for settings in told):

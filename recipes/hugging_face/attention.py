@@ -96,7 +96,10 @@ class HuggingFaceAttention(nn.Module):
         """
         cache = layer_past if past_key_values is None else past_key_values
         past = None if cache is None else layer_of(cache, self.layer_idx)
-        return run_cached(self.layer, hidden_states, attention_mask, position_ids, past), None
+        y = run_cached(self.layer, hidden_states, attention_mask, position_ids, past)
+        if past is not None and cache.offloading:
+            past.offload()
+        return y, None
 
 
 class ParallelAttention(nn.Module):
@@ -126,6 +129,8 @@ class ParallelAttention(nn.Module):
             past = memory_of(cache, self.layer_idx)
         x, mask = told["hidden_states"], told.get("attention_mask")
         more = run_cached(self.layer, x, mask, told.get("position_ids"), past)
+        if past is not None and cache.offloading:
+            past.offload()
         y, *rest = self.attention(*args, **kwargs)
         return (y + self.gate * more, *rest)
 

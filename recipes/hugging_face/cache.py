@@ -98,10 +98,6 @@ class _Beside:
         super().reset()  # type: ignore[misc]
         self.memory.reset()
 
-    def offload(self) -> None:
-        super().offload()  # type: ignore[misc]
-        self.memory.offload()
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.memory.reorder_cache(beam_idx)

@@ -194,7 +194,8 @@ class AtlasModel(AtlasPreTrainedModel):
         positions = None if past is not None and past.length else position_ids
         places = places_of(attention_mask, positions, x, past)
         found: list[list[Tensor]] = []
-        run = functools.partial(self._run, found=found, kept=past is not None)
+        offloaded = bool(getattr(cache, "offloading", False))
+        run = functools.partial(self._run, found=found, kept=past is not None, offloaded=offloaded)
         y, after = run_placed(run, x, self._before(parts, x), places, past is not None)
         if past is not None:
             y = _kept(parts, after, places, y)
@@ -213,6 +214,7 @@ class AtlasModel(AtlasPreTrainedModel):
         *,
         found: list[list[Tensor]],
         kept: bool,
+        offloaded: bool,
     ) -> tuple[Tensor, LanguageModelState | None]:
         """x [B, T, dim] -> [B, T, dim], the states; what every block is given goes to `found`."""
         documents = None if cu_seqlens is None else Documents.check(cu_seqlens, x)
@@ -220,8 +222,10 @@ class AtlasModel(AtlasPreTrainedModel):
         hidden, after = [], []
         for layer, block_state in zip(self.layers, before, strict=True):
             hidden.append(x)
-            x, block_state = layer(x, block_state, documents, kept)
-            after.append(block_state)
+            x, block_state = layer(x, brought(block_state, x.device), documents, kept)
+            after.append(
+                block_state.cpu() if offloaded and block_state is not None else block_state
+            )
         found.append(hidden)
         return self.norm(x), LanguageModelState(tuple(after)) if kept else None
 
@@ -229,7 +233,7 @@ class AtlasModel(AtlasPreTrainedModel):
         """What the cache holds, for the rows of x."""
         if not parts or not parts[0].length:
             return None
-        states: Any = tuple(brought(part.state, x.device) for part in parts)
+        states: Any = tuple(part.state for part in parts)
         state = LanguageModelState(states)
         if state.tensors() and (n := len(state)) != len(x):
             check.fail("past_key_values", f"a cache of {len(x)} rows", f"{n} rows")

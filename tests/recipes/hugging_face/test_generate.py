@@ -183,16 +183,18 @@ def test_rows_of_a_cache_are_repeated_chosen_and_ordered(name: str) -> None:
     torch.testing.assert_close(found, model(tokens, mask).logits)
 
 
-@ours
+@every_model
 @torch.no_grad()
 def test_a_cache_may_be_offloaded_and_comes_back(name: str) -> None:
     model, row = made(name), prompts()[3][None]
-    cache = model(row[:, :5]).past_key_values
+    cache = model(row[:, :5], use_cache=True).past_key_values
     for layer in cache.layers:
         layer.offload()
         layer.prefetch()
     found = model(row[:, 5:], past_key_values=cache).logits
     torch.testing.assert_close(found, model(row).logits[:, 5:])
+    found = model.generate(row, cache_implementation="offloaded", **GREEDY)
+    assert torch.equal(found, model.generate(row, **GREEDY))
 
 
 def test_pipelines_take_it(tmp_path: Path) -> None:

@@ -247,9 +247,27 @@ def test_one_of_tokens_and_embeddings_is_given() -> None:
 def test_a_compiled_model_takes_batches_without_padding() -> None:
     torch._dynamo.reset()
     model = made("transformer")
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     tokens, mask = padded("left")
     whole = torch.ones_like(mask)
     close(compiled(tokens, attention_mask=whole, use_cache=False).logits, model(tokens).logits)
     with pytest.raises(RuntimeError, match="takes neither padding nor packed documents"):
         compiled(tokens, attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.slow
+@among((), ["atlas-mac", "atlas-hybrid"])
+@torch.no_grad()
+def test_layers_may_lie_on_the_disk(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, tokens = made(name), torch.randint(0, 256, (2, 40))
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
+    for i in range(len(model.model.layers)):
+        places[f"model.layers.{i}"] = "disk" if i else "cpu"
+    kind = transformers.AutoModelForCausalLM
+    for where in ("auto", places):
+        loaded = kind.from_pretrained(
+            tmp_path / "model", device_map=where, offload_folder=tmp_path / "disk"
+        )
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
