@@ -179,7 +179,8 @@ class AtlasModel(AtlasPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = past_key_values
-        if self.gradient_checkpointing and self.training:
+        # Without gradients, as `generate` runs, there is nothing to checkpoint.
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None and cache.get_seq_length():
                 check.fail("past_key_values", "none with gradient checkpointing", "a filled one")
             cache = None

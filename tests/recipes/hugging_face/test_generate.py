@@ -126,6 +126,34 @@ def test_a_cache_goes_on_and_what_ended_is_left(name: str) -> None:
         assert not row[last:].any()
 
 
+@ours
+def test_embeddings_and_nothing_are_continued_too_in_any_mode(name: str) -> None:
+    model, rows = made(name), prompts()
+    tokens, mask = together(rows, "left")
+    true = model.generate(tokens, attention_mask=mask, **GREEDY)[:, 12:]
+    x = model.get_input_embeddings()(tokens)
+    assert torch.equal(model.generate(inputs_embeds=x, attention_mask=mask, **GREEDY), true)
+    start = torch.tensor([[5]])
+    assert torch.equal(model.generate(bos_token_id=5, **GREEDY), model.generate(start, **GREEDY))
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        output_hidden_states=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **GREEDY,
+    )
+    count = model.config.num_hidden_layers + 1
+    assert [len(step) for step in out.hidden_states] == 6 * [count]
+    assert out.hidden_states[0][0].shape == (5, 12, 64)
+    assert torch.equal(torch.stack(out.logits).argmax(-1).T, true)
+    for checkpointed in (False, True):
+        model.train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        assert torch.equal(model.generate(tokens, attention_mask=mask, **GREEDY)[:, 12:], true)
+
+
 class Streamed:
     def __init__(self) -> None:
         self.tokens: list[int] = []
