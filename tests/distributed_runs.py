@@ -15,7 +15,7 @@ from atlas_blocks.recipes.data import Packed, Split
 
 
 def config(steps: int) -> TrainingConfig:
-    return TrainingConfig(steps=steps, batch=4, length=32, accumulate=1, lr=2e-3)
+    return TrainingConfig(steps=steps, batch=4, length=16, accumulate=1, lr=2e-3)
 
 
 def packed() -> Packed:
@@ -25,7 +25,7 @@ def packed() -> Packed:
         np.tile(draw.integers(97, 123, 5), 50)[:length] for length in draw.integers(2, 150, 100)
     ]
     tokens = np.concatenate(documents).astype(np.uint8)
-    return Packed(Split([tokens], [np.cumsum([len(d) for d in documents])]), 4, 32)
+    return Packed(Split([tokens], [np.cumsum([len(d) for d in documents])]), 4, 16)
 
 
 def losses(recipe: str, steps: int, parallel=None) -> tuple[list[float], dict[str, int]]:

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from atlas_blocks import Config, check
 from atlas_blocks.recipes import checkpoint, files
@@ -63,14 +64,15 @@ def save(folder: Path, model: LanguageModel, run: Run, parallel: Parallel | None
         dist.barrier()
     try:
         with _without_warnings():
-            dcp.save(made, checkpoint_id=partial, no_dist=parallel is None)
+            state_dict_saver.save(made, checkpoint_id=partial, no_dist=parallel is None)
     except (CheckpointException, OSError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = " ".join(str(error).split())[:300]
         raise OSError(f"{where}: cannot be written: {reason}") from error
 
     def named() -> None:
-        files.write_json(partial / RECORD, record)
+        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        files.write_json(partial / RECORD, record | {"files": sizes})
         # On the disk before the folder has its name.
         for file in [*partial.iterdir(), partial]:
             files.sync(file)
@@ -94,6 +96,11 @@ def load(
     where, record = f"checkpoint {folder}", files.read_json("checkpoint", folder / RECORD)
     if record.get("format") != FORMAT:
         check.fail(where, "one that atlas-blocks wrote", "another's folder")
+    sizes = record.get("files")
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        got = (folder / name).stat().st_size if (folder / name).is_file() else "none"
+        if got != size:
+            check.fail(where, f"{size} bytes in {name}", got)
     found = _config(where, record, "config", LanguageModelConfig)
     config = _config(where, record, "training", TrainingConfig)
     step = record.get("step")
@@ -106,8 +113,8 @@ def load(
         parallel.shard(model)
     optimizer = make_optimizer(model, config)
     try:
-        reader = dcp.FileSystemReader(folder)
-        there = reader.read_metadata().state_dict_metadata
+        reader = FileSystemReader(folder)
+        there: dict[str, Any] = reader.read_metadata().state_dict_metadata
         if any(name.startswith(OPTIMIZER) for name in there):
             _fill(optimizer)
         wanted = _made(model, optimizer)
@@ -120,9 +127,9 @@ def load(
             check.fail(where, "the tensors of its config and its optimizer", got)
         for name, t in wanted.items():
             if there[name].size != t.shape:
-                check.fail(f"{where}: {name}", list(t.shape), list(there[name].size))
+                check.fail(f"{where}: {name}", str(list(t.shape)), list(there[name].size))
         with _without_warnings():
-            dcp.load(wanted, storage_reader=reader, no_dist=parallel is None)
+            state_dict_loader.load(wanted, storage_reader=reader, no_dist=parallel is None)
     except (CheckpointException, OSError, RuntimeError, EOFError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{where}: cannot be read: {reason}") from error
@@ -154,7 +161,7 @@ def remove(folder: Path) -> None:
 def _made(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every tensor under its name in a folder, sharing memory with the model and the optimizer."""
     whole = tensor.fused(model)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     made = {MODEL + name: _form(t, whole.get(name)) for name, t in model.state_dict().items()}
     for parameter, own in slots(optimizer):
         name, kept = names[parameter], optimizer.state.get(parameter, {})

@@ -7,15 +7,17 @@ import dataclasses
 import datetime
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import distributed as dist
 
 from atlas_blocks import check
 from atlas_blocks.recipes import describe
 from atlas_blocks.recipes.model import LanguageModelConfig
 from atlas_blocks.recipes.training import TrainingConfig
 
+# Whose names torch gives to readers of types in part.
+dist: Any = torch.distributed
 # One rank prepares the data while the others wait.
 PATIENCE = datetime.timedelta(hours=2)
 

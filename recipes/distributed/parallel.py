@@ -34,7 +34,7 @@ class Parallel:
         if layout.sequence > 1:
             # Groups of their own: what is sent does not wait for what all ranks do together.
             numbers = torch.arange(dist.get_world_size()).view(sizes).flatten(1).T.tolist()
-            group, _ = dist.new_subgroups_by_enumeration(numbers)
+            group: Any = dist.new_subgroups_by_enumeration(numbers)[0]
             self.ring = Ring(group, device)
 
     @property

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from atlas_blocks import State
-from atlas_blocks.blocks.base import Block
 from atlas_blocks.recipes import describe
 from atlas_blocks.recipes.data.batches import Batch
 
@@ -58,7 +57,7 @@ class Ring:
         # What is under way, with the memory that it is sent from.
         self._sent: list[tuple[Any, Tensor]] = []
 
-    def attach(self, block: Block) -> None:
+    def attach(self, block: nn.Module) -> None:
         # Within what shards the block: see `send` and `receive`.
         block.register_forward_pre_hook(self._enter, with_kwargs=True)
         block.register_forward_hook(self._leave)

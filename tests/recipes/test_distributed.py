@@ -21,12 +21,13 @@ from atlas_blocks import DeepTransformerConfig, SlidingWindowAttentionConfig
 from atlas_blocks.blocks.stacks import AtlasBlockConfig
 from atlas_blocks.recipes import TrainingConfig, checkpoint, config, runs
 from atlas_blocks.recipes.data import Packed, Split
+from atlas_blocks.recipes.distributed import folders
 from atlas_blocks.recipes.distributed.layout import Layout
 from atlas_blocks.recipes.distributed.sequence import part_of
 
 SCRIPT = Path(distributed_runs.__file__)
 # tensor,sequence; the other processes are for the data.
-TWO, FOUR = ("1,1", "2,1", "1,2"), ("1,1", "2,2", "1,4")
+TWO, FOUR = ("1,1", "2,1", "1,2"), ("2,2", "1,4")
 
 
 def torchrun(ranks, *command, restarts=0):
@@ -261,6 +262,41 @@ def test_a_run_goes_on_in_another_number_of_processes(run, tmp_path, data):
     assert printed.startswith("line")
 
 
+def test_a_damaged_folder_is_named(run, tmp_path, data):
+    """Whatever of it is not what was written."""
+    out = tmp_path / "run"
+    assert run(*command(NAME, data, out, 2)[2:])[0] == 0
+    folder = out / "step-00000002.dcp"
+    folders.from_file(runs.newest(out), folder)
+    runs.newest(out).unlink()
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    record = json.loads(whole["run.json"])
+    damages = [
+        ({"__0_0.distcp": whole["__0_0.distcp"][:-9]}, "bytes in __0_0.distcp, got"),
+        ({".metadata": None}, "bytes in .metadata, got none"),
+        ({"run.json": b"{"}, "cannot read"),
+        ({"run.json": None}, "cannot read"),
+        (
+            {"run.json": json.dumps(record | {"format": "x"}).encode()},
+            "one that atlas-blocks wrote",
+        ),
+        (
+            {"run.json": json.dumps(record | {"step": -1}).encode()},
+            "step: expected an integer from",
+        ),
+        ({"run.json": json.dumps(record | {"config": "{}"}).encode()}, "config: "),
+        ({}, ""),
+    ]
+    for changes, words in damages:
+        for name, content in (whole | changes).items():
+            (folder / name).unlink(missing_ok=True)
+            if content is not None:
+                (folder / name).write_bytes(content)
+        code, _, err = run(*command(NAME, data, out, 4, "--resume")[2:])
+        assert (code, words in err) == (2 if words else 0, True), (words, err)
+        assert len(err.splitlines()) == (1 if words else 0), err
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_four_goes_on_with_any_number(run, tmp_path, data):
     name, out, whole = "3*gated-deltanet+transformer-tiny", tmp_path / "four", tmp_path / "whole"
@@ -271,7 +307,7 @@ def test_a_checkpoint_of_four_goes_on_with_any_number(run, tmp_path, data):
     finished(torchrun(4, *command(name, data, out, 8, "--tensor", 2, "--sequence", 2, *rate)))
     # Only what four processes wrote.
     (out / "step-00000008.safetensors").unlink()
-    for ranks, *flags in [(2, "--tensor", 2), (2, "--sequence", 2), (1,)]:
+    for ranks, *flags in [(2, "--tensor", 2), (1,)]:
         copy = tmp_path / f"{ranks} {flags}"
         shutil.copytree(out, copy)
         finished(torchrun(ranks, *command(name, data, copy, 12, *flags, "--resume")))
