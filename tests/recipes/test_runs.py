@@ -359,11 +359,11 @@ def test_a_signal_saves_and_resuming_equals_never_stopping(
     assert same(stopped, whole)
 
 
-def killed_at_random(run, tmp_path, data, kills, steps):
+def killed_at_random(run, tmp_path, data, kills, steps, name=NAME):
     """Kill a run at random moments, go on each time, and compare with one that is never killed."""
     flags = ["--batch", 2, "--length", 16, "--no-compile", "--tokenizer", 300]
     flags += ["--steps", steps, "--save-every", 3, "--keep", 2, "--validate-every", 40]
-    command = ["train", NAME, "--data", data, *flags]
+    command = ["train", name, "--data", data, *flags]
     whole, out, said = (tmp_path / name for name in ("whole", "killed", "said"))
     draw = random.Random(0)
     main = "from atlas_blocks.recipes.cli import main; main()"
@@ -431,6 +431,11 @@ def test_a_compiled_run_in_parts_is_the_run(run, tmp_path, data):
     runs.newest(tmp_path / "parts").unlink()
     process("--out", tmp_path / "parts", "--resume")
     assert same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_hybrid_killed_at_random_moments_ends_with_the_same_weights(run, tmp_path, data):
+    killed_at_random(run, tmp_path, data, kills=4, steps=40, name="atlas-hybrid-tiny")
 
 
 @pytest.mark.slow
