@@ -82,7 +82,7 @@ class Rows:
         filled = [*tokens, *tokens[:1] * (len(self._state) - self._count)]
         column = torch.tensor(filled, device=device)[:, None]
         before = self._state.named_tensors()
-        with _one_token_at_a_time(device):
+        with one_token_at_a_time(device):
             logits, after = self.model(column, self._state)
         self._state = after
         for name, t in after.named_tensors().items():
@@ -114,6 +114,7 @@ def _is_position(t: Tensor) -> bool:
     return t.ndim == 1 and t.dtype == torch.int64
 
 
-def _one_token_at_a_time(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def one_token_at_a_time(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For a token of rows that stand at different places of their chunks."""
     # On a GPU the kernels take rows at any place.
     return use_provider("one_token") if device.type == "cpu" else contextlib.nullcontext()

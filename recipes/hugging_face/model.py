@@ -6,6 +6,7 @@ B rows, T new tokens, V vocabulary, L blocks.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from atlas_blocks.recipes.model import (
     TokenEmbedding,
     start_widths,
 )
+from atlas_blocks.recipes.rows import one_token_at_a_time
 
 
 class AtlasConfig(PreTrainedConfig):
@@ -197,7 +199,9 @@ class AtlasModel(AtlasPreTrainedModel):
         found: list[list[Tensor]] = []
         offloaded = bool(getattr(cache, "offloading", False))
         run = functools.partial(self._run, found=found, kept=past is not None, offloaded=offloaded)
-        y, after = run_placed(run, x, self._before(parts, x), places, past is not None)
+        decoded = past is not None and past.real is not None and not torch.is_grad_enabled()
+        with one_token_at_a_time(x.device) if decoded and x.shape[1] == 1 else nullcontext():
+            y, after = run_placed(run, x, self._before(parts, x), places, past is not None)
         if past is not None:
             y = _kept(parts, after, places, y)
         hidden = None
