@@ -94,10 +94,10 @@ class HuggingFaceAttention(nn.Module):
         layer_past: past_key_values, as GPT-NeoX calls it. unused: what transformers tells every
         attention of other kinds (use_cache, ...).
         """
-        cache = layer_past if past_key_values is None else past_key_values
+        cache: Any = layer_past if past_key_values is None else past_key_values
         past = None if cache is None else layer_of(cache, self.layer_idx)
         y = run_cached(self.layer, hidden_states, attention_mask, position_ids, past)
-        if past is not None and cache.offloading:
+        if past is not None and getattr(cache, "offloading", False):
             past.offload()
         return y, None
 
@@ -124,12 +124,13 @@ class ParallelAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the attention takes and returns."""
         told = dict(zip(self._names, args, strict=False)) | kwargs
-        cache, past = told.get("past_key_values", told.get("layer_past")), None
+        cache: Any = told.get("past_key_values", told.get("layer_past"))
+        past = None
         if cache is not None:
             past = memory_of(cache, self.layer_idx)
         x, mask = told["hidden_states"], told.get("attention_mask")
         more = run_cached(self.layer, x, mask, told.get("position_ids"), past)
-        if past is not None and cache.offloading:
+        if past is not None and getattr(cache, "offloading", False):
             past.offload()
         y, *rest = self.attention(*args, **kwargs)
         return (y + self.gate * more, *rest)
