@@ -245,7 +245,7 @@ def _check_machine(
 ) -> None:
     """Raise ValueError where the folder cannot be written, or nothing can be compiled."""
     files.check_folder("out", out)
-    if not config.compile or parallel is not None:
+    if not config.compile or not (parallel is None or parallel.layout.compiles):
         return
     try:
         torch.compile(torch.exp)(torch.ones(64, device=device))
@@ -532,8 +532,11 @@ def _announce(console: Console, run: Training) -> None:
         )
     console.print(line)
     console.print(f"text: {_told(run.shards)}")
-    if run.parallel is not None:
-        console.print(f"{run.parallel.layout}; nothing is compiled over several processes")
+    layout = run.parallel and run.parallel.layout
+    if layout is not None:
+        console.print(f"over {layout.data * layout.sequence * layout.tensor} processes: {layout}")
+    if config.compile and layout is not None and not layout.compiles:
+        console.print("nothing is compiled, for --tensor or --sequence")
     elif config.compile and step < config.steps:
         console.print("every block is compiled in the first steps: up to minutes (--no-compile)")
     if step == config.steps:

@@ -466,9 +466,8 @@ def _set_generators(rng: Mapping[str, Tensor]) -> None:
 def _compiled(
     model: LanguageModel, config: TrainingConfig, parallel: Parallel | None
 ) -> Iterator[None]:
-    """Every block compiled, where the config wants it, and room for the graphs of all kinds. Not
-    over several ranks, whose hooks would break every graph."""
-    if not config.compile or parallel is not None:
+    """Every block compiled, where the config wants it, and room for the graphs of all kinds."""
+    if not config.compile or not (parallel is None or parallel.layout.compiles):
         yield
         return
     # Imported here: it takes seconds.

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 RECORD, PARTIAL = "run.json", ".partial"
 FORMAT = "atlas-blocks run of several ranks"
+# What of a run has a row for each crop, and so is of the rank that has the crop.
+CARRIED = "carried."
 
 
 def save(folder: Path, model: LanguageModel, run: Run, parallel: Parallel | None = None) -> None:
@@ -57,7 +59,10 @@ def save(folder: Path, model: LanguageModel, run: Run, parallel: Parallel | None
         "step": run.step,
         **words,
     }
-    made = _made(model, run.optimizer) | {RUN + name: t for name, t in run.tensors.items()}
+    made = _made(model, run.optimizer)
+    for name, t in run.tensors.items():
+        own_rows = parallel is not None and name.startswith(CARRIED)
+        made[RUN + name] = parallel.joined(t) if own_rows else t
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
     if parallel is not None:
@@ -119,7 +124,10 @@ def load(
             _fill(optimizer)
         wanted = _made(model, optimizer)
         own = {name: t for name, t in there.items() if name.startswith(RUN)}
-        wanted |= {n: torch.empty(t.size, dtype=t.properties.dtype) for n, t in own.items()}
+        for name, t in own.items():
+            own_rows = parallel is not None and name.startswith(RUN + CARRIED)
+            room = parallel.room if own_rows else torch.zeros
+            wanted[name] = room(t.size, dtype=t.properties.dtype)
         missing = [name for name in wanted if name not in there]
         unknown = [name for name in there if name not in wanted]
         if missing or unknown:
@@ -134,7 +142,9 @@ def load(
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{where}: cannot be read: {reason}") from error
     words = {name: record.get(name, "") for name in WORDS}
-    tensors = {name.removeprefix(RUN): wanted[name] for name in own}
+    tensors = {
+        name.removeprefix(RUN): getattr(wanted[name], "_local_tensor", wanted[name]) for name in own
+    }
     return model, Run(config, optimizer, step, **words, tensors=tensors)
 
 

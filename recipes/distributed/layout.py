@@ -42,6 +42,12 @@ class Layout:
             check.fail("tensor, sequence", wanted, got)
         return Layout(ranks // (tensor * sequence), sequence, tensor)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled as in one process: the hooks around them are FSDP2's alone,
+        which torch.compile knows."""
+        return self.tensor * self.sequence == 1
+
     def check(self, model: LanguageModelConfig, config: TrainingConfig) -> None:
         """Raise ValueError for a model or a run that cannot be divided so."""
         # Imported here: it takes a second.
@@ -55,8 +61,8 @@ class Layout:
         if model.dim % self.data:
             wanted = f"a divisor of the model's dim = {model.dim}"
             check.fail("ranks of data", wanted, self.data)
-        if config.carry:
-            check.fail("carry", "one process, as states stay where they are", "several ranks")
+        if config.carry and self.tensor * self.sequence > 1:
+            check.fail("carry", "tensor = 1 and sequence = 1, whole states", str(self))
         if config.optimizer == "muon" and self.tensor > 1:
             check.fail("optimizer", "adamw with tensor > 1", "muon, which takes whole matrices")
         if self.tensor > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from atlas_blocks.recipes.data.batches import Batch, Packed
 from atlas_blocks.recipes.distributed import tensor
@@ -85,6 +85,16 @@ class Parallel:
         with self.ring.running(batch):
             # The blocks themselves know how its pieces go on.
             return batch_loss(model, Batch(batch.tokens, batch.targets, batch.cu_seqlens))
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """Rows of the crops of all ranks, of which each has its own."""
+        mesh = self.mesh[DATA]
+        return DTensor.from_local(rows.to(self.device), mesh, [Shard(0)], run_check=False)
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """For rows of the crops of all ranks."""
+        own = (shape[0] // self.layout.data, *shape[1:])
+        return self.joined(torch.zeros(own, dtype=dtype))
 
     def mean(self, value: Tensor) -> Tensor:
         """Over all ranks, which have read equally much."""

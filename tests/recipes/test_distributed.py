@@ -158,7 +158,13 @@ def test_parts_of_crops_are_the_crops(ranks):
         ("omeganet-tiny", (1, 1, 8), {}, "tensor: expected a divisor of 4, as heads of blocks.0.m"),
         ("atlas-mac-tiny", (1, 1, 2), {}, "whose heads .* got MemoryAsContext in blocks.0"),
         ("lstm-tiny", (1, 1, 2), {}, "whose heads .* got LSTM in blocks.0.mixer"),
-        ("omeganet-tiny", (2, 1, 1), {"carry": True}, "carry: expected one process"),
+        (
+            "omeganet-tiny",
+            (1, 2, 1),
+            {"carry": True},
+            "carry: expected tensor = 1 and sequence = 1",
+        ),
+        ("omeganet-tiny", (2, 1, 1), {"carry": True}, ""),
         (
             "omeganet-tiny",
             (1, 1, 2),
@@ -316,6 +322,29 @@ def test_a_checkpoint_of_four_goes_on_with_any_number(run, tmp_path, data):
     finished(torchrun(2, *command(name, data, whole, 14, "--resume", "--tensor", 2)))
     assert max(logged(whole)) == 14
     assert runs.newest(whole).name == "step-00000014.safetensors"
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_where_the_data_alone_is_divided(run, tmp_path, data):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    said = finished(torchrun(2, *command(NAME, data, out, 6), "--compile"))
+    assert "every block is compiled" in said
+    assert run(*command(NAME, data, whole, 6)[2:])[0] == 0
+    assert logged(out) == pytest.approx(logged(whole), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_states_that_are_carried_are_those_of_the_crops_on_any_rank(run, tmp_path, data):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    flags = ("--carry", "--accumulate", 2)
+    for steps, more in ((4, flags), (6, ("--resume",)), (8, ("--resume",))):
+        assert run(*command("swla-tiny", data, whole, steps, *more)[2:])[0] == 0
+    finished(torchrun(2, *command("swla-tiny", data, out, 4, *flags)))
+    (out / "step-00000004.safetensors").unlink()
+    assert run(*command("swla-tiny", data, out, 6, "--resume")[2:])[0] == 0
+    finished(torchrun(2, *command("swla-tiny", data, out, 8, "--resume")))
+    assert list(logged(out)) == list(range(1, 9))
+    assert logged(out) == pytest.approx(logged(whole), rel=1e-4)
 
 
 @pytest.mark.slow
