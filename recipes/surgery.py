@@ -6,6 +6,7 @@ B batch, T tokens.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def replace_layers(
     for name, module in found:
         model.set_submodule(name, converted[id(module)])
     names = [name for name, _ in found]
-    config: Any = getattr(model, "config", None)
-    if "transformers" in str(type(config).__mro__):
+    if _is_pretrained(model):
+        config: Any = model.config
         # Assisted generation would take back what memories have written: transformers refuses it.
         model._is_stateful = True  # type: ignore[assignment]
         spec = None if block is None else block.to_dict()
@@ -107,16 +108,16 @@ def load_converted(path: str | Path, **options: Any) -> Any:
     """
     import transformers
 
-    from atlas_blocks.recipes.hugging_face import start_blocks
+    from atlas_blocks.recipes import hugging_face
 
     config: Any = transformers.AutoConfig.from_pretrained(path)
     done = getattr(config, "atlas_layers", None)
     if done is None:
         check.fail("path", "a model saved after replace_layers", path)
     name = config.architectures[0]
-    kind: Any = getattr(transformers, name, None)
+    kind: Any = getattr(transformers, name, getattr(hugging_face, name, None))
     if kind is None:
-        check.fail("path", "a model whose class transformers has", name)
+        check.fail("path", "a model whose class transformers has, or this library", name)
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         config.atlas_layers = []
@@ -125,7 +126,7 @@ def load_converted(path: str | Path, **options: Any) -> Any:
             block = None if step["block"] is None else Config.from_dict(step["block"])
             layers = [_place(self, name) for name in step["layers"]]
             replace_layers(self, layers, block=block, init=step["init"], heads=step["heads"])
-        start_blocks(self)
+        hugging_face.start_blocks(self)
 
     # Only a class of its own tells from_pretrained which parameters there are to fill.
     converted = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
@@ -217,6 +218,12 @@ class BesideBlock(nn.Module):
         found = self.module(x, *args, **kwargs)
         more = self.gate * self.layer(x)[0]
         return (found[0] + more, *found[1:]) if isinstance(found, tuple) else found + more
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether it is a model of transformers; where that has not been imported, none is."""
+    library: Any = sys.modules.get("transformers")
+    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def _is_attention(module: nn.Module) -> bool:

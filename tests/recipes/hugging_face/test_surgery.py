@@ -151,6 +151,21 @@ def test_a_fresh_block_in_some_layers(kind: str, block: Any, tmp_path: Path) -> 
     assert_itself(model, tmp_path)
 
 
+def test_mixers_of_our_own_models_are_replaced_as_well(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hugging_face.AtlasConfig.from_recipe("atlas-hybrid-tiny", vocab_size=64)
+    model = hugging_face.AtlasForCausalLM(config).eval()
+    place = "model.layers.0.block.mixer"
+    replace_layers(model, place, block=SlidingWindowAttentionConfig(window=4), init="fresh")
+    assert_itself(model, tmp_path)
+
+
+def test_of_attention_that_was_taken_over_the_gates_alone_are_new() -> None:
+    model = language_model("qwen3")
+    replace_layers(model, [1])
+    assert all(n.startswith("model.layers.1.self_attn.layer.gates.") for n in train_only_new(model))
+
+
 def test_a_memory_takes_over_projections_and_a_window_the_whole_function(tmp_path: Path) -> None:
     model = language_model("llama")
     old = copy.deepcopy(model.model.layers[0].self_attn)
