@@ -227,7 +227,8 @@ class LanguageModel(nn.Module):
             check.fail("state", f"a batch of {len(tokens)} (that of tokens)", n)
 
         def call(tokens: Tensor, state: Any, cu_seqlens: Tensor | None) -> LMOutput:
-            return self(tokens, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
+            # Not by a call of the module, whose hooks have run already.
+            return self.forward(tokens, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
 
         return LMOutput(*run_padded(call, tokens, state, padding))
 

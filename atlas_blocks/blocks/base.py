@@ -117,7 +117,8 @@ class Block(nn.Module, abc.ABC):
             check.fail("state", f"a batch of {len(x)} (that of x)", n)
 
         def call(x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-            return self(x, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
+            # Not by a call of the module, whose hooks (FSDP's) have run already.
+            return self.forward(x, state, cu_seqlens=cu_seqlens, detach_state=detach_state)
 
         return run_padded(call, x, state, padding)
 

@@ -69,6 +69,14 @@ def test_a_mask_without_padding_changes_nothing() -> None:
 
 
 @torch.no_grad()
+def test_hooks_run_once() -> None:
+    block, seen = make_block("memory-plain"), []
+    block.register_forward_hook(lambda m, args, out: seen.append(tuple(out[0].shape)))
+    block(draw(5, LENGTH, DIM), mask=masks())
+    assert seen == [(5, LENGTH, DIM)]
+
+
+@torch.no_grad()
 def test_a_language_model_takes_one_too() -> None:
     model = registry.build("atlas-mag-tiny").double()
     mask, tokens = masks(), torch.randint(0, 256, (5, LENGTH))
