@@ -294,7 +294,10 @@ def accumulate(
         losses.append(loss.detach())
         after.append(state)
     mean = torch.stack(losses).mean()
-    return mean if parallel is None else parallel.mean(mean), after
+    if parallel is not None:
+        parallel.add_up(model)
+        mean = parallel.mean(mean)
+    return mean, after
 
 
 def descend(

@@ -61,8 +61,8 @@ def save(folder: Path, model: LanguageModel, run: Run, parallel: Parallel | None
     }
     made = _made(model, run.optimizer)
     for name, t in run.tensors.items():
-        own_rows = parallel is not None and name.startswith(CARRIED)
-        made[RUN + name] = parallel.joined(t) if own_rows else t
+        rows = name.startswith(CARRIED)
+        made[RUN + name] = parallel.joined(t) if parallel is not None and rows else t
     if leads:
         shutil.rmtree(partial, ignore_errors=True)
     if parallel is not None:
@@ -125,8 +125,8 @@ def load(
         wanted = _made(model, optimizer)
         own = {name: t for name, t in there.items() if name.startswith(RUN)}
         for name, t in own.items():
-            own_rows = parallel is not None and name.startswith(RUN + CARRIED)
-            room = parallel.room if own_rows else torch.zeros
+            rows = name.startswith(RUN + CARRIED)
+            room = parallel.room if parallel is not None and rows else torch.zeros
             wanted[name] = room(t.size, dtype=t.properties.dtype)
         missing = [name for name in wanted if name not in there]
         unknown = [name for name in there if name not in wanted]

@@ -49,9 +49,8 @@ class Parallel:
         for block in model.blocks:
             if self.ring is not None:
                 self.ring.attach(block)
-        # Ranks that share crops have the same parts, so that in the forward pass none waits for
-        # another but for its state.
-        mesh = self.mesh[SEQUENCE, DATA] if self.ring is not None else self.mesh[DATA]
+        # Ranks that share crops have the same parts, so that they wait but for each other's states.
+        mesh = self.mesh[DATA]
         # Where groups of heads lie one after the other, parts of the rows are no whole heads.
         across = {p for n, p in model.named_parameters() if whole.get(n, (1, 0))[0] == 0}
 
@@ -85,6 +84,23 @@ class Parallel:
         with self.ring.running(batch):
             # The blocks themselves know how its pieces go on.
             return batch_loss(model, Batch(batch.tokens, batch.targets, batch.cu_seqlens))
+
+    def add_up(self, model: LanguageModel) -> None:
+        """Gradients of all parts of the text, at the end of the backward pass: FSDP2 has averaged
+        those of the crops, block by block."""
+        if self.ring is None:
+            return
+        self.ring.finish()
+        parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        own = [parameter.grad.to_local() for parameter in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in own])
+        dist.all_reduce(flat, group=self.ring.group)
+        flat /= self.ring.ranks
+        for gradient, mean in zip(own, flat.split([g.numel() for g in own]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def joined(self, rows: Tensor) -> Tensor:
         """Rows of the crops of all ranks, of which each has its own."""

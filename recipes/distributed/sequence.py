@@ -58,7 +58,7 @@ class Ring:
         self._sent: list[tuple[Any, Tensor]] = []
 
     def attach(self, block: nn.Module) -> None:
-        # Within what shards the block: see `send` and `receive`.
+        # Within what shards the block: see `_Receive`.
         block.register_forward_pre_hook(self._enter, with_kwargs=True)
         block.register_forward_hook(self._leave)
 
@@ -184,8 +184,8 @@ class _Send(torch.autograd.Function):
 class _Receive(torch.autograd.Function):
     """What the rank before sent; its gradient is sent back.
 
-    Among what is ready, autograd runs what was made last. So this gradient goes before all that is
-    of the block before, and before FSDP, whose own node was made earlier, waits for other ranks.
+    Its input is of the block's, so that autograd goes on to the block before, and FSDP2 to other
+    ranks, only when this gradient has gone.
     """
 
     @staticmethod
