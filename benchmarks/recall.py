@@ -153,15 +153,14 @@ def main() -> None:
     results: dict[str, Any] = {
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
-        "commit": commit(),
+        "cells": {},
     }
-    results["cells"] = {}
     if args.out.exists():
         results = json.loads(args.out.read_text())
     for name, change, settings, seed in cells(args):
         key = f"{name} / {change} / {seed}"
         if key not in results["cells"]:
-            results["cells"][key] = train(name, settings, seed)
+            results["cells"][key] = {"commit": commit(), **train(name, settings, seed)}
             part = args.out.with_suffix(".part")
             part.write_text(json.dumps(results, indent=1) + "\n")
             os.replace(part, args.out)

@@ -26,7 +26,7 @@ from torch import Tensor
 from atlas_blocks.functional.features import FeatureMap, PolynomialMap, monomial_scales, monomials
 from atlas_blocks.functional.rule import Arguments
 from atlas_blocks.kernels.tiles import INTERPRETED, ceil_div, launch, padded, unknown
-from atlas_blocks.omega.online import masses
+from atlas_blocks.omega.online import MAX_THETA
 from atlas_blocks.ops.omega_rule import Settings
 from atlas_blocks.ops.omega_step import StepCall, arguments, no_backward
 from atlas_blocks.ops.providers import Provider
@@ -161,11 +161,12 @@ def _forward(tensors: list[Tensor], state_tensors: list[Tensor], settings: Setti
     values = torch.cat([state.values, a.v.float()], 1)
     q, k = _lifted(phi, a.q.float()), _lifted(phi, keys)
     if rule.limits:
-        own = k.square().sum(-1) * (gamma[..., 0] > 0)
+        most = window = gamma[..., 0] * k.square().sum(-1)
         if theta is not None:
-            own = torch.maximum(own, theta * state.scale[:, None])
-            state.scale.copy_(own[:, 0])
-        eta = eta / (masses(eta, theta, gamma)[..., 0] * own).clamp(min=1)
+            scale = theta * state.scale[:, None] + window
+            state.scale.copy_(scale[:, 0])
+            most = torch.maximum(window / (1 - theta.clamp(max=MAX_THETA)), (1 + theta) * scale)
+        eta = eta / (eta * most).clamp(min=1)
     y = a.q.new_empty(batch, heads, width)
     d = q.shape[-1]
     block = min(128, padded(d))

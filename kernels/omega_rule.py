@@ -83,10 +83,10 @@ def _deep_call(
     anchors: list[Tensor],
     anchored: Tensor | None,
 ) -> deep_call.Call:
-    left = None if x.pend is None else x.pend.flatten(0, 1)
+    left, weight = (None if t is None else t.flatten(0, 1) for t in (x.pend, x.weight))
     rule, (w, s) = a.rule, memory[:2]
     return deep_call.Call(
-        x.q, x.k, x.target, *_gates(x), left, w, s, rows.at, rows.spans,
+        x.q, x.k, x.target, *_gates(x), left, weight, w, s, rows.at, rows.spans,
         rule.objective == "l2", rule.limits, rule.corrects, anchors, anchored,
     )  # fmt: skip
 
@@ -295,7 +295,7 @@ def _matrix_backward(
     )  # fmt: skip
     d_gates = coefficients.backward(*gates, at, spans, found.coefficients)
     w = (found.w,) if found.s is None else (found.w, found.s)
-    return found.q, found.k, found.target, *d_gates, found.pend, *w, d.rest["scale"]
+    return found.q, found.k, found.target, *d_gates, found.pend, None, *w, d.rest["scale"]
 
 
 def _deep_backward(
@@ -320,7 +320,7 @@ def _deep_backward(
         call, starts[:count], starts[count:], scales, d.y, d.w, d.s, d.last_w, d.last_s,
         *ends.split(scale if carried else torch.zeros_like(scale)), rows.batches,
     )  # fmt: skip
-    streams = (found.q, found.k, found.target, *found.gates, found.masses)
+    streams = (found.q, found.k, found.target, *found.gates, found.masses, found.weight)
     d_scale = found.scale if carried else scale
     return *streams, *found.w, *found.s, d_scale, *found.anchors, found.anchored
 

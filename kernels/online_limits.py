@@ -1,6 +1,7 @@
 """What limits a matrix memory's writes (specification 9b), elementwise over a call's tokens.
 
-    eta^_t = eta_t / max(1, m_t scale_t)      scale_t = max(widest_t, theta_t scale_{t-1})
+    eta^_t = eta_t / max(1, eta_t (1 + theta_t) scale_t, eta_t w_t / (1 - theta_t))
+    scale_t = theta_t scale_{t-1} + w_t      w_t = sum_j gamma[t, j] widest_t
     pend(t, s) = m_s(t - s) / max(1, m_s |phi(k_s)|^2)
 
 widest_t is the largest |phi(k_i)|^2 that the window of t weighs. PyTorch under autograd: a few
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.tiles import Layout
-from atlas_blocks.omega.online import masses
+from atlas_blocks.omega.online import MAX_THETA, masses
 
 
 class Limits(NamedTuple):
@@ -43,12 +44,13 @@ def limits(
     """k: phi(k); seen: gamma where the window has not reached back over the sequence's start;
     before: scale [R, H] at the first chunk's start."""
     own = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).square()
-    mass = masses(eta, theta, gamma)
-    scale, end, scales = _widest(own, seen), before, before.new_zeros(at.count, before.shape[1])
+    mass, window = masses(eta, theta, gamma), gamma.sum(-1) * _widest(own, seen)
+    most, end, scales = window, before, before.new_zeros(at.count, before.shape[1])
     if theta is not None:
-        scale = _running(scale, theta, before, at, spans)
+        scale = _running(window, theta, before, at, spans)
         end, scales = _at_chunks(scale, before, at, spans)
-    eta = eta / (mass[..., 0] * scale).clamp(min=1)
+        most = torch.maximum(window / (1 - theta.clamp(max=MAX_THETA)), (1 + theta) * scale)
+    eta = eta / (eta * most).clamp(min=1)
     pend = None
     if spans.window > 1:
         pend = (mass / (mass[..., 0] * own).clamp(min=1).unsqueeze(-1)).contiguous()
@@ -69,53 +71,42 @@ def _firsts(at: Layout, spans: Spans) -> Tensor:
     return first + (row + 1) * spans.gates
 
 
-def _running(widest: Tensor, theta: Tensor, before: Tensor, at: Layout, spans: Spans) -> Tensor:
+def _running(window: Tensor, theta: Tensor, before: Tensor, at: Layout, spans: Spans) -> Tensor:
     """scale of every token from its row's first chunk on."""
-    shape, firsts = widest.shape, _firsts(at, spans)
-    widest, theta = widest.flatten(0, 1), theta.flatten(0, 1)
-    first = torch.maximum(widest[firsts], theta[firsts] * before)
-    widest = widest.index_copy(0, firsts, first)
+    shape, firsts = window.shape, _firsts(at, spans)
+    window, theta = window.flatten(0, 1), theta.flatten(0, 1)
+    window = window.index_copy(0, firsts, window[firsts] + theta[firsts] * before)
     # Nothing comes from the row before.
     theta = theta.index_fill(0, firsts, 0.0)
-    row, first, low, high = at.slots.long().unbind(1)
-    begins = torch.where(low < high, first + (row + 1) * spans.gates, firsts[0])
-    ties = theta.new_ones(len(theta), 1).index_fill(0, begins, 0.5)
-    found: Any = _Running.apply(widest, theta, ties, at.longest + spans.gates)
+    found: Any = _Running.apply(window, theta, at.longest + spans.gates)
     return found.view(shape)
 
 
 class _Running(torch.autograd.Function):
-    """s_t = max(x_t, a_t s_{t-1}) along the first axis, over at most `reach` tokens; each step of a
-    scan doubles the distance it has looked back.
-
-    ties: the share of the gradient that goes to a_t s_{t-1} where both are equal, as with a = 1 and
-    one key in both windows: the definition's, who takes the earliest of a chunk's and halves what
-    ties with its start.
-    """
+    """s_t = x_t + a_t s_{t-1} along the first axis, over at most `reach` tokens; each step of a
+    scan doubles the distance it has looked back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, ties: Tensor, reach: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, reach: int) -> Tensor:
         s, decay, step = x, a, 1
         while step < reach:
-            s = torch.maximum(s, decay * _earlier(s, step))
+            s = s + decay * _earlier(s, step)
             decay = decay * _earlier(decay, step)
             step *= 2
-        ctx.save_for_backward(x, a, ties, s)
+        ctx.save_for_backward(a, s)
         ctx.reach = reach
         return s
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, ties, s = ctx.saved_tensors
-        last = _earlier(s, 1)
-        carried = torch.where(a * last == x, ties, (a * last > x).to(x.dtype))
+        a, s = ctx.saved_tensors
         # What s_{t+1} hands back to s_t.
-        total, handed, step = grads[0], _later(carried * a, 1), 1
+        total, handed, step = grads[0], _later(a, 1), 1
         while step < ctx.reach:
             total = total + handed * _later(total, step)
             handed = handed * _later(handed, step)
             step *= 2
-        return total * (1 - carried), total * carried * last, None, None
+        return total, total * _earlier(s, 1), None
 
 
 def _earlier(x: Tensor, step: int) -> Tensor:

@@ -46,6 +46,7 @@ class Streams(NamedTuple):
     # What windows will still write of a key, by lag: `online_limits.Limits.pend`, or of a deep
     # memory `omega.online.masses` [B, GATES + T, H, c]
     pend: Tensor | None
+    weight: Tensor | None  # of a deep memory: sum_j gamma[t, j], as if all lay within it [as eta]
 
 
 class Rows(NamedTuple):
@@ -149,7 +150,7 @@ def prepare(a: Arguments, rows: Rows) -> Prepared:
         return x.contiguous()
 
     k, v, alpha, eta, gamma = (streams[n] for n in ("keys", "values", "alpha", "eta", "gamma"))
-    theta, seen, pend = streams.get("theta"), _seen(a, rows), None
+    theta, seen, pend, weight = streams.get("theta"), _seen(a, rows), None, None
     residual = MEMORIES[rule.memory].residual and a.q.shape[-1] == a.v.shape[-1]
     target = v.float() - k.float() if residual and rule.objective == "l2" else v
     q, k = lifted(a.q), lifted(k)
@@ -157,7 +158,7 @@ def prepare(a: Arguments, rows: Rows) -> Prepared:
     if rule.limits and rule.memory == "matrix":
         eta, pend, scale, scales = limits(k, eta, theta, gamma, seen, scale, rows.at, rows.spans)
     elif rule.limits:
-        pend = masses(eta, theta, gamma)
+        pend, weight = masses(eta, theta, gamma), gamma.sum(-1)
     w, s = before.weights, before.momentum
     if rule.rewinds:
         w, s = before.chunk_start, before.momentum_start
@@ -175,7 +176,7 @@ def prepare(a: Arguments, rows: Rows) -> Prepared:
             structure = MEMORIES[rule.memory]
             anchored = structure.forward(lambda i, z: _read(anchors[i], z), k).contiguous()
     w, s = ([t.contiguous() for t in group] for group in (w, s))
-    x = Streams(q, k, target, alpha, eta, theta, seen, pend)
+    x = Streams(q, k, target, alpha, eta, theta, seen, pend, weight)
     x = Streams._make(None if t is None else t.contiguous() for t in x)
     memory = Memory(w, s, scale, scales)
     return Prepared(x, memory, history, read, offset, anchors, anchored)

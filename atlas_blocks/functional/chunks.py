@@ -41,6 +41,7 @@ class Tokens(NamedTuple):
     theta: Tensor | None  # [B, n_g + T, H]
     seen: Tensor  # gamma where the window has not reached back over the start [B, n_g + T, H, c]
     masses: Tensor | None  # see `online.masses`, where writes are limited  [B, n_g + T, H, c]
+    weight: Tensor | None  # sum_j gamma[t, j], likewise  [B, n_g + T, H]
     initial: Tensor | None  # what M_0 reads of the keys, where errors are corrected and decay leads
     # there  [B, n + T, H, Dv]
 
@@ -147,6 +148,7 @@ def cut(
     alpha, eta, seen = (with_past(t, again, n_g) for t in (x.alpha, x.eta, x.seen))
     theta = None if x.theta is None else with_past(x.theta, again, n_g)
     masses = None if x.masses is None else with_past(x.masses, halo + again, n_g)
+    weight = None if x.weight is None else with_past(x.weight, again, n_g)
     gram = None
     if rule.corrects:
         gram = kernel(feature_map, k, k, k_raw, k_raw)
@@ -168,6 +170,7 @@ def cut(
         theta,
         window_matrix(seen, halo),
         masses,
+        weight,
         gram,
         pending,
         initial,
@@ -209,6 +212,7 @@ def write_of(
     theta: Tensor | None,
     seen: Tensor,
     masses: Tensor | None,
+    weight: Tensor | None,
     gram: Tensor | None,
     pending: Tensor | None,
     initial: Tensor | None,
@@ -218,7 +222,8 @@ def write_of(
     """The write of chunks from what is cut, with A, abar and the coefficients if they are known.
 
     k, target: of the keys; alpha, eta, theta: of the tokens [..., L]; seen: Gam [..., L, E];
-    masses [..., E, c], gram and pending [..., E, E]: see `online`; scale: before the first chunk.
+    masses [..., E, c], weight [..., L], gram and pending [..., E, E]: see `online`; scale: before
+    the first chunk.
     """
     decay, abar = decay_matrix(alpha)
     window, momentum, thbar = seen, None, None
@@ -240,11 +245,13 @@ def write_of(
         last=None,
         initial=initial,
     )
-    if masses is not None:
+    if masses is not None and weight is not None:
         squares = k.square().sum(-1)
         chunk = online.Chunk(
             mass=masses[..., 0],
             held=seen > 0,
+            weight=weight,
+            theta=theta,
             momentum=momentum,
             squares=squares,
             gram=gram,
@@ -267,12 +274,13 @@ def _known_ahead(
 ) -> tuple[Write, Coefficients]:
     """A matrix memory's kappa is phi(k) . phi(k): its limits and corrections wait for nothing."""
     assert x.gram is not None
-    own, after = online.chunk_scale(x.squares, x), None
+    window = online.window_scale(x.squares, x)
+    own, after = online.chunk_scale(window, x), None
     if write.thbar is not None and write.thbar_last is not None:
         last, keep = own[..., -1], write.thbar_last[..., 0, 0]
         scale = scan(last, keep, scale)
-        after = torch.maximum(last, keep * scale)
-    eta = online.limited(write.eta, x, online.running_scale(own, write.thbar, scale))
+        after = last + keep * scale
+    eta = online.limited(write.eta, x, window, online.running_scale(own, write.thbar, scale))
     known = write.coefficients(x.decay, eta)
     found = online.correction(x, x.gram, x.squares, known.written, known.carried)
     return replace(write, eta=eta, correction=found, scale=after), known

@@ -206,6 +206,7 @@ def prepare(a: Arguments, position: int | Tensor) -> tuple[Tokens, ChunkMemory, 
         theta=theta,
         seen=seen,
         masses=online.masses(eta, theta, gamma) if rule.limits else None,
+        weight=gamma.sum(-1) if rule.limits else None,
         initial=None,
     )
     initial = []

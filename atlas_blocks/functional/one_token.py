@@ -89,6 +89,7 @@ def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -
     age = torch.arange(keys - 1, -1, -1, device=k.device)
     own = age <= place  # [G, E]
     masses = None if x.masses is None else groups(x.masses)
+    weight = None if x.weight is None else torch.where(own, groups(x.weight), 0.0)
     gram = pending = None
     if rule.corrects:
         gram = kernel(feature_map, k, k, k_raw, k_raw)
@@ -106,6 +107,7 @@ def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -
         None if theta is None else torch.where(own, theta, 1.0),
         window_matrix(groups(x.seen) * own.unsqueeze(-1), rule.window - 1)[..., rule.window - 1 :],
         masses,
+        weight,
         gram,
         pending,
         None if x.initial is None else groups(x.initial),

@@ -268,10 +268,12 @@ class _Sequence:
         self._see(t)
         if rule.limits:
             held = [torch.where(gamma[:, j] > 0, self.own[t - j], 0) for j in lags]
-            scale = torch.stack([*held, theta * self.scale]).amax(0)
+            window = gamma.sum(-1) * torch.stack(held).amax(0)
+            share = theta * self.scale + window
             if self.momentum:
-                self.scale = scale
-            eta = eta / (self._mass(t) * scale).clamp(min=1)
+                self.scale = share
+            most = torch.maximum((1 + theta) * share, window / (1 - theta.clamp(max=0.999)))
+            eta = eta / (eta * most).clamp(min=1)
         self.error[t] = self._online_error(t) if rule.corrects else self._bare_error(t)
 
         # G_t: the gradient of the window's weighed losses at M^(0), for these errors.

@@ -95,7 +95,7 @@ class OmegaState(State):
     depend on where chunks lie; momentum_start: S^(0) likewise, where the rule rewinds.
     keys, values: the last n = `Rule.history` tokens [B, n, H, Dk | Dv], zero before the sequence
     begins. alpha, eta, theta [B, n, H], gamma [B, n, H, c]: their gates where the rule rewinds,
-    else n = 0 (theta also without momentum). scale: [B, H], scale_t of specification 9b at the
+    else n = 0 (theta also without momentum). scale: [B, H], `omega.online.running_scale` at the
     start of that chunk where the rule rewinds, else after the last token. position: int64 [B], on
     the device of the inputs that began the sequence.
     """

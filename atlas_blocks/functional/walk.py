@@ -166,9 +166,11 @@ def _gradients(
     if x.online is None:
         return factors, None, scale
     kappa, own = tangent_kernel(factors, errors, x.online.squares, x.online.gram)
-    scales = online.running_scale(online.chunk_scale(own, x.online), x.thbar, scale)
+    window = online.window_scale(own, x.online)
+    scales = online.running_scale(online.chunk_scale(window, x.online), x.thbar, scale)
     after = scale if x.thbar is None else scales[..., -1]
-    found = x.coefficients(x.online.decay, online.limited(x.eta, x.online, scales))
+    eta = online.limited(x.eta, x.online, window, scales)
+    found = x.coefficients(x.online.decay, eta)
     if kappa is not None:
         by = online.correction(x.online, kappa, own, found.written, found.carried)
         factors = corrected(by)

@@ -29,6 +29,8 @@ class Chunk(Record):
 
     mass: Tensor  # m_i, what key i will have been written in all  [N, G, E]
     held: Tensor  # whether the window of t weighs key i  [N, G, L, E]
+    weight: Tensor  # sum_j gamma[t, j]  [N, G, L]
+    theta: Tensor | None  # [N, G, L]
     momentum: Tensor | None  # Theta  [N, G, L, L]
     squares: Tensor  # |phi(k_i)|^2  [N, G, E]
     gram: Tensor | None  # phi(k) . phi(k), where errors are corrected  [N, G, E, E]
@@ -66,20 +68,25 @@ def pending_matrix(masses: Tensor) -> Tensor:
     return rows.unflatten(-1, (keys, width))[..., :keys].mT
 
 
-def chunk_scale(own: Tensor, x: Chunk) -> Tensor:
-    """`running_scale` of what the chunk's own windows hold alone: [..., E] -> [..., L]."""
+def window_scale(own: Tensor, x: Chunk) -> Tensor:
+    """w_t = sum_j gamma[t, j] max_{i in the window of t} kappa(i, i), the most that G_t takes of a
+    key's error: [..., E] -> [..., L]."""
     # By index: amax looks for its value again in the backward, where a compiler may have computed
     # it once more and rounded it otherwise.
-    scale = torch.where(x.held, own.unsqueeze(-2), 0.0).max(-1).values
-    return scale if x.momentum is None else (x.momentum * scale.unsqueeze(-2)).max(-1).values
+    return x.weight * torch.where(x.held, own.unsqueeze(-2), 0.0).max(-1).values
 
 
-def running_scale(scale: Tensor, thbar: Tensor | None, before: Tensor) -> Tensor:
-    """scale_t = max(max_{i in the window of t} kappa(i, i), theta_t scale_{t-1}): the largest of
-    what S_t still holds. scale: `chunk_scale` [..., L]; thbar: [..., L, 1]; before: [...]."""
+def chunk_scale(window: Tensor, x: Chunk) -> Tensor:
+    """What the chunk's own tokens bring to `running_scale`. window: w [..., L] -> [..., L]."""
+    return window if x.momentum is None else (x.momentum @ window.unsqueeze(-1)).squeeze(-1)
+
+
+def running_scale(in_chunk: Tensor, thbar: Tensor | None, before: Tensor) -> Tensor:
+    """scale_t = theta_t scale_{t-1} + w_t, the most that S_t takes of a key's error. in_chunk:
+    `chunk_scale` [..., L]; thbar: [..., L, 1]; before: at the chunk's start [...]."""
     if thbar is None:
-        return scale
-    return torch.maximum(scale, thbar.squeeze(-1) * before.unsqueeze(-1))
+        return in_chunk
+    return in_chunk + thbar.squeeze(-1) * before.unsqueeze(-1)
 
 
 def scales_before(last: Tensor, keep: Tensor, before: Tensor) -> Tensor:
@@ -87,13 +94,17 @@ def scales_before(last: Tensor, keep: Tensor, before: Tensor) -> Tensor:
     tokens, keep: their products of theta [N, G]; before: at the start of the first [G]."""
     found = [before]
     for own, kept in zip(last.unbind(), keep.unbind(), strict=True):
-        found.append(torch.maximum(own, kept * found[-1]))
+        found.append(own + kept * found[-1])
     return torch.stack(found[:-1])
 
 
-def limited(eta: Tensor, x: Chunk, scale: Tensor) -> Tensor:
-    """eta^_t = eta_t / max(1, m_t scale_t): no key is written more than whole. [..., L]."""
-    return eta / (x.mass[..., -eta.shape[-1] :] * scale).clamp(min=1)
+def limited(eta: Tensor, x: Chunk, window: Tensor, scale: Tensor) -> Tensor:
+    """eta^_t = eta_t / max(1, eta_t (1 + theta_t) scale_t, eta_t w_t / (1 - theta_t)): no key is
+    written more than whole, by what S_t holds and hands on, or in all by this token. [..., L]."""
+    if x.theta is not None:
+        lasting = window / (1 - x.theta.clamp(max=MAX_THETA))
+        scale = torch.maximum(lasting, (1 + x.theta) * scale)
+    return eta / (eta * scale).clamp(min=1)
 
 
 def correction(

@@ -142,6 +142,7 @@ def _whole_chunks(x: Tokens, rule: Rule, count: int) -> Tokens:
         theta=None if x.theta is None else more(x.theta, n_g, 1.0),
         seen=more(x.seen, n_g),
         masses=None if x.masses is None else more(x.masses, n_g),
+        weight=None if x.weight is None else more(x.weight, n_g),
         initial=None if x.initial is None else more(x.initial, n),
     )
 
@@ -182,6 +183,8 @@ def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkM
         waits = online.Chunk(
             mass=next(parts),
             held=next(parts),
+            weight=next(parts),
+            theta=optional(momentum),
             momentum=optional(momentum),
             squares=next(parts),
             gram=optional(rule.corrects),

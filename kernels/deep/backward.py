@@ -37,6 +37,7 @@ class Gradients(NamedTuple):
     target: Tensor
     gates: tuple[Tensor, Tensor, Tensor | None, Tensor]  # alpha, eta, theta, gamma
     masses: Tensor | None
+    weight: Tensor | None
     anchored: Tensor | None
     w: list[Tensor]
     s: list[Tensor]
@@ -61,6 +62,7 @@ class _Streams(NamedTuple):
     theta: Tensor | None
     gamma: Tensor
     masses: Tensor | None
+    weight: Tensor | None
     anchored: Tensor | None
     limited: Tensor  # of eta where it is limited
     held: Tensor  # of theta through the scale, likewise
@@ -69,8 +71,10 @@ class _Streams(NamedTuple):
     def of(call: Call) -> _Streams:
         new = call.eta.new_zeros
         q, k, target = (new(t.shape) for t in (call.q, call.k, call.target))
-        gates = (call.alpha, call.eta, call.theta, call.gamma, call.masses, call.anchored)
-        zeros: list[Any] = [None if t is None else torch.zeros_like(t) for t in gates]
+        gates = (call.alpha, call.eta, call.theta, call.gamma, call.masses, call.weight)
+        zeros: list[Any] = [
+            None if t is None else torch.zeros_like(t) for t in (*gates, call.anchored)
+        ]
         return _Streams._make([q, k, target, *zeros, new(call.eta.shape), new(call.eta.shape)])
 
     def total(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -141,7 +145,7 @@ def backward(
                 streams)  # fmt: skip
     return Gradients(
         streams.q, streams.k, streams.target, streams.total(call), streams.masses,
-        streams.anchored, ends.w, ends.s, ends.scale, [g.sum(0) for g in anchors],
+        streams.weight, streams.anchored, ends.w, ends.s, ends.scale, [g.sum(0) for g in anchors],
     )  # fmt: skip
 
 
@@ -281,11 +285,11 @@ def _writes(
         if call.limits:
             launch(
                 online_backward.strengths_backward, (programs,),
-                rows, tokens, call.alpha, call.eta, call.theta, call.gamma, call.masses, strengths,
+                rows, tokens, call.alpha, call.eta, call.theta, call.gamma, call.weight, strengths,
                 scales, found.window, found.runs, rooms.features, reads.f, d_write, d_factors,
-                reads.abar, reads.carried, shifts, slopes, d_masses, streams.limited, streams.held,
-                ends.scale, ends.start_scale, *here, heads, **some("BK", "MOMENTUM"), **reach,
-                CHUNK=spans.chunk, CORRECT=call.corrects,
+                reads.abar, reads.carried, shifts, slopes, streams.weight, streams.limited,
+                streams.held, ends.scale, ends.start_scale, *here, heads,
+                **some("BK", "MOMENTUM"), **reach, CHUNK=spans.chunk, CORRECT=call.corrects,
             )  # fmt: skip
             launch(
                 online_backward.bare_backward, (programs, some_keys),

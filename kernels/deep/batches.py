@@ -142,8 +142,24 @@ def backward(
             total = found
             continue
         # Of tokens: zero at those of other batches.
-        streams = (total.q, total.k, total.target, *total.gates, total.masses, total.anchored)
-        news = (found.q, found.k, found.target, *found.gates, found.masses, found.anchored)
+        streams = (
+            total.q,
+            total.k,
+            total.target,
+            *total.gates,
+            total.masses,
+            total.weight,
+            total.anchored,
+        )
+        news = (
+            found.q,
+            found.k,
+            found.target,
+            *found.gates,
+            found.masses,
+            found.weight,
+            found.anchored,
+        )
         for x, new in zip(streams, news, strict=True):
             if x is not None and new is not None:
                 x += new

@@ -55,6 +55,7 @@ class Call:
     theta: Tensor | None
     gamma: Tensor  # [B (HIST + T), H, c]
     masses: Tensor | None  # m_i(j) of specification 9b, of gamma's shape, where writes are limited
+    weight: Tensor | None  # sum_j gamma[t, j] of every token, likewise [B (HIST + T), H]
     w: list[Tensor]  # [B, H, dout, din], at the start of the first chunk
     s: list[Tensor]  # empty without momentum
     at: Layout

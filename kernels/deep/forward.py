@@ -102,10 +102,10 @@ def walk(
             launch(
                 online_forward, (programs, together),
                 target, anchored, at.rows, tokens, call.alpha, call.eta, call.theta, call.gamma,
-                call.masses, window, runs, f, abar, carried, rooms.hidden, rooms.errors, rooms.bare,
-                rooms.along, rooms.features, rooms.gram, rooms.kappa, rooms.before, rooms.inverses,
-                strengths, scales, end_scale, *where, parts, heads, v, hidden,
-                **some("SPAN", "KEYS", "GROUP", "BK", "BV", "BH", "BLOCKS", "MOMENTUM"),
+                call.masses, call.weight, window, runs, f, abar, carried, rooms.hidden,
+                rooms.errors, rooms.bare, rooms.along, rooms.features, rooms.gram, rooms.kappa,
+                rooms.before, rooms.inverses, strengths, scales, end_scale, *where, parts, heads, v,
+                hidden, **some("SPAN", "KEYS", "GROUP", "BK", "BV", "BH", "BLOCKS", "MOMENTUM"),
                 BLOCKS16=padded(call.keys) // 16, WINDOW=spans.window, HALO=spans.halo,
                 CHUNK=spans.chunk, CORRECT=call.corrects, ANCHOR=bool(call.anchors), WALK=forward,
             )  # fmt: skip

@@ -2,7 +2,8 @@
 
     features of a key: |h|^2, |e0|^2, |L_2|^2, |L_3|^2, |x|^2 at M^(0), of which come
     f_w^2 = |L_w|^2 / |e0|^2        own_i = |h|^2 + (f . f) |x|^2
-    scale_t = max(own_i of the window, theta_t scale_{t-1})     eta^_t = eta_t / max(1, m_t scale_t)
+    w_t = (sum_j gamma[t, j]) max own_i of the window           scale_t = theta_t scale_{t-1} + w_t
+    eta^_t = eta_t / max(1, eta_t (1 + theta_t) scale_t, eta_t w_t / (1 - theta_t))
     F = A diag(eta^) C              kappa = h h^T + (f f^T) o (x x^T)
     N[t, s] = F[t-1, s] + pend(t, s)                            (I + kappa o N) E = e, s before t
 
@@ -23,8 +24,9 @@ from atlas_blocks.kernels.coefficients import decay
 from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
 from atlas_blocks.kernels.deep.rooms import place, room
 from atlas_blocks.kernels.tiles import dot, load_block, store_block
+from atlas_blocks.omega.online import MAX_THETA
 
-_TINY = tl.constexpr(TINY)
+_TINY, _MAX_THETA = tl.constexpr(TINY), tl.constexpr(MAX_THETA)
 # Rows of `features`, the squared norms first.
 _H, _E, _L2, _L3, _X = (tl.constexpr(i) for i in range(5))
 _F2, _F3, _OWN = (tl.constexpr(i) for i in range(5, 8))
@@ -134,8 +136,15 @@ def largest_own(
 
 
 @triton.jit
+def running_scale(share, theta, before, SPAN: tl.constexpr):
+    """scale_t of w_t = share, and w_t / (1 - theta_t)."""
+    scale = tl.sum(decay(theta, SPAN) * share[None, :], 1) + tl.cumprod(theta, axis=0) * before
+    return scale, share / (1.0 - tl.minimum(theta, _MAX_THETA))
+
+
+@triton.jit
 def _strengths(
-    features, key_tokens, alpha, eta, theta, gamma, masses, before, window, runs,
+    features, key_tokens, alpha, eta, theta, gamma, weight, before, window, runs,
     f, abar, carried, head, H, PARTS,
     WINDOW: tl.constexpr, SPAN: tl.constexpr, HALO: tl.constexpr, CHUNK: tl.constexpr,
     KEYS: tl.constexpr, BK: tl.constexpr, MOMENTUM: tl.constexpr, CORRECT: tl.constexpr,
@@ -146,24 +155,15 @@ def _strengths(
     """
     t = tl.arange(0, SPAN)
     token = tl.load(key_tokens + t)
+    own, _ = largest_own(features, gamma, token, head, H, t, PARTS, WINDOW, SPAN, HALO, KEYS, BK)
+    most = load_own(weight, token, head, H, 0.0) * own
+    scale = most
     if MOMENTUM:
         m = load_own(theta, token, head, H, 1.0)
-        scale = tl.cumprod(m, axis=0) * before
-        for n in tl.range(SPAN // BK, disable_licm=True):
-            s = n * BK + tl.arange(0, BK)
-            past = tl.load(key_tokens + s)
-            own, _ = largest_own(
-                features, gamma, past, head, H, s, PARTS, WINDOW, SPAN, HALO, KEYS, BK
-            )
-            aged = tl.cumprod(tl.where(t[None, :] > s[:, None], m[None, :], 1.0), axis=1)
-            aged = tl.where(t[None, :] >= s[:, None], aged, 0.0) * own[:, None]
-            scale = tl.maximum(scale, tl.max(aged, 0))
-    else:
-        scale, _ = largest_own(
-            features, gamma, token, head, H, t, PARTS, WINDOW, SPAN, HALO, KEYS, BK
-        )
-    mass = load_own(masses, token, head * WINDOW, H * WINDOW, 0.0)
-    strength = load_own(eta, token, head, H, 0.0) / tl.maximum(mass * scale, 1.0)
+        scale, steady = running_scale(most, m, before, SPAN)
+        most = tl.maximum(steady, (1.0 + m) * scale)
+    strength = load_own(eta, token, head, H, 0.0)
+    strength /= tl.maximum(strength * most, 1.0)
     keep = load_own(alpha, token, head, H, 1.0)
     matrix = decay(keep, SPAN)
     tl.store(abar + t, tl.cumprod(keep, axis=0))
@@ -301,7 +301,7 @@ def _corrected(
 
 @triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW", "LINES", "PARTS"])
 def online_forward(
-    target, anchored, rows, key_tokens, alpha, eta, theta, gamma, masses, window, runs,
+    target, anchored, rows, key_tokens, alpha, eta, theta, gamma, masses, weight, window, runs,
     f, abar, carried, rooms, errors, bare, along, features, gram, kappa, before, inverses,
     strengths, scales, end_scale, START, OFFSET, PER_ROW, LINES, PARTS, H: tl.constexpr,
     V: tl.constexpr, HIDDEN: tl.constexpr,
@@ -330,7 +330,7 @@ def online_forward(
     abar += key * SPAN
     carried += key * SPAN
     strength, scale = _strengths(
-        features, keys_at, alpha, eta, theta, gamma, masses, scale, window + key * SPAN * KEYS,
+        features, keys_at, alpha, eta, theta, gamma, weight, scale, window + key * SPAN * KEYS,
         runs + key * SPAN, f, abar, carried, head, H, PARTS, WINDOW, SPAN, HALO, CHUNK,
         KEYS, BK, MOMENTUM, CORRECT,
     )  # fmt: skip

@@ -30,11 +30,13 @@ from atlas_blocks.kernels.deep.online import (
     load_system,
     pending,
     place_of,
+    running_scale,
 )
 from atlas_blocks.kernels.deep.rooms import place, two_rooms
 from atlas_blocks.kernels.tiles import dot, load_block, store_block
+from atlas_blocks.omega.online import MAX_THETA
 
-_TINY = tl.constexpr(TINY)
+_TINY, _MAX_THETA = tl.constexpr(TINY), tl.constexpr(MAX_THETA)
 # Rows of `features`.
 _E, _L2, _L3, _X = (tl.constexpr(i) for i in range(1, 5))
 _F2, _F3, _OWN = (tl.constexpr(i) for i in range(5, 8))
@@ -146,15 +148,15 @@ def system_backward(
 
 @triton.jit(do_not_specialize=["START", "OFFSET", "PER_ROW"])
 def strengths_backward(
-    rows, key_tokens, alpha, eta, theta, gamma, masses, strengths, scales, window, runs, features,
-    df, d_write, d_ends, d_abar, d_carried, shifts, slopes, d_masses, d_eta, d_theta, d_scale,
+    rows, key_tokens, alpha, eta, theta, gamma, weight, strengths, scales, window, runs, features,
+    df, d_write, d_ends, d_abar, d_carried, shifts, slopes, d_weight, d_eta, d_theta, d_scale,
     d_start, START, OFFSET, PER_ROW, H: tl.constexpr,
     SPAN: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr,
     MOMENTUM: tl.constexpr, WINDOW: tl.constexpr, HALO: tl.constexpr, CHUNK: tl.constexpr,
     CORRECT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of eta, m, of theta through the scale, of the scale before the chunk, and of
-    own; those of abar and carried with what came of the token after."""
+    """The gradients of eta, of what each window weighs, of theta through the scale, of the scale
+    before the chunk, and of own; those of abar and carried with what came of the token after."""
     line = tl.program_id(0)
     there, mine, here = place(rows, START, OFFSET, PER_ROW, line, H, GROUP)
     if there == 0:
@@ -188,39 +190,41 @@ def strengths_backward(
     tl.store(slopes + 5 * KEYS + t, tl.sum(step * decay(keep, SPAN), 0))
     tl.debug_barrier()
     g = tl.load(slopes + 5 * KEYS + t)
-    # Through eta / max(1, m scale).
+    # Through eta / max(1, eta most).
     own, which = largest_own(
         features, gamma, token, head, H, t, KEYS // BK, WINDOW, SPAN, HALO, KEYS, BK
     )
-    scale = own
+    weighed = load_own(weight, token, head, H, 0.0)
+    share = weighed * own
+    most = share
     if MOMENTUM:
         before, gate = tl.load(scales + here), load_own(theta, token, head, H, 1.0)
-        ages, run = decay(gate, SPAN), tl.cumprod(gate, axis=0)
-        young, first = tl.max(ages * own[None, :], 1, return_indices=True)
-        old = run * before
-        scale = tl.maximum(young, old)
-    mass = load_own(masses, token, head * WINDOW, H * WINDOW, 0.0)
-    full = tl.maximum(mass * scale, 1.0)
-    tl.store(d_eta + at, g / full, mask=token >= 0)
+        scale, steady = running_scale(share, gate, before, SPAN)
+        twice = (1.0 + gate) * scale
+        most = tl.maximum(steady, twice)
+    wanted = load_own(eta, token, head, H, 0.0)
+    limited = wanted * most >= 1.0
+    full = tl.maximum(wanted * most, 1.0)
+    tl.store(d_eta + at, tl.where(limited, 0.0, g / full), mask=token >= 0)
     strength = tl.load(strengths + at, mask=token >= 0, other=0.0)
-    of_full = tl.where(mass * scale >= 1.0, -g * strength / full, 0.0)
-    found = of_full * scale
-    if CORRECT and WINDOW > 1:
-        found += tl.load(d_masses + key * KEYS * WINDOW + t * WINDOW)
-    tl.store(d_masses + key * KEYS * WINDOW + t * WINDOW, found)
-    of_own = of_full * mass + tl.where(t == CHUNK - 1, tl.load(d_scale + line), 0.0)
+    of_share = tl.where(limited, -g * strength / full * wanted, 0.0)
     of_before = 0.0
     if MOMENTUM:
-        share = tl.where(young > old, 1.0, tl.where(young == old, 0.5, 0.0))
-        of_old = of_own * (1.0 - share)
-        of_before = tl.sum(of_old * run, 0)
-        flow = tl.where(first[:, None] == t[None, :], (of_own * share)[:, None], 0.0)
-        of_own = tl.sum(flow * ages, 0)
-        flow *= own[None, :]
+        part = tl.where(twice > steady, 1.0, tl.where(twice == steady, 0.5, 0.0))
+        of_twice, of_steady = of_share * part, of_share * (1.0 - part)
+        of_scale = of_twice * (1.0 + gate)
+        of_scale += tl.where(t == CHUNK - 1, tl.load(d_scale + line), 0.0)
+        rest = 1.0 - tl.minimum(gate, _MAX_THETA)
+        of_before = tl.sum(of_scale * tl.cumprod(gate, axis=0), 0)
         earlier = tl.load(keys_at + t - 1, mask=t > 0, other=-1)
         earlier = load_own(theta, earlier, head, H, 1.0)
-        found = decay_gradient(flow, of_old * before, gate, earlier, SPAN)
+        flow = of_scale[:, None] * share[None, :]
+        found = decay_gradient(flow, of_scale * before, gate, earlier, SPAN)
+        found += of_twice * scale + tl.where(gate <= _MAX_THETA, of_steady * steady / rest, 0.0)
         tl.store(d_theta + at, found, mask=token >= 0)
+        of_share = of_steady / rest + tl.sum(of_scale[:, None] * decay(gate, SPAN), 0)
+    tl.store(d_weight + at, of_share * own, mask=token >= 0)
+    of_own = of_share * weighed
     if tl.load(rows + line // H * 2 + 1) == START + OFFSET + 1:
         of_before += tl.load(d_start + line)
     tl.debug_barrier()

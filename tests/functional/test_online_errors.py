@@ -23,17 +23,20 @@ from atlas_blocks.functional.memories import tangent_kernel, weight_shapes
 
 
 def uncut(inputs: dict[str, Any]) -> None:
-    """Strengths at which no own step is limited: eta_t <= 0.9 / (m_t scale_t / eta_t)."""
+    """Strengths at which no own step is limited: eta_t at most 0.9 of the largest that is not."""
     phi = inputs["feature_map"]
     k = inputs["k"] if phi is None else phi(inputs["k"])
     own = k.square().sum(-1)
     theta = inputs["theta"] if inputs["theta"] is not None else torch.zeros_like(own)
-    largest, held = torch.zeros_like(own[:, 0]), []
+    window = inputs["gamma"][..., 0] * own
+    scale, scales = torch.zeros_like(own[:, 0]), []
     for t in range(own.shape[1]):
-        largest = torch.maximum(own[:, t], theta[:, t] * largest)
-        held.append(largest)
-    mass = inputs["gamma"][..., 0] / (1 - theta.clamp(max=0.999))
-    inputs["eta"] = 9 * inputs["eta"].clamp(max=0.1) / (mass * torch.stack(held, 1)).clamp(min=1)
+        scale = theta[:, t] * scale + window[:, t]
+        scales.append(scale)
+    most = torch.maximum(
+        (1 + theta) * torch.stack(scales, 1), window / (1 - theta.clamp(max=0.999))
+    )
+    inputs["eta"] = 9 * inputs["eta"].clamp(max=0.1) / most.clamp(min=1)
 
 
 def outputs_and_gradients(inputs: dict[str, Any], **settings: Any) -> dict[str, Tensor]:
@@ -109,8 +112,10 @@ def by_hand(x: dict[str, Any], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
                 e = e - kappa[i, j] * (b_row[j] + pending(i, j)) * errors[j]
             errors[i] = e
             weighed = {j: gamma[i, i - j] for j in keys if 0 <= i - j < window}
-            scale = max([kappa[j, j] for j, g in weighed.items() if g > 0] + [theta[i] * scale])
-            limited[i] = eta[i] / max(1.0, float(mass[i][0] * scale))
+            most = gamma[i].sum() * max([kappa[j, j] for j, g in weighed.items() if g > 0] + [0.0])
+            scale = theta[i] * scale + most
+            most = max(float((1 + theta[i]) * scale), float(most / (1 - theta[i].clamp(max=0.999))))
+            limited[i] = eta[i] / max(1.0, float(eta[i] * most))
             abar, thbar = alpha[i] * abar, theta[i] * thbar
             carried = alpha[i] * carried + limited[i] * thbar
             for j in keys:
@@ -313,3 +318,76 @@ def test_tokens_with_gates_of_their_own_are_bounded(tokens: int) -> None:
     """Without momentum. (With it they are not always, see docs/limits.md.)"""
     sizes = largest_reads(repeated(tokens, 16, False, None), 64)
     assert sizes.max() < 20, sizes.topk(5)
+
+
+# --- limits: gates that switch in turn, and what a limit leaves --------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 64])
+@pytest.mark.parametrize("window", [1, 16])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_gates_that_switch_leave_a_memory_bounded(memory: str, window: int, chunk: int) -> None:
+    """A write stands in S when its momentum's gate opens. A limit by the largest kappa that S
+    holds, and not by all of it, let an MLP memory grow beyond any number here."""
+    g = torch.Generator().manual_seed(0)
+    rows, length, heads, width = 2, 600, 2, 8
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(rows, length, heads, *shape, generator=g, dtype=torch.float64)
+
+    def switched(*shape: int) -> Tensor:
+        return (drawn(*shape) < 0).double()
+
+    _, state = omega_rule(
+        drawn(width),
+        F.silu(drawn(width)),
+        drawn(width),
+        alpha=switched().clamp(min=0.9),
+        eta=switched(),
+        theta=0.99 * switched(),
+        gamma=switched(window),
+        weights=[
+            0.3 * torch.randn(heads, *shape, generator=g, dtype=torch.float64)
+            for shape in weight_shapes(memory, width, width, width)
+        ],
+        memory=memory,
+        chunk_size=chunk,
+        errors="online",
+    )
+    assert max(w.abs().max() for w in state.weights) < 30
+
+
+@pytest.mark.parametrize(("theta", "left"), [(None, 0.1), (0.5, 0.2), (0.9, 0.35)])
+@pytest.mark.parametrize("memory", ["matrix", "mlp"])
+def test_a_limit_leaves_what_is_written_to_be_read(
+    memory: str, theta: float | None, left: float
+) -> None:
+    """Eight pairs, shown four times with open gates."""
+    g = torch.Generator().manual_seed(0)
+    width = 32
+    pairs = F.normalize(torch.randn(2, 8, 1, width, generator=g, dtype=torch.float64), dim=-1)
+    k, v = pairs.repeat(1, 4, 1, 1).unsqueeze(1)
+    one = k.new_ones(1, 32, 1)
+    weights = [
+        size * torch.randn(1, *shape, generator=g, dtype=torch.float64)
+        for size, shape in zip(
+            {"matrix": [0.0], "mlp": [0.05, width**-0.5]}[memory],
+            weight_shapes(memory, width, width, 4 * width),
+            strict=True,
+        )
+    ]
+    _, state = omega_rule(
+        k,
+        k,
+        v,
+        alpha=one,
+        eta=one,
+        theta=None if theta is None else theta * one,
+        gamma=one.unsqueeze(-1),
+        weights=weights,
+        memory=memory,
+        chunk_size=16,
+        errors="online",
+    )
+    read = read_memory(k[:, :8], state.weights, memory=memory)
+    assert (read - v[:, :8]).norm() < left * v[:, :8].norm()
