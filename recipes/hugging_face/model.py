@@ -88,6 +88,12 @@ class AtlasConfig(PreTrainedConfig):
             self.tie_word_embeddings,
         )
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What files hold: all that defines the model, also where it is the default of today."""
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "layers")
+        whole = {name: getattr(self, name) for name in (*names, "tie_word_embeddings")}
+        return super().to_diff_dict() | whole
+
     @classmethod
     def of(cls, config: LanguageModelConfig, **options: Any) -> AtlasConfig:
         """options: what else transformers keeps, such as eos_token_id."""

@@ -104,6 +104,11 @@ def test_a_config_takes_patterns_and_goes_through_json(tmp_path: Path) -> None:
     whole = LanguageModelConfig("", 300, 64, 4, layers="3*atlas+transformer")
     assert config.language_model() == whole
     assert hugging_face.AtlasConfig.of(whole).language_model() == whole
+    # Files do not lean on the defaults of today.
+    hugging_face.AtlasConfig().save_pretrained(tmp_path / "default")
+    stored = json.loads((tmp_path / "default" / "config.json").read_text())
+    names = {"layers", "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"}
+    assert names <= stored.keys()
     deeper = hugging_face.AtlasConfig(layers="atlas", num_hidden_layers=3)
     assert len(deeper.layers) == 1
     assert len(deeper.language_model().layers) == 3
