@@ -27,7 +27,7 @@ from atlas_blocks.recipes.distributed.sequence import part_of
 
 SCRIPT = Path(distributed_runs.__file__)
 # tensor,sequence; the other processes are for the data.
-TWO, FOUR = ("1,1", "2,1", "1,2"), ("2,2", "1,4")
+TWO, FOUR = ("1,1", "2,1", "1,2"), ("1,1", "2,2", "1,4")
 
 
 def torchrun(ranks, *command, restarts=0):
