@@ -1,4 +1,4 @@
-"""Synthetic tasks that isolate one ability.
+"""Small tasks that isolate one ability: recall, overwriting, parity.
 
 B batch, T tokens, P pairs.
 """
@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks import check
-
-IGNORE = -100
-FILLER = 0
+from atlas_blocks.recipes.tasks.base import FILLER, IGNORE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +36,18 @@ class RecallTask:
     @property
     def vocab_size(self) -> int:
         return 1 + 2 * self.keys
+
+    @property
+    def chance(self) -> float:
+        """Of naming a value that was shown: that of the key, or another's that is the same."""
+        return 1 / self.pairs + (1 - 1 / self.pairs) / self.keys
+
+    def curriculum(self) -> tuple[RecallTask, ...]:
+        """From one pair to all, twice as many each time."""
+        pairs = [1]
+        while 2 * pairs[-1] < self.pairs:
+            pairs.append(2 * pairs[-1])
+        return tuple(dataclasses.replace(self, pairs=p) for p in sorted({*pairs, self.pairs}))
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T]; a target is IGNORE except where a key is asked for."""
@@ -86,6 +96,27 @@ class OverwriteTask:
     def vocab_size(self) -> int:
         return 1 + self.keys + self.values
 
+    @property
+    def chance(self) -> float:
+        """Of any value."""
+        return 1 / self.values
+
+    def with_length(self, length: int) -> OverwriteTask:
+        """As many writes as have room beside the queries. Raises ValueError unless they fill it."""
+        writes = (length - self.queries) // 2
+        if writes < 1 or 2 * writes + self.queries != length:
+            check.fail(
+                "length", f"{self.queries} queries and twice as many tokens as writes", length
+            )
+        return dataclasses.replace(self, writes=writes)
+
+    def curriculum(self) -> tuple[OverwriteTask, ...]:
+        """From one write of each key to all, twice as many each time."""
+        writes = [min(self.keys, self.writes)]
+        while 2 * writes[-1] < self.writes:
+            writes.append(2 * writes[-1])
+        return tuple(dataclasses.replace(self, writes=n) for n in sorted({*writes, self.writes}))
+
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T]; a target is IGNORE except where a key is asked for."""
         keys = torch.randint(self.keys, (batch, self.writes), generator=generator)
@@ -116,15 +147,21 @@ class ParityTask:
     def __post_init__(self) -> None:
         check.at_least("length", self.length, 2)
 
+    @property
+    def chance(self) -> float:
+        """Of either bit."""
+        return 0.5
+
+    def curriculum(self) -> tuple[ParityTask, ...]:
+        """From 6 tokens to all, twice as many each time."""
+        lengths = [min(6, self.length)]
+        while 2 * lengths[-1] < self.length:
+            lengths.append(2 * lengths[-1])
+        return tuple(dataclasses.replace(self, length=n) for n in sorted({*lengths, self.length}))
+
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T]; the first token has no target."""
         bits = torch.randint(2, (batch, self.length - 1), generator=generator)
         tokens, targets = F.pad(bits, (1, 0), value=2), F.pad(bits.cumsum(1) % 2, (1, 0))
         targets[:, 0] = IGNORE
         return tokens, targets
-
-
-def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of targets answered right. logits [B, T, V], targets [B, T]."""
-    asked = targets != IGNORE
-    return float((logits.argmax(-1) == targets)[asked].float().mean())
