@@ -8,7 +8,6 @@ and exit with 130.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -24,8 +23,9 @@ from typer.core import TyperGroup
 
 from atlas_blocks import check, with_settings
 from atlas_blocks.recipes import checkpoint as checkpoints
+from atlas_blocks.recipes import commands, display, files, registry, runs, separation, text
 from atlas_blocks.recipes import demo as demonstration
-from atlas_blocks.recipes import display, files, registry, runs, separation, text
+from atlas_blocks.recipes.arguments import device_of, setting_of
 from atlas_blocks.recipes.bench.subjects import MODES, Size
 from atlas_blocks.recipes.data import Source, Tokenizer, train_tokenizer
 from atlas_blocks.recipes.data.shards import SHARD, is_prepared, training_documents
@@ -83,6 +83,8 @@ bench = typer.Typer(
     subcommand_metavar="NAME|kernels [OPTIONS]",
 )
 app.add_typer(bench, name="bench")
+app.command("eval")(commands.evaluate)
+app.command("stream")(commands.stream)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -159,22 +161,11 @@ def show(
     """Show how a model is assembled."""
     saved = Path(source).exists() and not (registry.is_file(source) or source in registry.names())
     config = checkpoints.config(runs.newest(Path(source))) if saved else registry.config(source)
-    config = with_settings(config, dict(map(_setting, settings or [])))
+    config = with_settings(config, dict(map(setting_of, settings or [])))
     if as_json:
         print(config.to_json())
     else:
         Console().print(display.module_tree(config))
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """PATH=VALUE, the value as JSON has it, or else as a word."""
-    path, equals, value = text.partition("=")
-    if not (path and equals):
-        check.fail("set", "PATH=VALUE, such as layers.0.mixer.window=32", repr(text))
-    for spelling in (value, value.lower()):  # True is true
-        with contextlib.suppress(json.JSONDecodeError):
-            return path, json.loads(spelling)
-    return path, value
 
 
 @app.command()
@@ -194,7 +185,7 @@ def explain(
 
     if batch < 1:
         raise ValueError(f"batch: expected an int >= 1, got {batch}")
-    where = _device(device)
+    where = device_of(device)
     calls = []
     for length in _integers("lengths", lengths):
         if length < 1:
@@ -357,7 +348,7 @@ def train(
     divided = Layout.of(layout.ranks(), tensor=tensor, sequence=sequence)
     if layout.ranks() == 1:
         console = Console()
-        done = runs.train(console, keeping, start(console, *arguments, _device(device)))
+        done = runs.train(console, keeping, start(console, *arguments, device_of(device)))
     else:
         done = _train_together(start, keeping, arguments, divided, device)
     if not done:
@@ -371,7 +362,7 @@ def _train_together(
     # Imported here: it takes a second.
     from atlas_blocks.recipes.distributed.parallel import Parallel
 
-    where = _device(layout.own_device(device))
+    where = device_of(layout.own_device(device))
     console = Console() if layout.leads() else Console(quiet=True)
     try:
         with layout.joined(where):
@@ -425,7 +416,7 @@ def generate(
         raise ValueError(f"batch: expected an int >= 1, got {batch}")
     if "" in (stop or []):
         check.fail("stop", "text", "none")
-    where = _device(device)
+    where = device_of(device)
     model, coder = _trained(checkpoint, where)
     starts = [
         p.encode(errors="surrogateescape").decode(errors="replace") for p in prompt or ["def "]
@@ -499,7 +490,7 @@ def serve(
     """Answer OpenAI's HTTP API: completions and chat, many at a time, until Ctrl-C."""
     check.between("port", port, 0, 65535)
     options = Options(max_batch, piece, prefix_cache, sessions, chat_template, threads)
-    model, coder = _trained(checkpoint, _device(device))
+    model, coder = _trained(checkpoint, device_of(device))
     server.run(model, coder, host, port, Console(), options)
 
 
@@ -526,7 +517,7 @@ def export(
 
     if batch < 1:
         raise ValueError(f"batch: expected an int >= 1, got {batch}")
-    where = _device(device)
+    where = device_of(device)
     if out.suffix != ".pt2":
         check.fail("out", "a file name that ends in .pt2", out)
     torch.manual_seed(0)
@@ -597,7 +588,7 @@ def bench_model(
 
     plan = benchmark.Plan(
         name=name,
-        device=_device(device),
+        device=device_of(device),
         size=Size(batch=batch, tokens=tokens, dim=dim, heads=heads),
         modes=MODES if modes is None else tuple(modes.split(",")),
         rounds=rounds,
@@ -655,7 +646,7 @@ def kernels(
             f"device: cannot use {device!r}: no CUDA device is here (--device cpu runs the same "
             "by the wall clock, small)"
         )
-    where = _device(device)
+    where = device_of(device)
     chosen = benchmark.plan(
         where,
         dims=None if dims is None else _integers("dims", dims),
@@ -740,10 +731,3 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name}: expected integers such as 64,128, got {text!r}") from None
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error

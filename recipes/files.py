@@ -48,7 +48,12 @@ def sync(path: Path) -> None:
 def write_json(path: Path, record: Any) -> None:
     """In one atomic replacement."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(as_json(record))
+
+
+def as_json(record: Any) -> str:
+    """As `write_json` writes it."""
+    return json.dumps(record, indent=2) + "\n"
 
 
 def read_json(name: str, path: Path) -> dict[str, Any]:

@@ -383,7 +383,7 @@ def train(
     losses: list[float] = []
     seconds: collections.deque[float] = collections.deque(maxlen=20)
     began, saved, validated = time.perf_counter(), state.step, -1
-    with _graceful_interrupt() as interrupted, _compiled(model, config, parallel):
+    with graceful_interrupt() as interrupted, _compiled(model, config, parallel):
 
         def stopped() -> bool:
             # Ranks stop after the same step, whichever of them was told.
@@ -486,7 +486,7 @@ def _compiled(
 
 
 @contextlib.contextmanager
-def _graceful_interrupt() -> Iterator[threading.Event]:
+def graceful_interrupt() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C or SIGTERM into an event. Signals reach the main thread only."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -142,14 +142,15 @@ class Question:
         """Tokens of the prompt."""
         return sum(len(part) for part in self.parts)
 
-    def tokens(self, piece: int = PIECE) -> Iterator[np.ndarray]:
-        """The prompt in order, int64 [<= piece] at a time."""
+    def tokens(self, piece: int = PIECE, start: int = 0) -> Iterator[np.ndarray]:
+        """The prompt in order from token `start` on, int64 [<= piece] at a time."""
         check.at_least("piece", piece, 1)
         for part in self.parts:
+            skipped, start = min(start, len(part)), max(0, start - len(part))
             if isinstance(part, Stretch):
-                yield from part.tokens(piece)
+                yield from Stretch(part.prose, part.first + skipped, part.last).tokens(piece)
             else:
-                for first in range(0, len(part), piece):
+                for first in range(skipped, len(part), piece):
                     yield part[first : first + piece]
 
 

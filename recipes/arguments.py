@@ -1,0 +1,30 @@
+"""Arguments of the command line as values."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import torch
+
+from atlas_blocks import check
+
+
+def setting_of(text: str) -> tuple[str, Any]:
+    """PATH=VALUE, the value as JSON has it, or else as a word."""
+    path, equals, value = text.partition("=")
+    if not (path and equals):
+        check.fail("set", "PATH=VALUE, such as layers.0.mixer.window=32", repr(text))
+    for spelling in (value, value.lower()):  # True is true
+        with contextlib.suppress(json.JSONDecodeError):
+            return path, json.loads(spelling)
+    return path, value
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises ValueError where it cannot be used."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,321 @@
+"""`eval`: what is right is counted as right, cells are done once, and errors name arguments."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from atlas_blocks.recipes import build, checkpoint, evaluation, files, tasks
+from atlas_blocks.recipes.data import Tokenizer
+from atlas_blocks.recipes.evaluation import Plan
+from atlas_blocks.recipes.reading import Peak, Reader, even, open_reader
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+
+
+class Oracle(Reader):
+    """Keeps everything it is shown, and answers with what `answer` says of it."""
+
+    def __init__(self, answer, vocab_size=256):
+        super().__init__("oracle", "0" * 64, None, Tokenizer(), vocab_size, True, CPU)
+        self.answer, self.sizes = answer, []
+
+    def check_room(self, name, tokens):
+        pass
+
+    def read(self, tokens, state=None):
+        self.sizes.append(tokens.shape[1])
+        seen = tokens if state is None else torch.cat([state, tokens], 1)
+        logits = self.answer(seen, tokens.shape[1])
+        return logits, seen
+
+
+def reads_text(answer):
+    """An Oracle's answer in text: what follows the prompt, by its words."""
+
+    def found(seen, count):
+        text = bytes(seen[0].tolist()).decode()
+        end = max((m.end() for m in re.finditer(r" is| are|Answer:", text)), default=0)
+        words = answer(text[:end]) + "\n"
+        at = min(len(text) - end, len(words) - 1)
+        return F.one_hot(torch.tensor(words.encode()[at]), 256).float().expand(1, count, 256)
+
+    return found
+
+
+def needle(text):
+    asked = re.findall(r"What (?:is|are all) the secret \w+ of (.+) in the text", text)
+    found = re.findall(r"The secret \w+ of ([\w' -]+) is ([\w-]+)\.", text)
+    return " " + ", ".join(v for k, v in found if asked and k == asked[0])
+
+
+@pytest.fixture
+def trained(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, build("linear-attention-tiny", depth=1))
+    return path
+
+
+@pytest.mark.parametrize("name", ["niah-1", "niah-3", "niah-multikey", "niah-multivalue"])
+def test_a_reader_finds_every_needle_at_every_length(name):
+    reader = Oracle(reads_text(needle))
+    plan = Plan(lengths=(2048, 5000), task=name, samples=4, segment=700)
+    record = evaluation.run(QUIET, reader, plan, None)
+    for cell in record["cells"].values():
+        assert cell["accuracy"] == cell["high"] == 1
+        assert cell["low"] == pytest.approx(4 / (4 + 1.959964**2))
+        assert cell["samples"] == 4
+        assert cell["answers"] == 4 * (4 if name == "niah-multivalue" else 1)
+        assert cell["tokens_per_second"] > 0
+        assert cell["peak_bytes"] > 1e6
+    # Read in segments of that size, then token by token.
+    assert {700, 1} <= set(reader.sizes)
+    assert max(reader.sizes) == 700
+
+
+def test_one_that_names_another_needle_is_wrong():
+    other = reads_text(lambda text: needle(text.replace("What is the secret", "")) or " 1234567.")
+    plan = Plan(lengths=(2048,), task="niah-2", samples=5)
+    cell = evaluation.run(QUIET, Oracle(other), plan, None)["cells"]["2048"]
+    assert cell["accuracy"] == cell["low"] == 0
+    assert cell["high"] == pytest.approx(0.4345, abs=1e-3)
+
+
+def test_rooms_are_answered_by_the_last_move():
+    def room(text):
+        who = re.findall(r"Where is (\w+)\?", text)
+        moves = r"(\w+) (?:went to|moved to|walked to|travelled to) the (\w+)\."
+        found = [room for name, room in re.findall(moves, text) if who and name == who[-1]]
+        return f" {found[-1]}." if found else " nowhere."
+
+    plan = Plan(lengths=(1500,), task="babi-qa1", samples=6)
+    cell = evaluation.run(QUIET, Oracle(reads_text(room)), plan, None)["cells"]["1500"]
+    assert cell["accuracy"] == 1
+    assert cell["chance"] == pytest.approx(1 / 6)
+    always = Oracle(reads_text(lambda text: " kitchen."))
+    cell = evaluation.run(QUIET, always, dataclasses.replace(plan, samples=60), None)
+    cell = cell["cells"]["1500"]
+    assert cell["low"] < 1 / 6 < cell["high"]
+
+
+def test_tokens_are_answered_where_they_are_asked_for():
+    def dictionary(seen, count):
+        logits = torch.zeros(*seen.shape, 512)
+        for row, line in enumerate(seen.tolist()):
+            after = {}
+            for place, token in enumerate(line):
+                logits[row, place, after.get(token, 0)] = 1
+                if place + 1 < len(line):
+                    after.setdefault(token, line[place + 1])
+        return logits[:, seen.shape[1] - count :]
+
+    settings = {"pairs": 8, "vocab_size": 512, "random_filler": False}
+    plan = Plan(lengths=(64, 256), task="mqar", samples=37, settings=settings, segment=512)
+    cells = evaluation.run(QUIET, Oracle(dictionary, 512), plan, None)["cells"]
+    for cell in cells.values():
+        assert cell["accuracy"] == 1
+        assert (cell["samples"], cell["answers"]) == (37, 37 * 8)
+        assert cell["chance"] == 1 / 8
+    plan = Plan(lengths=(128,), task="mad-recall", samples=5)
+    cell = evaluation.run(QUIET, Oracle(dictionary, 512), plan, None)["cells"]["128"]
+    assert cell["accuracy"] == cell["macro_accuracy"] == 1
+
+
+def test_a_segment_changes_no_answer(trained):
+    reader = open_reader(trained, CPU)
+    found = []
+    for segment in (64, 4096):
+        plan = Plan(lengths=(256,), task="recall", samples=20, segment=segment)
+        found.append(evaluation.run(QUIET, reader, plan, None)["cells"]["256"])
+    for name in ("samples", "answers", "accuracy", "low", "high", "tokens"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-12)
+
+
+def test_perplexity_is_that_of_the_same_tokens(trained, tmp_path):
+    reader = open_reader(trained, CPU)
+    text = tmp_path / "text"
+    text.write_bytes(Path(evaluation.__file__).read_bytes()[:6000])
+    plan = Plan(lengths=(256, 1024), file=text, samples=3, segment=100)
+    cells = evaluation.run(QUIET, reader, plan, None)["cells"]
+    tokens = torch.tensor(list(text.read_bytes()))
+    for length in (256, 1024):
+        losses = []
+        for end in (1024, 1024 + 4976 // 2, 6000):
+            part = tokens[None, end - length : end]
+            logits, _ = reader.read(part[:, :-1])
+            losses.append(F.cross_entropy(logits[0, -128:], part[0, -128:]).item())
+        cell = cells[str(length)]
+        assert cell["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
+        assert cell["low"] < cell["perplexity"] < cell["high"]
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_cells_are_done_once_and_go_on_after_an_interruption(run, trained, tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    command = ("eval", trained, "--task", "recall", "--samples", 4, "--out", out)
+    done, whole = [], evaluation.answered
+
+    def answered(reader, given, plan, length):
+        done.append(length)
+        if length == 64 and len(done) == 2:
+            raise KeyboardInterrupt
+        return whole(reader, given, plan, length)
+
+    monkeypatch.setattr(evaluation, "answered", answered)
+    code, printed, _ = run(*command, "--lengths", "128,64,256")
+    assert code == 130
+    assert "1 cells, the same command goes on" in printed
+    assert run(*command, "--lengths", "128,64,256")[0] == 0
+    assert done == [128, 64, 64, 256]
+    code, printed, _ = run(*command, "--lengths", "256,512")
+    assert code == 0
+    assert done[-1] == 512
+    record = json.loads((out / "eval.json").read_text())
+    assert list(record["cells"]) == ["128", "64", "256", "512"]
+    # Short to long, with the chance of a guess.
+    assert re.search(r"64 .*\n +128 .*\n +256 .*\n +512 .* 15\.2 %", printed)
+    # A sample depends on nothing but its number.
+    fresh = json.loads(run(*command[:-2], "--lengths", "64", "--json")[1])
+    same = ("accuracy", "low", "high", "answers")
+    assert [fresh["cells"]["64"][k] for k in same] == [record["cells"]["64"][k] for k in same]
+
+
+def test_other_settings_in_the_folder_are_refused_by_name(run, trained, tmp_path):
+    out = tmp_path / "results"
+    command = ["eval", trained, "--task", "recall", "--lengths", "64", "--samples", 2]
+    assert run(*command, "--out", out)[0] == 0
+    other = tmp_path / "other.safetensors"
+    checkpoint.save(other, build("linear-attention-tiny", depth=2))
+    for change, name in (
+        (["--seed", 1], "seed"),
+        (["--samples", 3], "samples"),
+        (["--set", "pairs=4"], "set"),
+        (["--task", "parity"], "task"),
+        (["--segment", 100], "segment"),
+    ):
+        code, _, err = run(*command, *change, "--out", out)
+        assert code == 2
+        assert err.startswith(f"atlas-blocks: {name}: expected")
+    code, _, err = run("eval", other, *command[2:], "--out", out)
+    assert err.startswith("atlas-blocks: checkpoint: expected linear-attention-tiny")
+    files.write_json(tmp_path / "b" / "eval.json", {"other": 1})
+    code, _, err = run(*command, "--out", tmp_path / "b")
+    assert (code, err.startswith("atlas-blocks: out:")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--task magic", "task: expected one of"),
+        ("", "task: expected one of --task and --file, got neither"),
+        ("--task recall --file x", "task: expected one of --task and --file, got both"),
+        ("--task recall --lengths 1x", "lengths: expected numbers of tokens such as 512,4k,1m"),
+        ("--task recall --lengths 8", "lengths: 8: length: expected an int >= 24"),
+        ("--task niah-1 --lengths 1k,64", "lengths: 64: length: expected at least"),
+        ("--task recall --set bairs=3", "setting: expected one of"),
+        ("--task recall --set pairs=no", "pairs: expected int"),
+        ("--task recall --set length=64", "set: expected settings other than length"),
+        ("--task recall --samples 0", "samples: expected an int >= 1"),
+        ("--task recall --seed -1", "seed: expected an int >= 0"),
+        ("--task recall --prose x", "prose: expected a task in text"),
+        ("--task niah-2 --prose nowhere", "prose: cannot read nowhere"),
+        ("--task mqar", "checkpoint: expected a vocabulary of at least 8,192, got 256"),
+        ("--task mad-compression", "task: expected one for a language model"),
+        ("--file nowhere", "file: cannot read nowhere"),
+        ("--file nowhere --lengths 100", "lengths: expected more than the 128 tokens"),
+        ("--file nowhere --set a=1", "set: expected a --task beside it"),
+        ("--task recall --device abacus", "device: cannot use 'abacus'"),
+    ],
+)
+def test_errors_come_before_anything_is_read(run, trained, monkeypatch, arguments, words):
+    monkeypatch.setattr(Reader, "read", None)
+    code, out, err = run("eval", trained, *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"atlas-blocks: {words}")
+    assert err.count("\n") == 1
+
+
+def test_what_is_no_model_is_refused(run, tmp_path):
+    code, _, err = run("eval", tmp_path / "none", "--task", "recall")
+    assert (code, err.startswith("atlas-blocks: checkpoint: expected a run's folder")) == (2, True)
+    path = tmp_path / "words.safetensors"
+    checkpoint.save(path, build("linear-attention-tiny", depth=1, vocab_size=300))
+    code, _, err = run("eval", path, "--task", "niah-1")
+    assert err.startswith("atlas-blocks: checkpoint: expected a model of bytes")
+    assert run("eval", path, "--task", "recall", "--samples", 1, "--lengths", "64")[0] == 0
+
+
+# --- models of transformers -----------------------------------------------------------------------
+
+
+def test_models_of_transformers_stand_beside_ours(run, trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "folder"
+    assert run("convert", trained, "--out", folder)[0] == 0
+    options = ("--lengths", "128", "--samples", 8, "--task", "recall", "--json")
+    ours = json.loads(run("eval", trained, *options)[1])
+    theirs = json.loads(run("eval", folder, *options)[1])
+    for name in ("accuracy", "answers", "low"):
+        assert ours["cells"]["128"][name] == theirs["cells"]["128"][name]
+    config = transformers.GPT2Config(
+        vocab_size=256, n_positions=300, n_embd=16, n_layer=1, n_head=2
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "gpt2")
+    reader = open_reader(tmp_path / "gpt2", CPU)
+    tokens = torch.randint(256, (2, 50))
+    state, parts = None, []
+    for piece in tokens.split(7, 1):
+        logits, state = reader.read(piece, state)
+        parts.append(logits)
+    whole = model.eval()(tokens).logits
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+    cell = json.loads(run("eval", tmp_path / "gpt2", *options)[1])["cells"]["128"]
+    assert cell["answers"] == 64
+    code, _, err = run("eval", tmp_path / "gpt2", "--task", "recall", "--lengths", "256,512")
+    assert code == 2
+    assert "lengths: expected at most 300, the positions of gpt2, got 512" in err
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_lengths_are_read_as_people_write_them():
+    assert evaluation.tokens_of("lengths", "512, 4k,10M") == (512, 4096, 10 * 2**20)
+    for wrong in ("", "k", "1.5k", "-4", "4k,", "x"):
+        with pytest.raises(ValueError, match="lengths: expected numbers"):
+            evaluation.tokens_of("lengths", wrong)
+
+
+def test_pieces_are_even():
+    question = tasks.task("babi-qa2", length=3000).question(Tokenizer(), tasks.draws_of(0))
+    pieces = list(even(question.tokens(), 512))
+    assert [p.shape[1] for p in pieces] == [512] * 5 + [len(question) - 5 * 512]
+    whole = torch.cat([torch.from_numpy(p) for p in question.tokens()])
+    assert torch.equal(torch.cat(pieces, 1)[0], whole)
+    for start in (0, 3, 700, 2500):
+        rest = torch.cat([torch.from_numpy(p) for p in question.tokens(50, start)])
+        assert torch.equal(rest, whole[start:])
+
+
+def test_the_peak_is_that_since_it_was_asked_for():
+    big = torch.ones(40_000_000)
+    del big
+    peak = Peak(CPU)
+    if peak.since_start:
+        pytest.skip("the system does not let it be set back")
+    before = peak.bytes()
+    other = torch.ones(20_000_000)
+    del other
+    assert 70e6 < peak.bytes() - before < 100e6
+    assert Peak(CPU).bytes() - before < 20e6
