@@ -48,14 +48,16 @@ class MQARTask:
         return 1 / self.pairs
 
     def curriculum(self) -> tuple[MQARTask, ...]:
-        """The lengths and pairs that zoology trains on, short to long."""
-        sizes = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
-        return tuple(dataclasses.replace(self, length=n, pairs=p) for n, p in sizes)
+        """The lengths and pairs that zoology trains on, short to long, below the vocabulary."""
+        return self._of((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
 
     def tests(self) -> tuple[MQARTask, ...]:
-        """Those that it tests."""
-        sizes = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
-        return tuple(dataclasses.replace(self, length=n, pairs=p) for n, p in sizes)
+        """Those that it tests, below the vocabulary."""
+        return self._of((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+
+    def _of(self, *sizes: tuple[int, int]) -> tuple[MQARTask, ...]:
+        fitting = [(n, p) for n, p in sizes if n < self.vocab_size]
+        return tuple(dataclasses.replace(self, length=n, pairs=p) for n, p in fitting) or (self,)
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T]; a target is IGNORE except where a key is asked for."""

@@ -108,7 +108,7 @@ class NeedleTask:
         if repeat:
             gaps = draws.sample(range(count), len(needles))
         else:
-            gaps = [count * depth // 100 for depth in draws.sample(DEPTHS, len(needles))]
+            gaps = [int(count * (depth / 100)) for depth in draws.sample(DEPTHS, len(needles))]
         middle = scattered(hay, first, count, sorted(gaps), needles)
         return Question((head, *middle, tail), question, answers, f" {', '.join(answers)}.")
 

@@ -6,7 +6,6 @@ B batch, T tokens, P pairs.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -142,10 +141,13 @@ class ParityTask:
     """
 
     length: int = 48
-    vocab_size: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         check.at_least("length", self.length, 2)
+
+    @property
+    def vocab_size(self) -> int:
+        return 3
 
     @property
     def chance(self) -> float:

@@ -150,6 +150,59 @@ def test_needles_are_scored_as_by_lm_evaluation_harness():
     assert tasks.task("niah-3").score(uuid, uuid.continuation.upper()) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_needles_are_drawn_as_by_lm_evaluation_harness(monkeypatch):
+    """Its own RULER code, without the sentences that it would download."""
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "find", lambda name: name)
+    ruler = pytest.importorskip("lm_eval.tasks.ruler.prepare_niah")
+    assert set(ruler.WORDS) == {f"{a}-{n}" for a in niah.adjectives() for n in niah.nouns()}
+    assert tuple(ruler.DEPTHS) == niah.DEPTHS
+    monkeypatch.setattr(ruler, "cached_sent_tokenize", str.split)
+    random.seed(0)
+    kinds = {"type_needle_k": "words", "template": "{context}|{type_needle_v}{query}"}
+    for name, hay, value in (
+        ("niah-1", "repeat", "numbers"),
+        ("niah-2", "essay", "numbers"),
+        ("niah-3", "essay", "uuids"),
+        ("niah-multikey", "essay", "numbers"),
+        ("niah-multivalue", "essay", "numbers"),
+    ):
+        task = tasks.task(name, length=3000)
+        theirs, ours = collections.Counter(), collections.Counter()
+        counts = {"num_needle_k": task.keys, "num_needle_v": task.values}
+        for seed in range(300):
+            found = task.question(BYTES, draws_of(seed))
+            stretches = [p for p in found.parts[1:-1] if isinstance(p, prose.Stretch)]
+            first, last = stretches[0].first, stretches[-1].last
+            at = 0
+            for part in found.parts[1:-1]:
+                if isinstance(part, prose.Stretch):
+                    at += len(part)
+                else:
+                    ours[round(20 * at / (last - first))] += 1
+            text, answers, _ = ruler.generate_input_output(
+                500,
+                "line" if hay == "repeat" else ["line"] * 500,
+                type_haystack=hay,
+                type_needle_v=value,
+                **kinds,
+                **counts,
+            )
+            form = r"[1-9]\d{6}" if value == "numbers" else r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-\w{12}"
+            assert all(re.fullmatch(form, a) for a in (*answers, *found.answers))
+            assert len(answers) == len(found.answers)
+            for m in re.finditer("One", text):
+                theirs[round(20 * text[: m.start()].count("line") / 500)] += 1
+        assert sum(theirs.values()) == sum(ours.values()) == 300 * task.keys * task.values
+        total = sum(ours.values())
+        for place in range(21):
+            # Five deviations of a difference of two counts; lines are few, and so coarser.
+            limit = 5 * (2 * total / 20) ** 0.5 + (0.05 * total if hay == "repeat" else 0)
+            assert abs(theirs[place] - ours[place]) < limit, (name, place)
+
+
 # --- worlds ---------------------------------------------------------------------------------------
 
 
