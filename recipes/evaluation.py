@@ -41,7 +41,7 @@ from atlas_blocks.recipes.tasks import (
     wilson,
 )
 
-RESULTS = "eval.json"
+RESULTS, PLOT = "eval.json", "eval.png"
 # Samples of a task over tokens that are read together, at most.
 ROWS = 32
 # Tokens at the end of each text whose loss counts.
@@ -103,8 +103,9 @@ def tasks_of(plan: Plan, reader: Reader) -> dict[int, TokenTask | TextTask]:
     assert plan.task is not None
     check.choice("task", plan.task, TASKS)
     given, settings = TASKS[plan.task], dict(plan.settings)
-    if "length" in settings:
-        check.fail("set", "settings other than length, which --lengths gives", "length")
+    for name in ("length", "prose"):
+        if name in settings:
+            check.fail("set", "settings that have no option of their own", name)
     if isinstance(given, TextTask):
         if not reader.has_text:
             wanted = "a model of bytes, or one with a tokenizer, for a task in text"
@@ -362,8 +363,39 @@ def run(console: Console, reader: Reader, plan: Plan, out: Path | None) -> dict[
         raise
     console.print(table(record))
     if out is not None:
-        console.print(f"[bold]{out}[/]: {RESULTS}")
+        names = [RESULTS, *plot(console, out / PLOT, record)]
+        console.print(f"[bold]{out}[/]: {', '.join(names)}")
     return record
+
+
+def plot(console: Console, path: Path, record: dict[str, Any]) -> list[str]:
+    """The cells with their intervals by length; the file's name, or none without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print(f"no {path.name}: matplotlib is missing (pip install 'atlas-blocks[plot]')")
+        return []
+    cells = sorted((int(length), cell) for length, cell in record["cells"].items())
+    settings = record["settings"]
+    score = "accuracy" if "task" in settings else "perplexity"
+    lengths, values = [n for n, _ in cells], [cell[score] for _, cell in cells]
+    # Of one sample there is no interval of a perplexity.
+    ends = [(cell["low"], cell["high"] or cell[score]) for _, cell in cells]
+    figure = Figure(figsize=(6, 3.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.fill_between(lengths, [a for a, _ in ends], [b for _, b in ends], alpha=0.2)
+    axes.plot(lengths, values, "o-")
+    if score == "accuracy":
+        axes.plot(lengths, [cell["chance"] for _, cell in cells], ":", color="gray")
+        axes.set_ylim(-0.02, 1.02)
+    axes.set_xscale("log", base=2)
+    name = settings.get("task") or "a file"
+    axes.set(xlabel="tokens", ylabel=score, title=f"{name}, {settings['checkpoint']}")
+    axes.grid(alpha=0.2)
+    figure.savefig(path)
+    return [path.name]
 
 
 def table(record: dict[str, Any]) -> display.Whole:

@@ -341,6 +341,8 @@ def _segments(
                 record["stretches"].append(part.line(last, state))
                 part = _Stretch(Peak(reader.device))
             yield logits[0, -1].clone(), state, whole
+        if part.tokens and state is not None:
+            record["stretches"].append(part.line(record["done"], state))
 
 
 def _table(record: dict[str, Any]) -> display.Whole:

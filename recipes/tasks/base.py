@@ -103,9 +103,8 @@ def resized(task: T, **settings: Any) -> T:
     for name, value in settings.items():
         check.choice("setting", name, fields)
         kind = type(fields[name])
-        if fields[name] is not None and (
-            not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)
-        ):
+        kinds = (float, int) if kind is float else (kind,)
+        if fields[name] is not None and type(value) not in kinds:
             check.fail(name, kind.__name__, repr(value))
     return dataclasses.replace(task, **settings)  # type: ignore[type-var]
 

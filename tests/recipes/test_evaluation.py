@@ -184,6 +184,7 @@ def test_cells_are_done_once_and_go_on_after_an_interruption(run, trained, tmp_p
     assert list(record["cells"]) == ["128", "64", "256", "512"]
     # Short to long, with the chance of a guess.
     assert re.search(r"64 .*\n +128 .*\n +256 .*\n +512 .* 15\.2 %", printed)
+    assert (out / "eval.png").stat().st_size > 5000
     # A sample depends on nothing but its number.
     fresh = json.loads(run(*command[:-2], "--lengths", "64", "--json")[1])
     same = ("accuracy", "low", "high", "answers")
@@ -224,7 +225,11 @@ def test_other_settings_in_the_folder_are_refused_by_name(run, trained, tmp_path
         ("--task niah-1 --lengths 1k,64", "lengths: 64: length: expected at least"),
         ("--task recall --set bairs=3", "setting: expected one of"),
         ("--task recall --set pairs=no", "pairs: expected int"),
-        ("--task recall --set length=64", "set: expected settings other than length"),
+        (
+            "--task recall --set length=64",
+            "set: expected settings that have no option of their own, got length",
+        ),
+        ("--task niah-2 --set prose=a", "set: expected settings that have no option"),
         ("--task recall --samples 0", "samples: expected an int >= 1"),
         ("--task recall --seed -1", "seed: expected an int >= 0"),
         ("--task recall --prose x", "prose: expected a task in text"),

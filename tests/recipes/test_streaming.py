@@ -80,6 +80,8 @@ def test_a_stream_goes_on_to_the_same_bits(run, trained, tmp_path, monkeypatch, 
     a, b = record(whole), record(parts)
     for name in ("done", "nats", "state_checksum", "answer", "settings"):
         assert a.get(name) == b.get(name)
+    for found in (a, b):
+        assert sum(line["tokens"] for line in found["stretches"]) == found["done"]
     assert a["done"] == (2000 if source == "file" else 2000 - 32)
     assert len(list(parts.glob("state-*"))) == 1
     # It is finished: to resume it reads nothing.
