@@ -39,7 +39,7 @@ class BabiTask:
     """Question `number`, from 1 to 5, about facts of a small `world` between sentences of prose.
 
     Facts keep their order and stand before sentences that are drawn evenly, between the shares
-    `start` and `end` of the text. Stories with more facts than length // 8 are drawn again. The
+    `start` and `end` of them. Stories with more facts than length // 8 are drawn again. The
     last sentence of the prose is cut, so that a prompt and the answer's room have `length` tokens,
     no more and no fewer. prose: None: `reference`.
 
@@ -95,12 +95,16 @@ class BabiTask:
         hay = coded(spaced(self.prose or reference()), coder)
         first = draws.randrange(hay.units)
         count = hay.fitting(first, room)
-        low, high = round(self.start * count), round(self.end * count)
-        gaps = sorted(draws.randint(low, high) for _ in facts)
         end = hay.at(first + count)
         cut = Stretch(hay, end, hay.at(first) + room)
-        middle = scattered(hay, first, count, gaps, facts)
-        parts = (head, *middle, *([cut] if len(cut) else []), tail)
+        # Before each sentence, or after the last; the cut one is a sentence.
+        places = count + (len(cut) > 0)
+        low, high = round(self.start * places), round(self.end * places)
+        gaps = sorted(draws.randint(low, high) for _ in facts)
+        inside = sum(gap <= count for gap in gaps)
+        middle = scattered(hay, first, count, gaps[:inside], facts[:inside])
+        last = [cut] if len(cut) else []
+        parts = (head, *middle, *last, *facts[inside:], tail)
         return Question(parts, found.question, (found.answer,), f" {found.answer}.")
 
     def score(self, question: Question, text: str) -> float:

@@ -139,9 +139,11 @@ class MADRecall:
 class MADFuzzy:
     """Fuzzy in-context recall: keys and values of one to three tokens, none twice within one.
 
-    Keys in a test always have `key_tokens`, in training one to as many. The last pair is a repeat;
-    what is left over stands before the first pair, as the pad token V - 1. Every token of a value
-    is asked for, in pairs that came before. Samples have length - 1 tokens.
+    Keys in a test always have `key_tokens`, in training one to as many. The last pair is a repeat
+    of one whose place is drawn evenly; what is left over stands before the first pair, as the pad
+    token V - 1. Every token of a value is asked for, in pairs that came before.
+
+    In MAD's own code the pair that comes last may have had no place before; here it always has.
     """
 
     length: int = 128
@@ -154,7 +156,7 @@ class MADFuzzy:
     def __post_init__(self) -> None:
         check.at_least("key_tokens", self.key_tokens, 1)
         check.at_least("value_tokens", self.value_tokens, 1)
-        check.at_least("length", self.length, 2 * (self.key_tokens + self.value_tokens))
+        check.at_least("length", self.length, 2 * (self.key_tokens + self.value_tokens) + 1)
         longest = max(self.key_tokens, self.value_tokens)
         check.at_least("vocab_size", self.vocab_size, 2 * longest + 1)
 
@@ -182,7 +184,7 @@ class MADFuzzy:
         )
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """tokens and targets, int64 [B, T - 1]; a target stands before its token."""
+        """tokens and targets, int64 [B, T]; a target stands before its token."""
         draws = _Draws(generator)
         return _rows(batch, lambda: self._row(draws))
 
@@ -197,19 +199,25 @@ class MADFuzzy:
             asked = values[key] if known else [IGNORE] * len(values[key])
             targets.extend((*([IGNORE] * len(key)), *asked))
 
-        # Room for the longest pair, and for the longest at the end.
-        room = self.length - 2 * (self.key_tokens + self.value_tokens)
-        while len(tokens) <= room:
+        def pair() -> tuple[tuple[int, ...], tuple[int, ...]]:
             size = 1 + draws.below(self.key_tokens) if self.training else self.key_tokens
-            key = draws.permuted(half, size)
+            count = 1 + draws.below(self.value_tokens)
+            value = draws.permuted(self.vocab_size - 1 - half, count)
+            return draws.permuted(half, size), tuple(half + v for v in value)
+
+        # The pair that comes last, and the place from which on it comes first.
+        probe, longest = pair(), self.key_tokens + self.value_tokens
+        room = self.length - len(probe[0]) - len(probe[1]) - longest
+        place = draws.below(max(1, room - longest + 1))
+        while len(tokens) < room:
+            key, value = pair()
+            if probe[0] not in values and (len(tokens) >= place or key == probe[0]):
+                key, value = probe
             known = key in values
-            if not known:
-                count = 1 + draws.below(self.value_tokens)
-                value = draws.permuted(self.vocab_size - 1 - half, count)
-                values[key] = tuple(half + v for v in value)
+            values.setdefault(key, value)
             write(key, known)
-        write(list(values)[draws.below(len(values))], True)
-        pad = self.length - len(tokens)
+        write(probe[0], True)
+        pad = self.length + 1 - len(tokens)
         tokens = [self.vocab_size - 1] * pad + tokens
         targets = [IGNORE] * pad + targets
         return tokens[:-1], (tokens if self.training else targets)[1:]
@@ -317,7 +325,8 @@ class MADMemorization:
     """Memorisation: [key, V - 1] again and again; the key's value, which no sequence shows, is due
     at V - 1. It is the same in all sequences, and learnt in training alone.
 
-    Keys are the first half of what is not V - 1, values the second, and each key has its own.
+    Keys are the first half of what is not V - 1, values are of the second, and each key has its
+    own.
     """
 
     length: int = 32
@@ -335,7 +344,7 @@ class MADMemorization:
 
     @property
     def chance(self) -> float:
-        """Of any value."""
+        """Of any value that a key has."""
         return 1 / self._half
 
     def curriculum(self) -> tuple[MADMemorization, ...]:
@@ -350,7 +359,8 @@ class MADMemorization:
     def values(self) -> Tensor:
         """The value of every key, int64 [keys]."""
         fixed = torch.Generator().manual_seed(MAP_SEED)
-        return self._half + torch.randperm(self._half, generator=fixed)
+        other = self.vocab_size - 1 - self._half
+        return self._half + torch.randperm(other, generator=fixed)[: self._half]
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T]; the targets stand at V - 1."""

@@ -224,7 +224,8 @@ def test_mads_compression_and_memorization():
     assert (tokens[:, 1::2] == 255).all()
     assert (targets[:, ::2] == IGNORE).all()
     values = task.values()
-    assert sorted(values.tolist()) == list(range(127, 254))
+    assert len(values) == len(values.unique()) == 127
+    assert set(values.tolist()) < set(range(127, 255))
     # One map, of all sequences and seeds.
     pairs = set()
     for inputs, wanted in ((tokens, targets), draw(task, 50, seed=9)):
