@@ -93,7 +93,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Repeated:
-    """The tokens of a file, again and again up to `count`."""
+    """The tokens [n] of a file, again and again up to `count`."""
 
     tokens: np.ndarray
     count: int
@@ -105,6 +105,35 @@ class Repeated:
         """See `Source`."""
         places = np.arange(first, min(last, self.count)) % len(self.tokens)
         return torch.from_numpy(np.asarray(self.tokens[places]).astype(np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedBytes:
+    """The bytes of a file of `size`, again and again up to `count`.
+
+    Read where they lie: mapped pages would count as the process's memory.
+    """
+
+    path: Path
+    size: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def window(self, first: int, last: int) -> Tensor:
+        """See `Source`."""
+        parts, last = [np.empty(0, np.uint8)], min(last, self.count)
+        with self.path.open("rb") as file:
+            while first < last:
+                place = first % self.size
+                file.seek(place)
+                part = np.frombuffer(file.read(min(last - first, self.size - place)), np.uint8)
+                if not len(part):
+                    check.fail("file", f"{self.size:,} bytes, as before", "fewer")
+                parts.append(part)
+                first += len(part)
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +166,8 @@ def _source(reader: Reader, plan: Plan) -> tuple[Source, TextTask | None, Questi
         tokens = evaluation.file_tokens(plan.file, reader)
         if not len(tokens):
             check.fail("file", "at least one token", "none")
+        if reader.coder.json is None:
+            return RepeatedBytes(plan.file, len(tokens), plan.tokens), None, None
         return Repeated(tokens, plan.tokens), None, None
     check.choice("task", plan.task, TASKS)
     if not isinstance(TASKS[plan.task or ""], TextTask):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from atlas_blocks.recipes import build, checkpoint, evaluation, files, tasks
-from atlas_blocks.recipes.data import Tokenizer
+from atlas_blocks.recipes.data import Tokenizer, train_tokenizer
 from atlas_blocks.recipes.evaluation import Plan
 from atlas_blocks.recipes.reading import Peak, Reader, even, open_reader
 
@@ -258,6 +258,23 @@ def test_what_is_no_model_is_refused(run, tmp_path):
     code, _, err = run("eval", path, "--task", "niah-1")
     assert err.startswith("atlas-blocks: checkpoint: expected a model of bytes")
     assert run("eval", path, "--task", "recall", "--samples", 1, "--lengths", "64")[0] == 0
+
+
+def test_lengths_are_in_tokens_of_the_models_own(run, tmp_path):
+    coder = train_tokenizer([["Where is the milk? It is in the garden. "] * 5], 300)
+    path, size = tmp_path / "words.safetensors", coder.vocab_size
+    model = build("linear-attention-tiny", depth=1, vocab_size=size)
+    checkpoint.save(path, model, tokenizer=coder.json)
+    options = ("--task", "babi-qa1", "--lengths", "700", "--samples", 2, "--json")
+    cell = json.loads(run("eval", path, *options)[1])["cells"]["700"]
+    assert cell["tokens"] == 2 * (700 - 32)
+    text = tmp_path / "text"
+    text.write_text("The milk is in the garden. " * 200)
+    out = tmp_path / "out"
+    assert run("stream", path, "--file", text, "--tokens", 900, "--out", out)[0] == 0
+    record = json.loads((out / "stream.json").read_text())
+    assert record["done"] == 900
+    assert run("eval", path, "--file", text, "--lengths", "200", "--samples", 2)[0] == 0
 
 
 # --- models of transformers -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,18 @@ def test_the_loss_is_that_of_one_pass(run, light, tmp_path):
     nats = F.cross_entropy(logits[:-1], tokens[1:], reduction="sum").item()
     assert found["nats"] == pytest.approx(nats, rel=1e-5)
     assert sum(line["tokens"] for line in found["stretches"]) == 1000
+
+
+def test_a_file_begins_again_however_its_tokens_are_read(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(10)))
+    held = streaming.Repeated(np.arange(10, dtype=np.uint16), 37)
+    read = streaming.RepeatedBytes(path, 10, 37)
+    for first, last in ((0, 3), (8, 12), (5, 36), (30, 50), (37, 40)):
+        expected = [n % 10 for n in range(first, min(last, 37))]
+        for source in (held, read):
+            found = source.window(first, last)
+            assert (found.tolist(), found.dtype) == (expected, torch.int64)
 
 
 def test_errors_come_before_anything_is_read(run, light, tmp_path, monkeypatch):
