@@ -119,6 +119,16 @@ def test_a_gradient_whose_terms_cancel() -> None:
     assert_provider_is_definition(inputs, (1,), forms, chunk_size=7)
 
 
+def test_a_limited_write_does_not_change_with_gamma() -> None:
+    """One token: what its window weighs cancels with what limits it."""
+    inputs = rule_inputs(
+        batch=2, heads=1, length=1, window=1, key_width=16, value_width=16, momentum=False, seed=6
+    )
+    assert_provider_is_definition(
+        strong(of_all_lengths(inputs)), (1,), chunk_size=1, errors="online"
+    )
+
+
 @pytest.mark.parametrize("window", [1, 16])
 @pytest.mark.parametrize("chunk", [16, 64, 37])
 def test_online_errors_of_large_chunks(chunk: int, window: int) -> None:
