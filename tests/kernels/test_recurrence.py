@@ -74,7 +74,7 @@ def test_a_matrix_memory_equals_the_definition(**example: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=28)
 @given(**EXAMPLES)
 def test_any_matrix_memory_equals_the_definition(**example: Any) -> None:
     assert_example_is_definition(**example)
