@@ -200,8 +200,8 @@ def strengths_backward(
     if MOMENTUM:
         before, gate = tl.load(scales + here), load_own(theta, token, head, H, 1.0)
         scale, steady = running_scale(share, gate, before, SPAN)
-        twice = (1.0 + gate) * scale
-        most = tl.maximum(steady, twice)
+        handed = (1.0 + gate) * scale
+        most = tl.maximum(steady, handed)
     wanted = load_own(eta, token, head, H, 0.0)
     limited = wanted * most >= 1.0
     full = tl.maximum(wanted * most, 1.0)
@@ -210,9 +210,9 @@ def strengths_backward(
     of_share = tl.where(limited, -g * strength / full * wanted, 0.0)
     of_before = 0.0
     if MOMENTUM:
-        part = tl.where(twice > steady, 1.0, tl.where(twice == steady, 0.5, 0.0))
-        of_twice, of_steady = of_share * part, of_share * (1.0 - part)
-        of_scale = of_twice * (1.0 + gate)
+        part = tl.where(handed > steady, 1.0, tl.where(handed == steady, 0.5, 0.0))
+        of_handed, of_steady = of_share * part, of_share * (1.0 - part)
+        of_scale = of_handed * (1.0 + gate)
         of_scale += tl.where(t == CHUNK - 1, tl.load(d_scale + line), 0.0)
         rest = 1.0 - tl.minimum(gate, _MAX_THETA)
         of_before = tl.sum(of_scale * tl.cumprod(gate, axis=0), 0)
@@ -220,7 +220,7 @@ def strengths_backward(
         earlier = load_own(theta, earlier, head, H, 1.0)
         flow = of_scale[:, None] * share[None, :]
         found = decay_gradient(flow, of_scale * before, gate, earlier, SPAN)
-        found += of_twice * scale + tl.where(gate <= _MAX_THETA, of_steady * steady / rest, 0.0)
+        found += of_handed * scale + tl.where(gate <= _MAX_THETA, of_steady * steady / rest, 0.0)
         tl.store(d_theta + at, found, mask=token >= 0)
         of_share = of_steady / rest + tl.sum(of_scale[:, None] * decay(gate, SPAN), 0)
     tl.store(d_weight + at, of_share * own, mask=token >= 0)

@@ -13,8 +13,8 @@ B batch, T tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,20 @@ TRAINING = {
 # The fixed map of MADMemorization.
 MAP_SEED = 12345
 Row = tuple[list[int], list[int]]
+Task = TypeVar("Task", bound="MADRecall | MADFuzzy | MADCopy | MADCompression | MADMemorization")
 
 
 def _rows(batch: int, draw: Callable[[], Row]) -> tuple[Tensor, Tensor]:
     rows = [draw() for _ in range(batch)]
     return torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
+
+
+def _varied(task: Task, **values: Sequence[float]) -> tuple[Task, ...]:
+    """The task, then with each of these values of one field at a time."""
+    return (
+        task,
+        *(dataclasses.replace(task, **{name: v}) for name, each in values.items() for v in each),
+    )
 
 
 class _Draws:
@@ -101,12 +110,7 @@ class MADRecall:
         """The difficulties of MAD, this one first, one thing changed at a time."""
         vocab = (48, 80, 144) if self.noise else (32, 64, 128)
         noise = (0.4, 0.6, 0.8) if self.noise else ()
-        return (
-            self,
-            *(dataclasses.replace(self, vocab_size=v) for v in vocab),
-            *(dataclasses.replace(self, length=n) for n in (256, 512, 1024)),
-            *(dataclasses.replace(self, noise=n) for n in noise),
-        )
+        return _varied(self, vocab_size=vocab, length=(256, 512, 1024), noise=noise)
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T - 1]; a target stands where its key does."""
@@ -177,11 +181,7 @@ class MADFuzzy:
 
     def settings(self) -> tuple[MADFuzzy, ...]:
         """The difficulties of MAD, this one first, one thing changed at a time."""
-        return (
-            self,
-            *(dataclasses.replace(self, vocab_size=v) for v in (32, 64, 128)),
-            *(dataclasses.replace(self, length=n) for n in (256, 512, 1024)),
-        )
+        return _varied(self, vocab_size=(32, 64, 128), length=(256, 512, 1024))
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T]; a target stands before its token."""
@@ -254,12 +254,7 @@ class MADCopy:
 
     def settings(self) -> tuple[MADCopy, ...]:
         """The difficulties of MAD, this one first, one thing changed at a time."""
-        return (
-            self,
-            *(dataclasses.replace(self, vocab_size=v) for v in (32, 64, 128)),
-            *(dataclasses.replace(self, length=n) for n in (512, 1024)),
-            *(dataclasses.replace(self, count=n) for n in (32, 64, 96)),
-        )
+        return _varied(self, vocab_size=(32, 64, 128), length=(512, 1024), count=(32, 64, 96))
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and targets, int64 [B, T]; the targets stand at the last blanks."""
@@ -307,11 +302,7 @@ class MADCompression:
 
     def settings(self) -> tuple[MADCompression, ...]:
         """The difficulties of MAD, this one first, one thing changed at a time."""
-        return (
-            self,
-            *(dataclasses.replace(self, vocab_size=v) for v in (32, 64, 128)),
-            *(dataclasses.replace(self, length=n) for n in (64, 128, 256)),
-        )
+        return _varied(self, vocab_size=(32, 64, 128), length=(64, 128, 256))
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens, int64 [B, T], and as targets the same: all from the vector at the last place."""
@@ -353,8 +344,7 @@ class MADMemorization:
 
     def settings(self) -> tuple[MADMemorization, ...]:
         """The difficulties of MAD, this one first."""
-        sizes = (512, 1024, 2048, 4096, 8192)
-        return (self, *(dataclasses.replace(self, vocab_size=v) for v in sizes))
+        return _varied(self, vocab_size=(512, 1024, 2048, 4096, 8192))
 
     def values(self) -> Tensor:
         """The value of every key, int64 [keys]."""

@@ -259,10 +259,11 @@ def test_repetition_leaves_every_memory_bounded(architecture, logit):
             nn.init.zeros_(gate[1].weight)
             nn.init.constant_(gate[1].bias, logit or 0.0)
     table = draw(16, DIM, dtype=torch.float32)
-    x = torch.stack([table[torch.randint(n, (800,))] for n in (1, 2, 16)])
+    length = 3200
+    x = torch.stack([table[torch.randint(n, (length,))] for n in (1, 2, 16)])
     with torch.no_grad():
         y, state = layer(x)
     assert y.abs().max() < 20
     hebbian = layer.config.objective == "dot" and logit is not None
     # Titans, with momentum at its end too, comes to 11 to 18 and stays there.
-    assert max(w.abs().max() for w in state.rule.weights) < (0.5 * 800**0.5 if hebbian else 25)
+    assert max(w.abs().max() for w in state.rule.weights) < (0.5 * length**0.5 if hebbian else 25)
