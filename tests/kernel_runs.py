@@ -57,19 +57,19 @@ def triton_rule(**arguments: Any) -> tuple[Tensor, OmegaState]:
     return ops.omega_rule(**arguments, provider="triton")
 
 
-def relative(ours: Tensor, true: Tensor, least: float) -> float:
-    """`helpers.difference`, relative to `least` where that is more than the largest true entry."""
-    gap = difference([ours], [true])
-    largest = float(true.detach().abs().max().clamp(min=1e-12)) if true.numel() else 1.0
-    return gap * largest / max(largest, least)
+def relative(ours: Tensor, true: Tensor, among: float) -> float:
+    """`helpers.difference`; relative to a tenth of `among` where `true` is zero beside it."""
+    if true.numel() and float(true.detach().abs().max()) < 1e-12 * among:
+        return float((ours - true).detach().abs().max()) / (0.1 * among)
+    return difference([ours], [true])
 
 
 def assert_provider_is_definition(
     inputs: dict[str, Any], pieces: tuple[int, ...], forms: Any = (omega_rule,), **options: Any
 ) -> None:
     """forms: of the definition. Their own error in float32 is the measure: a sum of gates near 1
-    loses digits. A gradient that is none is as exact as a tenth of the largest: a limited write
-    does not change with gamma, of which what the limit and the window say cancels."""
+    loses digits. A gradient that is none, to float64's rounding, is as exact as a tenth of the
+    largest: a limited write does not change with gamma, as limit and window cancel."""
     exact = cast(inputs, torch.float64, torch.float64)
     true = run_in_pieces(omega_rule, exact, pieces, **options)
     found = [
@@ -77,7 +77,7 @@ def assert_provider_is_definition(
         for rule in (*forms, triton_rule)
     ]
     errors = []
-    least = 0.1 * max(float(g.abs().max()) for g in true[2].values() if g.numel())
+    largest = max(float(g.abs().max()) for g in true[2].values() if g.numel())
     for y, state, gradients in found:
         pairs = {"y": (y, true[0])}
         pairs |= {
@@ -87,7 +87,7 @@ def assert_provider_is_definition(
         pairs |= {f"gradient of {n}": (gradients[n], g) for n, g in true[2].items()}
         errors.append(
             {
-                n: relative(a.double(), b.double(), least if n.startswith("gradient") else 0.0)
+                n: relative(a.double(), b.double(), largest if n.startswith("gradient") else 0.0)
                 for n, (a, b) in pairs.items()
             }
         )
