@@ -12,20 +12,24 @@ from atlas_blocks.blocks.deep_transformer import (
     DeepTransformerLayer,
     phi_star,
 )
+from atlas_blocks.blocks.feed_forward import SquaredReLU, SwiGLU
 from atlas_blocks.blocks.lstm import LSTM, LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemory, AtlasMemoryConfig
+from atlas_blocks.blocks.memory_as_context import MemoryAsContext, MemoryAsContextConfig
 from atlas_blocks.blocks.stacks import (
     AtlasBlock,
     AtlasBlockConfig,
-    MemoryAsContext,
-    MemoryAsContextConfig,
     MemoryAsGate,
     MemoryAsGateConfig,
     MemoryAsLayer,
     MemoryAsLayerConfig,
 )
-from atlas_blocks.blocks.swiglu import SquaredReLU, SwiGLU
 from atlas_blocks.config import Config, with_settings
+from atlas_blocks.omega.feature_maps import register_feature_map
+from atlas_blocks.omega.memories import register_memory
+from atlas_blocks.omega.objectives import register_objective
+from atlas_blocks.omega.rule import Rule
+from atlas_blocks.omega.updates import register_update
 from atlas_blocks.ops import ProviderWarning, checkpoint_policy, keep_provider, use_provider
 from atlas_blocks.state import State
 
@@ -47,6 +51,7 @@ __all__ = [
     "MemoryAsLayer",
     "MemoryAsLayerConfig",
     "ProviderWarning",
+    "Rule",
     "ShortConv",
     "SlidingWindowAttention",
     "SlidingWindowAttentionConfig",
@@ -57,6 +62,10 @@ __all__ = [
     "functional",
     "keep_provider",
     "phi_star",
+    "register_feature_map",
+    "register_memory",
+    "register_objective",
+    "register_update",
     "use_provider",
     "with_settings",
 ]

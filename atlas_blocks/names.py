@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from atlas_blocks import check
+
+T = TypeVar("T")
 
 
 def full_name(cls: type) -> str:
@@ -32,3 +35,10 @@ def class_of(name: object, classes: Iterable[type], what: str) -> type:
             return alike[0]
     check.choice(what, name, known)
     return known[str(name)]
+
+
+def add_to(what: str, table: dict[str, T], name: str, value: T) -> None:
+    """Register `value` in a table under a name. Raises ValueError for one that is taken."""
+    if not isinstance(name, str) or name in table:
+        check.fail(f"{what}'s name", "one that is not taken yet", repr(name))
+    table[name] = value

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas_blocks import Rule
 from atlas_blocks.functional import omega_rule
-from atlas_blocks.functional.memories import weight_shapes
+from atlas_blocks.omega.memories import weight_shapes
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 
 B, T, H, D = 2, 256, 2, 16
@@ -47,9 +48,7 @@ def outputs(memory: str, window: int, chunk: int, momentum: bool, errors: str) -
         theta=torch.full_like(gates[0], 0.5) if momentum else None,
         gamma=gamma,
         weights=weights,
-        memory=memory,
-        chunk_size=chunk,
-        errors=errors,
+        rule=Rule(memory=memory, chunk_size=chunk, errors=errors, window=gamma.shape[-1]),
     )
     return y
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.functional import newton_schulz
-from atlas_blocks.functional.newton_schulz import EPS, backward_flops, forward_flops, triples
+from atlas_blocks.newton_schulz.definition import EPS, backward_flops, forward_flops, triples
 from atlas_blocks.recipes.demo import hardware
 
 STEPS = 5

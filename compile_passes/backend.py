@@ -21,7 +21,7 @@ from atlas_blocks.compile_passes.clean_up import CleanUp
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
 from atlas_blocks.compile_passes.select_attention import SelectAttention
-from atlas_blocks.ops.providers import keep_provider, use_provider
+from atlas_blocks.graph.providers import keep_provider, use_provider
 
 M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
 

@@ -15,16 +15,18 @@ from torch._dynamo import utils as dynamo
 from torch._functorch import config as functorch
 
 from atlas_blocks import check
+from atlas_blocks.blocks import memory_as_context_op
 from atlas_blocks.compile_passes.backend import PROVIDER, compile_graph
 from atlas_blocks.compile_passes.graph_pass import PassRun
 from atlas_blocks.compile_passes.report import Break, Graph, Recompile, Report
 from atlas_blocks.compile_passes.survey import Survey
-from atlas_blocks.ops import compiled as nodes
-from atlas_blocks.ops import memory_as_context, omega_inline, use_provider
+from atlas_blocks.graph import compiled_steps as nodes
+from atlas_blocks.omega import inline
+from atlas_blocks.ops import use_provider
 from atlas_blocks.state import State
 
 # Where ops compile what is inside their bodies: none of the model's graphs.
-INSIDE = {module.__file__ for module in (nodes, memory_as_context, omega_inline)}
+INSIDE = {module.__file__ for module in (nodes, memory_as_context_op, inline)}
 # What the reasons of Dynamo mean for the one who wrote the line: words in them, and what helps.
 HINTS = (
     (

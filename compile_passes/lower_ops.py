@@ -16,11 +16,11 @@ from torch import fx
 
 from atlas_blocks import check
 from atlas_blocks.compile_passes.graph_pass import GraphPass, bound, is_atlas, values
-from atlas_blocks.functional import one_token
-from atlas_blocks.ops import omega_inline, omega_step, providers
-from atlas_blocks.ops.newton_schulz import Call as IterationCall
-from atlas_blocks.ops.omega_rule import Call, Settings, describe, unflatten
-from atlas_blocks.ops.polynomial_features import Call as FeaturesCall
+from atlas_blocks.graph import providers
+from atlas_blocks.newton_schulz.op import NewtonSchulzCall
+from atlas_blocks.omega import inline, one_token, step_op
+from atlas_blocks.omega.op import OmegaCall, Settings, describe, unflatten
+from atlas_blocks.omega.rule import NAMES as RULE_NAMES
 
 
 class OpNode(NamedTuple):
@@ -58,7 +58,7 @@ class LowerOps(GraphPass):
     def run(self, graph: fx.Graph) -> int:
         matches = 0
         taken = inlined(graph)
-        if self.mode not in ("auto", omega_inline.NAME) and taken:
+        if self.mode not in ("auto", inline.NAME) and taken:
             raise ValueError(
                 f"provider: {self.mode!r} cannot serve this call of {taken[0]}: it was traced for "
                 f"'inline' (use_provider({self.mode!r}) around the first call traces for it)"
@@ -75,11 +75,11 @@ class LowerOps(GraphPass):
         if call is None:
             # It hands the name on to the ops inside, and each of those takes it or chooses. What
             # they compute is in no graph that could take it in.
-            return found.provider if self.mode in ("auto", omega_inline.NAME) else self.mode
+            return found.provider if self.mode in ("auto", inline.NAME) else self.mode
         asked = found.provider if self.mode == "auto" else self.mode
         if asked not in providers.names(found.op):
             asked = found.provider
-        if asked == omega_inline.NAME and 0 in found.arguments["tensors"][0].shape[:2]:
+        if asked == inline.NAME and 0 in found.arguments["tensors"][0].shape[:2]:
             asked = found.provider  # of no token there was nothing to take in
         reason = _refusal(found, asked)
         if reason is None:
@@ -106,7 +106,7 @@ def inlined(graph: fx.Graph) -> list[str]:
             stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
             modules[lines] |= {str(list(stack.values())[-1])} if stack else set()
     steps = [
-        "omega_rule_step" if omega_step.__file__ in lines else "omega_rule"
+        "omega_rule_step" if step_op.__file__ in lines else "omega_rule"
         for lines, callers in modules.items()
         for _ in callers or [None]
     ]
@@ -159,33 +159,28 @@ def _set_provider(node: fx.Node, name: str) -> None:
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:
-    return Settings(*(arguments[name] for name in Settings._fields))
+    names = ("momentum", "packed", "feature_map", "feature_sizes", *RULE_NAMES)
+    return Settings.of(*(arguments[name] for name in names))
 
 
-def _rule_call(arguments: dict[str, Any], backward: bool) -> Call:
+def _rule_call(arguments: dict[str, Any], backward: bool) -> OmegaCall:
     a = unflatten(arguments["tensors"], _settings(arguments))
     return describe(a, backward or arguments["save"])
 
 
-def _step_call(arguments: dict[str, Any], backward: bool) -> omega_step.StepCall:
+def _step_call(arguments: dict[str, Any], backward: bool) -> step_op.StepCall:
     state = arguments.get("state")
     if state is None:  # functionalised: its tensors are among those that are written
         bases, count = arguments["_all_bases"], arguments["_state_length"]
         state = [bases[arguments[f"_state_{i}_base_index"]] for i in range(count)]
     settings = _settings(arguments)
-    return omega_step.describe(omega_step.arguments(arguments["tensors"], state, settings))
+    return step_op.describe(step_op.arguments(arguments["tensors"], state, settings))
 
 
-def _features_call(arguments: dict[str, Any], backward: bool) -> FeaturesCall:
-    x, degree = arguments["x"], int(arguments["coefficients"].shape[0]) - 1
-    device, index = x.device.type, x.device.index
-    return FeaturesCall(device, x.dtype, int(x.shape[-1]), degree, backward, index)
-
-
-def _iteration_call(arguments: dict[str, Any], backward: bool) -> IterationCall:
+def _iteration_call(arguments: dict[str, Any], backward: bool) -> NewtonSchulzCall:
     s = arguments["s"]
     rows, columns = (int(n) for n in s.shape[-2:])
-    return IterationCall(s.device.type, s.dtype, rows, columns, backward, s.device.index)
+    return NewtonSchulzCall(s.device.type, s.dtype, rows, columns, backward, s.device.index)
 
 
 # By op; "memory_as_context" has no providers, and hands the name to the ops inside it.
@@ -193,5 +188,4 @@ CALLS: dict[str, Callable[[dict[str, Any], bool], Any]] = {
     "newton_schulz": _iteration_call,
     "omega_rule": _rule_call,
     "omega_rule_step": _step_call,
-    "polynomial_features": _features_call,
 }

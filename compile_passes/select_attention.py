@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.node import map_arg
 
+from atlas_blocks.attention.definition import choose_backend, sliding_window_attention
 from atlas_blocks.compile_passes.graph_pass import GraphPass
-from atlas_blocks.functional.attention import choose_backend, sliding_window_attention
 
 # Where it pays: on one CPU core (4 heads of 64) forward and backward are 1.9 times as fast at
 # T = 512 and w = 128, 6 times at T = 2048 and w = 128, even at T = 2 w, and slower below T = 512.

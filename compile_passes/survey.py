@@ -15,7 +15,9 @@ from torch.utils.flop_counter import flop_registry
 from atlas_blocks.compile_passes.graph_pass import direction, is_atlas, op_counts, values
 from atlas_blocks.compile_passes.lower_ops import inlined, op_nodes
 from atlas_blocks.compile_passes.report import OpUse, Work
-from atlas_blocks.ops import omega_inline, providers, register_flop_formulas
+from atlas_blocks.graph import providers
+from atlas_blocks.omega import inline
+from atlas_blocks.ops import register_flop_formulas
 
 INLINED = "traced into the graph, and compiled with it but for a walk over chunks"
 
@@ -37,9 +39,7 @@ class Survey:
         way = direction(graph)
         self.nodes[way] = op_counts(graph).total()
         self.ops += [_use(self.number, way, found) for found in op_nodes(graph)]
-        self.ops += [
-            OpUse(self.number, way, op, omega_inline.NAME, INLINED, {}) for op in inlined(graph)
-        ]
+        self.ops += [OpUse(self.number, way, op, inline.NAME, INLINED, {}) for op in inlined(graph)]
         self.work += _work(graph, self.number, way, self.balance)
 
 

@@ -29,11 +29,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atlas_blocks.functional.memories import MEMORIES, weight_shapes
-from atlas_blocks.functional.rule import Arguments, OmegaState, Rule, initial_state
 from atlas_blocks.kernels import decode, newton_schulz, omega_rule
 from atlas_blocks.kernels.tiles import INTERPRETED, Launch, recorded
-from atlas_blocks.ops.omega_rule import flatten
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.memories import MEMORIES, weight_shapes
+from atlas_blocks.omega.op import flatten
+from atlas_blocks.omega.rule import Rule
+from atlas_blocks.omega.state import OmegaState, initial_state
 
 # Largest shared memory of one program (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}

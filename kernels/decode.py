@@ -23,13 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atlas_blocks.functional.features import FeatureMap, PolynomialMap, monomial_scales, monomials
-from atlas_blocks.functional.rule import Arguments
+from atlas_blocks.graph.providers import Provider
 from atlas_blocks.kernels.tiles import INTERPRETED, ceil_div, launch, padded, unknown
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.feature_maps import FeatureMap, PolynomialMap, monomial_scales, monomials
 from atlas_blocks.omega.online import MAX_THETA
-from atlas_blocks.ops.omega_rule import Settings
-from atlas_blocks.ops.omega_step import StepCall, arguments, no_backward
-from atlas_blocks.ops.providers import Provider
+from atlas_blocks.omega.op import Settings
+from atlas_blocks.omega.step_op import StepCall, arguments, no_backward
 
 # The window's errors stay in registers; a matrix is addressed with 32 bits.
 LARGEST_WINDOW, LARGEST_VALUE, LARGEST_FEATURES = 64, 256, 8192

@@ -28,13 +28,14 @@ import triton
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from atlas_blocks.functional.documents import document_bounds
-from atlas_blocks.functional.omega_rule import run
-from atlas_blocks.functional.rule import Arguments, OmegaState, first_state
+from atlas_blocks.documents.definition import document_bounds
+from atlas_blocks.graph.contract import own
+from atlas_blocks.graph.providers import Provider
 from atlas_blocks.kernels.tiles import no_device
-from atlas_blocks.ops.contract import own
-from atlas_blocks.ops.omega_rule import Call, Settings, unflatten
-from atlas_blocks.ops.providers import Provider
+from atlas_blocks.omega.arguments import Arguments, first_state
+from atlas_blocks.omega.definition import run
+from atlas_blocks.omega.op import OmegaCall, Settings, unflatten
+from atlas_blocks.omega.state import OmegaState
 
 LARGEST_KEY = 256  # their kernels'
 # alpha = 0 has neither a log nor an inverse. What a decay of this much leaves is lost in the
@@ -42,7 +43,7 @@ LARGEST_KEY = 256  # their kernels'
 LEAST_ALPHA = 1e-4
 
 
-def _supports(call: Call) -> str | None:
+def _supports(call: OmegaCall) -> str | None:
     rule = call.rule
     for name, value, served in (
         ("memory", rule.memory, "matrix"),

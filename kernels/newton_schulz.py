@@ -3,7 +3,7 @@
     X_0 = S / (||S||_F + eps);   X <- a X + (b A + c A A) X,  A = X X^T
 
 The backward computes D, the derivative along the incoming gradient, beside X (see
-functional/newton_schulz.py). Where the iterates are depends on what fits:
+newton_schulz/definition.py). Where the iterates are depends on what fits:
 
 * resident: X and D stay on chip from the first step to the last.
 * streamed: A and A' do; X and D pass through once a step, in blocks of columns that are each
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atlas_blocks.functional.newton_schulz import EPS, triples
+from atlas_blocks.graph.providers import DEFINITION, Provider, find
 from atlas_blocks.kernels.tiles import (
     chip,
     dot,
@@ -42,8 +42,8 @@ from atlas_blocks.kernels.tiles import (
     no_device,
     padded,
 )
-from atlas_blocks.ops.newton_schulz import Call
-from atlas_blocks.ops.providers import DEFINITION, Provider, find
+from atlas_blocks.newton_schulz.definition import EPS, triples
+from atlas_blocks.newton_schulz.op import NewtonSchulzCall
 
 LARGEST = 128  # of the smaller side
 _EPS = tl.constexpr(EPS)
@@ -371,7 +371,7 @@ def _table(steps: int, coefficients: str, device: torch.device) -> Tensor:
     return torch.tensor(triples(max(1, steps), coefficients), dtype=torch.float32, device=device)
 
 
-def _supports(call: Call) -> str | None:
+def _supports(call: NewtonSchulzCall) -> str | None:
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {call.dtype} has no kernel, only 32 and 16 bits have"
     reason = no_device(call.device, call.dtype)

@@ -13,30 +13,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atlas_blocks.functional.rule import Arguments, OmegaState
-from atlas_blocks.functional.walk import muon_chunk
+from atlas_blocks.graph.providers import DEFINITION, Provider, find
 from atlas_blocks.kernels import coefficients, matrix, matrix_backward, newton_schulz, online
 from atlas_blocks.kernels.coefficients import Coefficients
 from atlas_blocks.kernels.deep import batches as deep
 from atlas_blocks.kernels.deep import call as deep_call
 from atlas_blocks.kernels.prelude import Memory, Rows, Streams, prepare, rows_of
 from atlas_blocks.kernels.tiles import no_device, unknown
-from atlas_blocks.ops.newton_schulz import NewtonSchulz
-from atlas_blocks.ops.omega_rule import (
-    Call,
+from atlas_blocks.newton_schulz.op import NewtonSchulz
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.op import (
+    OmegaCall,
     Settings,
     definition_backward,
     definition_forward,
     unflatten,
 )
-from atlas_blocks.ops.providers import DEFINITION, Provider, find
+from atlas_blocks.omega.state import OmegaState
+from atlas_blocks.omega.walk import muon_chunk
 
 # Beyond these a chunk's matrices no longer fit one program.
 LARGEST_CHUNK, LARGEST_WINDOW = 64, 64
 LARGEST_VALUE, LARGEST_DEEP_VALUE, LARGEST_FEATURES = 256, 128, 8192
 
 
-def _supports(call: Call) -> str | None:
+def _supports(call: OmegaCall) -> str | None:
     rule = call.rule
     reason = unknown(rule, call.feature_map)
     if reason is not None:
@@ -66,7 +67,7 @@ def _orthogonalise(s: Tensor, steps: int) -> Tensor:
     return NewtonSchulz.apply("triton", steps, steps, "jordan", s)
 
 
-_muon_chunk = partial(muon_chunk, orthogonalise=_orthogonalise)
+_muon_chunk = partial(muon_chunk, direction=_orthogonalise)
 
 
 def _gates(x: Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -82,10 +83,10 @@ def _deep_call(
     rows: Rows,
     anchors: list[Tensor],
     anchored: Tensor | None,
-) -> deep_call.Call:
+) -> deep_call.DeepCall:
     left, weight = (None if t is None else t.flatten(0, 1) for t in (x.pend, x.weight))
     rule, (w, s) = a.rule, memory[:2]
-    return deep_call.Call(
+    return deep_call.DeepCall(
         x.q, x.k, x.target, *_gates(x), left, weight, w, s, rows.at, rows.spans,
         rule.objective == "l2", rule.limits, rule.corrects, anchors, anchored,
     )  # fmt: skip
@@ -142,7 +143,7 @@ def _scale(a: Arguments, memory: Memory, ends: _Ends) -> Tensor:
 
 
 def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
-    if settings.update == "muon":
+    if not settings.rule.linear:
         return definition_forward(tensors, settings, save, _muon_chunk)
     a = unflatten(tensors, settings)
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
@@ -229,7 +230,7 @@ class _Grads(NamedTuple):
 def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
-    if settings.update == "muon":
+    if not settings.rule.linear:
         return definition_backward(grads, tensors, saved, settings, _muon_chunk)
     if 0 in tensors[0].shape[:2]:
         # Of no token there is nothing to do: the state passes through.

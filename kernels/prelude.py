@@ -12,20 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atlas_blocks.functional.documents import (
-    document_bounds,
-    document_of,
-    last_tokens,
-    with_past,
-)
-from atlas_blocks.functional.groups import chunk_count
-from atlas_blocks.functional.memories import MEMORIES
-from atlas_blocks.functional.rule import Arguments, first_state
+from atlas_blocks.documents.definition import document_bounds, document_of, last_tokens, with_past
 from atlas_blocks.kernels.coefficients import Spans
 from atlas_blocks.kernels.deep import batches as deep
 from atlas_blocks.kernels.deep import call as deep_call
 from atlas_blocks.kernels.online_limits import limits
 from atlas_blocks.kernels.tiles import Layout, layout
+from atlas_blocks.omega.arguments import Arguments, first_state
+from atlas_blocks.omega.groups import chunk_count
+from atlas_blocks.omega.memories import MEMORIES
 from atlas_blocks.omega.online import masses
 
 

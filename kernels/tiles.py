@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from atlas_blocks.functional.rule import Rule
+from atlas_blocks.omega.rule import Rule
 
 # The interpreter multiplies bfloat16 as integers.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)

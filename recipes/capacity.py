@@ -25,9 +25,10 @@ from torch import Tensor
 
 from atlas_blocks import Config, check
 from atlas_blocks.functional import PolynomialMap, omega_rule, read_memory, taylor_coefficients
-from atlas_blocks.functional.features import FeatureMap, polynomial_width
-from atlas_blocks.functional.memories import weight_shapes
-from atlas_blocks.functional.rule import OmegaState
+from atlas_blocks.omega.feature_maps import FeatureMap, polynomial_width
+from atlas_blocks.omega.memories import weight_shapes
+from atlas_blocks.omega.rule import Rule
+from atlas_blocks.omega.state import OmegaState
 from atlas_blocks.recipes import display, files
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 
@@ -228,12 +229,15 @@ def one_pass(store: Store, keys: Tensor, values: Tensor, rule: str) -> list[floa
             theta=0.5 * gates if settings["momentum"] else None,
             gamma=gates.unsqueeze(-1).expand(-1, -1, -1, settings["window"]),
             weights=store.start(heads),
-            memory=store.memory,
-            objective=settings["objective"],
+            rule=Rule(
+                memory=store.memory,
+                objective=settings["objective"],
+                update=settings["update"],
+                chunk_size=1,
+                errors=errors,
+                window=settings["window"],
+            ),
             feature_map=store.feature_map(),
-            update=settings["update"],
-            chunk_size=1,
-            errors=errors,
             state=state,
         )
         read = read_memory(

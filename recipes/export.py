@@ -2,7 +2,7 @@
 
 torch.export keeps each op of this library, such as `atlas::omega_rule`, as a single node, which is
 Python. For a package an op is replaced by what it computes for one token as plain tensor operations
-(functional/one_token.py); AOTInductor compiles those.
+(omega/one_token.py); AOTInductor compiles those.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.functional.features import polynomial_features
-from atlas_blocks.functional.one_token import one_token
-from atlas_blocks.ops.contract import own
-from atlas_blocks.ops.lstm import definition as lstm_definition
-from atlas_blocks.ops.omega_rule import Settings, unflatten
+from atlas_blocks.blocks.lstm_op import definition as lstm_definition
+from atlas_blocks.graph.contract import own
+from atlas_blocks.omega.feature_maps import polynomial_features
+from atlas_blocks.omega.one_token import one_token
+from atlas_blocks.omega.op import Settings, unflatten
 from atlas_blocks.state import State
 
 
@@ -100,15 +100,15 @@ def _free_axes(step: Streaming, x: Tensor, tensors: Sequence[Tensor]) -> list[An
 def _omega_rule(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     """`atlas::omega_rule` for one token."""
     *settings, _, _ = rest
-    y, state = one_token(unflatten(tensors, Settings(*settings)))
+    y, state = one_token(unflatten(tensors, Settings.of(*settings)))
     return [y, *state.tensors()]
 
 
 _ONE_TOKEN = {
     torch.ops.atlas.omega_rule.default: _omega_rule,
-    torch.ops.atlas.polynomial_features.default: lambda x, coefficients, provider: (
-        polynomial_features(x, coefficients)
-    ),
+    torch.ops.atlas.polynomial_features.default: lambda tensors, wanted: [
+        polynomial_features(*tensors)
+    ],
     torch.ops.atlas.lstm.default: lambda tensors, wanted: lstm_definition(tensors),
 }
 

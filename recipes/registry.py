@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from atlas_blocks import check
+from atlas_blocks.blocks.feed_forward import SquaredReLU, SwiGLU, default_width
 from atlas_blocks.blocks.stacks import STACKS, BlockConfig
-from atlas_blocks.blocks.swiglu import SquaredReLU, SwiGLU, default_width
 from atlas_blocks.recipes import describe
 from atlas_blocks.recipes.architectures import ARCHITECTURES, SIZES, Architecture, Size
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig

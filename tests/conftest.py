@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch._inductor.compile_fx
 
-    from atlas_blocks.ops import compiled
+    from atlas_blocks.graph import compiled_steps
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("repeatable")
@@ -41,11 +41,11 @@ def _seed() -> None:
 def _quick_compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes compile nothing for themselves but in slow tests and those that ask for it."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(compiled, "BACKEND", None)
+        monkeypatch.setattr(compiled_steps, "BACKEND", None)
 
 
 @pytest.fixture
 def nodes_compile(_quick_compiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They do, without Inductor."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled_steps, "BACKEND", "aot_eager")
     torch._dynamo.reset()

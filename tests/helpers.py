@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ from atlas_blocks import (
     SlidingWindowAttentionConfig,
     SquaredReLU,
     SwiGLU,
+    functional,
+    ops,
 )
 from atlas_blocks.blocks.deep_transformer import Amount
 from atlas_blocks.blocks.memory import Gate
@@ -32,12 +36,38 @@ from atlas_blocks.functional import (
     OmegaState,
     PolynomialMap,
     SketchMap,
-    omega_rule,
     sketch_tables,
     taylor_coefficients,
 )
-from atlas_blocks.functional.memories import weight_shapes
+from atlas_blocks.omega.memories import weight_shapes
+from atlas_blocks.omega.rule import NAMES as RULE_NAMES
+from atlas_blocks.omega.rule import Rule
 from atlas_blocks.state import State
+
+Form = TypeVar("Form", bound=Callable)
+
+
+def with_loose_settings(function: Form) -> Form:
+    """A form of the rule that takes the fields of `Rule` as arguments of their own, and the window
+    from gamma."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, rule: Rule | None = None, **rest: Any) -> Any:
+        if rule is None:
+            fields = {name: rest.pop(name) for name in RULE_NAMES if name in rest}
+            gamma = rest["gamma"]
+            known = isinstance(gamma, Tensor) and gamma.ndim > 0
+            window = operator.index(gamma.shape[-1]) if known else 1
+            rule = Rule(**({"window": window} | fields))
+        return function(*arguments, rule=rule, **rest)
+
+    return call  # pyright: ignore
+
+
+omega_rule = with_loose_settings(functional.omega_rule)
+omega_rule_reference = with_loose_settings(functional.omega_rule_reference)
+omega_rule_op = with_loose_settings(ops.omega_rule)
+omega_rule_step = with_loose_settings(ops.omega_rule_step)
 
 MEMORIES = ("matrix", "mlp", "gated_mlp")
 OBJECTIVES = ("l2", "dot")

@@ -9,12 +9,11 @@ import helpers
 import pytest
 import torch
 import triton
-from helpers import difference, named_leaves, rule_inputs, tokens
+from helpers import difference, named_leaves, omega_rule, omega_rule_op, rule_inputs, tokens
 from torch import Tensor
 from triton import language as tl
 
-from atlas_blocks import ops
-from atlas_blocks.functional import OmegaState, omega_rule
+from atlas_blocks.functional import OmegaState
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of float32 under the interpreter, of tf32 on a GPU, each relative to a tensor's largest entry.
@@ -54,7 +53,7 @@ def run_in_pieces(
 
 
 def triton_rule(**arguments: Any) -> tuple[Tensor, OmegaState]:
-    return ops.omega_rule(**arguments, provider="triton")
+    return omega_rule_op(**arguments, provider="triton")
 
 
 def relative(ours: Tensor, true: Tensor, among: float) -> float:

@@ -88,8 +88,11 @@ def as_it_was() -> Iterator[None]:
     """What an example adds to the library's tables is gone afterwards."""
     from atlas_blocks import Config, State
     from atlas_blocks.compile_passes import PASSES
-    from atlas_blocks.functional.memories import MEMORIES
-    from atlas_blocks.ops import providers
+    from atlas_blocks.graph import providers
+    from atlas_blocks.omega.feature_maps import FEATURE_MAPS
+    from atlas_blocks.omega.memories import MEMORIES
+    from atlas_blocks.omega.objectives import OBJECTIVES
+    from atlas_blocks.omega.updates import UPDATES
     from atlas_blocks.recipes import registry
 
     # Of the ops' providers those that the examples add to: what the library registers when it is
@@ -97,7 +100,10 @@ def as_it_was() -> Iterator[None]:
     tables: list[dict[Any, Any]] = [
         Config._classes,
         State._classes,
+        FEATURE_MAPS,
         MEMORIES,
+        OBJECTIVES,
+        UPDATES,
         PASSES,
         registry.ARCHITECTURES,
     ]

@@ -24,8 +24,13 @@ FORBIDDEN = {  # folder: what it may not import
     "compile_passes": ["kernels", "recipes"],
     "recipes": [],
 }
-# The only place that may name the kernels: it imports a provider when that is first needed.
-LAZY_PROVIDERS = "atlas_blocks/ops/"
+# Inside of atlas_blocks: what stands on the left may import what stands in its line and below it.
+LAYERS = (
+    ("functional", "ops"),
+    ("blocks",),
+    ("omega", "kernel_attention", "attention", "newton_schulz", "documents"),
+    ("graph",),
+)
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:
@@ -87,13 +92,58 @@ def test_imports_point_one_way(folder):
     for file in python_files(folder):
         where = file.relative_to(ROOT).as_posix()
         tree = ast.parse(file.read_text())
-        lazy = where.startswith(LAZY_PROVIDERS)
-        names = imports(tree, at_top_only=lazy)
+        names = imports(tree)
         for other in FORBIDDEN[folder]:
             bad = [n for n in names if re.match(rf"atlas_blocks\.{other}\b", n)]
             assert not bad, f"{where} imports {bad}"
         bare = [n for n in imports(tree) if n.split(".")[0] in set(SOURCES) - {"atlas_blocks"}]
         assert not bare, f"{where} imports {bare} without atlas_blocks"
+
+
+def modules_of_atlas_blocks() -> dict[str, set[str]]:
+    """Every module, by name, and those of atlas_blocks that it imports, wherever in the file."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in python_files("atlas_blocks")
+    }
+    found = {}
+    for name, file in files.items():
+        used = imports(ast.parse(file.read_text()))
+        # `from package import module`, or `from module import name`.
+        found[name] = {n if n in files else n.rpartition(".")[0] for n in used} & set(files)
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = modules_of_atlas_blocks()
+    graph.pop("atlas_blocks")  # the face of all, imported before any of them
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module not in done:
+            for other in graph.get(module, ()):
+                walk(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        walk(module, ())
+    assert len(done) > 50
+
+
+def test_inside_of_atlas_blocks_imports_point_down():
+    """Blocks use operations, operations use the graph; files at the top use none of them."""
+    rank = {room: n for n, rooms in enumerate(LAYERS) for room in rooms}
+    folders = {file.parent.name for file in python_files("atlas_blocks")} - {"atlas_blocks"}
+    assert folders == set(rank)
+    for module, used in modules_of_atlas_blocks().items():
+        _, *rest = module.split(".")
+        if not rest:
+            continue
+        mine = rank.get(rest[0], len(LAYERS))
+        for other in used:
+            theirs = rank.get(other.split(".")[1] if "." in other else "", len(LAYERS))
+            assert theirs >= mine, f"{module} imports {other}"
 
 
 def test_import_is_light(tmp_path):

@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.blocks.base import Block, Documents
-from atlas_blocks.blocks.norm import rms_norm
-from atlas_blocks.blocks.parameters import Linear
-from atlas_blocks.blocks.settings import takes
-from atlas_blocks.config import Config
-from atlas_blocks.functional.attention import (
+from atlas_blocks.attention.definition import (
     BACKENDS,
     choose_backend,
     rotary,
     sliding_window_attention,
 )
-from atlas_blocks.functional.documents import document_of, with_past
+from atlas_blocks.blocks.base import Block, Documents
+from atlas_blocks.blocks.norm import rms_norm
+from atlas_blocks.blocks.parameters import Linear
+from atlas_blocks.blocks.settings import takes
+from atlas_blocks.config import Config
+from atlas_blocks.documents.definition import document_of, with_past
 from atlas_blocks.state import State
 
 

@@ -19,8 +19,8 @@ from atlas_blocks.blocks.padding import Padding, checked_mask, run_padded
 from atlas_blocks.blocks.settings import changed
 from atlas_blocks.blocks.sharded import distributed, together
 from atlas_blocks.config import Config
-from atlas_blocks.functional.documents import check_packed, document_of
-from atlas_blocks.ops.documents import checked_bounds
+from atlas_blocks.documents.definition import check_packed, document_of
+from atlas_blocks.documents.op import checked_bounds
 from atlas_blocks.state import State
 
 

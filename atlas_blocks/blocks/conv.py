@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block, Documents
-from atlas_blocks.functional.conv import causal_conv
-from atlas_blocks.functional.documents import last_tokens, with_past
+from atlas_blocks.blocks.causal_conv import causal_conv
+from atlas_blocks.documents.definition import last_tokens, with_past
 from atlas_blocks.state import State
 
 

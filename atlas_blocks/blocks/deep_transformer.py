@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
+from atlas_blocks.attention.definition import rotary
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ConvState, ShortConv
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, Gate, GateLogits
@@ -20,9 +21,8 @@ from atlas_blocks.blocks.norm import RMSNorm, rms_norm, unit_length
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.settings import takes
 from atlas_blocks.config import Config
-from atlas_blocks.functional.attention import rotary
-from atlas_blocks.functional.kernel_attention import KernelState
-from atlas_blocks.ops.kernel_attention import kernel_attention
+from atlas_blocks.kernel_attention.definition import KernelState
+from atlas_blocks.kernel_attention.op import kernel_attention
 from atlas_blocks.state import State
 
 

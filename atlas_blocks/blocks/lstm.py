@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from atlas_blocks import check
 from atlas_blocks.blocks.base import Block
+from atlas_blocks.blocks.lstm_op import lstm
 from atlas_blocks.config import Config
-from atlas_blocks.ops.lstm import lstm
 from atlas_blocks.state import State
 
 

@@ -21,7 +21,9 @@ from atlas_blocks.blocks.norm import RMSNorm, unit_length
 from atlas_blocks.blocks.parameters import Linear, fill
 from atlas_blocks.blocks.settings import takes
 from atlas_blocks.config import Config
-from atlas_blocks.functional.features import (
+from atlas_blocks.omega.definition import read_memory
+from atlas_blocks.omega.feature_maps import (
+    FEATURE_MAPS,
     FeatureMap,
     PolynomialMap,
     SketchMap,
@@ -30,17 +32,21 @@ from atlas_blocks.functional.features import (
     sketch_tables,
     sketch_tables_for,
 )
-from atlas_blocks.functional.memories import MEMORIES, weight_shapes
-from atlas_blocks.functional.omega_rule import read_memory
-from atlas_blocks.functional.rule import OmegaState, Rule, initial_state
-from atlas_blocks.ops.omega_rule import omega_rule
-from atlas_blocks.ops.polynomial_features import as_node
+from atlas_blocks.omega.memories import MEMORIES, weight_shapes
+from atlas_blocks.omega.op import omega_rule
+from atlas_blocks.omega.polynomial_node import as_node
+from atlas_blocks.omega.rule import NAMES as RULE_NAMES
+from atlas_blocks.omega.rule import Rule
+from atlas_blocks.omega.state import OmegaState, initial_state
+from atlas_blocks.omega.updates import UPDATES
 from atlas_blocks.state import State
 
 # Momentum that never decays (theta = 1) at retention 1 is an undamped oscillator, which the chunk's
 # delayed gradients drive apart, so the layer's theta stays below this.
 MAX_THETA = 0.99
-FEATURE_MAPS = ("identity", "polynomial", "sketch", "taylor_exp")
+# What the layer makes itself, by its own settings; every other map is made by its class.
+POLYNOMIAL = ("polynomial", "sketch", "taylor_exp")
+OWN_MAPS = ("identity", *POLYNOMIAL)
 FIXABLE = ("alpha", "eta", "theta", "gamma", "coefficients")
 
 
@@ -52,7 +58,7 @@ class AtlasMemoryConfig(Config):
     momentum: whether theta is there. feature_map: "polynomial" (exact, C(D + degree, degree) wide,
     learnable coefficients), "sketch" (TensorSketch of it, `sketch_width` wide, None = twice the
     head width; its tables follow from `sketch_seed`), "taylor_exp" (polynomial with fixed 1/n!),
-    "identity". degree: p.
+    "identity", or a name given to `register_feature_map`. degree: p.
     expansion: hidden units of a deep memory, as a multiple of the head width.
     errors: None is "online" for update="gd", where "chunk" may diverge, and "chunk" for "muon".
     decay_to: None is "initial" for a deep memory, whose hidden units fade away where retention
@@ -94,35 +100,20 @@ class AtlasMemoryConfig(Config):
     initial_memory: str = "learned"
 
     def __post_init__(self) -> None:
-        check.choice("memory", self.memory, MEMORIES)
         check.boolean("momentum", self.momentum)
-        if self.errors is not None:
-            check.choice("errors", self.errors, ("chunk", "online"))
-        if self.decay_to is not None:
-            check.choice("decay_to", self.decay_to, ("zero", "initial"))
-        if self.errors == "online" and self.update != "gd":
-            check.fail("errors", f'"chunk" with update={self.update!r}', "'online'")
-        check.choice("objective", self.objective, ("l2", "dot"))
-        check.choice("update", self.update, ("gd", "muon"))
-        check.choice("feature_map", self.feature_map, FEATURE_MAPS)
-        for name in (
-            "window",
-            "chunk_size",
-            "expansion",
-            "ns_every",
-            "conv_width",
-            "gate_rank",
-            "degree",
-        ):
+        check.choice("memory", self.memory, MEMORIES)
+        check.choice("update", self.update, UPDATES)
+        self.rule  # noqa: B018  (its checks)
+        check.choice("feature_map", self.feature_map, {"identity", "taylor_exp", *FEATURE_MAPS})
+        for name in ("expansion", "conv_width", "gate_rank", "degree"):
             check.at_least(name, getattr(self, name), 1)
-        check.at_least("ns_steps", self.ns_steps, 0)
         check.at_least("sketch_seed", self.sketch_seed, 0)
         if self.feature_map == "sketch":
             check.at_least("degree", self.degree, 2)
         if self.sketch_width is not None:
             check.at_least("sketch_width", self.sketch_width, 1)
         check.choice("initial_memory", self.initial_memory, ("learned", "zero"))
-        if self.initial_memory == "zero" and self.memory != "matrix":
+        if self.initial_memory == "zero" and not self.rule.structure.linear:
             check.fail("initial_memory", f'"learned" for memory={self.memory!r}', "'zero'")
         if not isinstance(self.fixed, tuple):
             check.fail("fixed", "a tuple of names", repr(self.fixed))
@@ -136,14 +127,14 @@ class AtlasMemoryConfig(Config):
         self._check_start("gamma", "lag_init", self.lag_init)
 
     @property
-    def rule_errors(self) -> str:
-        """`errors`, None resolved."""
-        return self.errors or ("online" if self.update == "gd" else "chunk")
-
-    @property
-    def rule_decay_to(self) -> str:
-        """`decay_to`, None resolved."""
-        return self.decay_to or ("zero" if self.memory == "matrix" else "initial")
+    def rule(self) -> Rule:
+        """What the layer's memory computes, None resolved."""
+        fields = {name: getattr(self, name) for name in RULE_NAMES}
+        if self.errors is None:
+            fields["errors"] = "online" if UPDATES[self.update].direction is None else "chunk"
+        if self.decay_to is None:
+            fields["decay_to"] = "zero" if MEMORIES[self.memory].linear else "initial"
+        return Rule(**fields)
 
     def _retention_ends(self) -> tuple[float, float]:
         ends = self.retention_init
@@ -303,7 +294,7 @@ class AtlasMemory(Block):
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, c.conv_width)
         self.alpha = self._gate("alpha", c.retentions(heads))
-        eta = (0.5 if c.update == "gd" else 0.05) if c.eta_init is None else c.eta_init
+        eta = UPDATES[c.update].eta_init if c.eta_init is None else c.eta_init
         self.eta = self._gate("eta", heads * [eta])
         self.theta = None
         if c.momentum:
@@ -355,8 +346,10 @@ class AtlasMemory(Block):
         if self._learns_coefficients():
             # a_n = exp(log a_n) stays positive.
             self.log_coefficients = nn.Parameter(torch.empty(c.degree + 1))
-        elif c.feature_map != "identity":
+        elif c.feature_map in POLYNOMIAL:
             self.register_buffer("coefficients", torch.empty(c.degree + 1))
+        if c.feature_map not in OWN_MAPS:
+            self.features = FEATURE_MAPS[c.feature_map].cls.of(width, c.degree)
         # Tables that a checkpoint brought; None: those that follow from the config.
         self.register_buffer("buckets", None)
         self.register_buffer("signs", None)
@@ -367,6 +360,10 @@ class AtlasMemory(Block):
     def feature_width(self, width: int) -> int:
         """Dphi: the width of keys after the feature map."""
         c = self.config
+        if c.feature_map not in OWN_MAPS:
+            phi = self.feature_map()
+            assert phi is not None
+            return phi.width_of(width)
         if c.feature_map == "sketch":
             return self.sketch_width
         return width if c.feature_map == "identity" else polynomial_width(width, c.degree)
@@ -376,6 +373,8 @@ class AtlasMemory(Block):
         name = self.config.feature_map
         if name == "identity":
             return None
+        if name not in OWN_MAPS:
+            return self.features() if isinstance(self.features, nn.Module) else self.features
         learned = self._learns_coefficients()
         coefficients = self.log_coefficients.exp() if learned else self.coefficients
         if name != "sketch":
@@ -410,7 +409,7 @@ class AtlasMemory(Block):
 
     def reset_parameters(self) -> None:
         """a_n = 1/n!, and the sketch that follows from the config."""
-        if self.config.feature_map == "identity":
+        if self.config.feature_map not in POLYNOMIAL:
             return
         factorials = [math.factorial(n) for n in range(self.config.degree + 1)]
         if self._learns_coefficients():
@@ -472,15 +471,8 @@ class AtlasMemory(Block):
             theta=None if self.theta is None else self.theta(x),
             gamma=self.gamma(x).unflatten(-1, (self.heads, c.window)),
             weights=self.initial_weights(q),
-            memory=c.memory,
-            objective=c.objective,
+            rule=c.rule,
             feature_map=self.feature_map(),
-            update=c.update,
-            ns_steps=c.ns_steps,
-            ns_every=c.ns_every,
-            chunk_size=c.chunk_size,
-            errors=c.rule_errors,
-            decay_to=c.rule_decay_to,
             state=None if state is None else state.rule,
             cu_seqlens=documents and documents.cu_seqlens,
             place=place,
@@ -492,21 +484,10 @@ class AtlasMemory(Block):
 
     def initial_state(self, x: Tensor) -> MemoryState:
         """The state before the first token of x [B, T, dim]."""
-        c = self.config
-        rule = Rule(
-            c.memory,
-            c.objective,
-            c.update,
-            c.ns_steps,
-            c.ns_every,
-            c.chunk_size,
-            c.rule_errors,
-            c.window,
-            c.rule_decay_to,
-        )
         none = x.new_zeros(len(x), 0, self.heads, self.width)
-        start = initial_state(none, none, self.initial_weights(none), rule, c.momentum)
-        return MemoryState(ConvState(x.new_zeros(len(x), c.conv_width - 1, self.conv.dim)), start)
+        weights, past = self.initial_weights(none), self.config.conv_width - 1
+        start = initial_state(none, none, weights, self.config.rule, self.theta is not None)
+        return MemoryState(ConvState(x.new_zeros(len(x), past, self.conv.dim)), start)
 
     def recall(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read a fixed memory: queries [B, T, dim], weights of an OmegaState -> [B, T, dim].

@@ -1,6 +1,10 @@
 """The mathematics in plain PyTorch: every operation here is the definition of its op."""
 
-from atlas_blocks.functional.features import (
+from atlas_blocks.kernel_attention.definition import KernelState, kernel_attention
+from atlas_blocks.kernel_attention.reference import kernel_attention_reference
+from atlas_blocks.newton_schulz.definition import newton_schulz
+from atlas_blocks.omega.definition import omega_rule, read_memory
+from atlas_blocks.omega.feature_maps import (
     FeatureMap,
     PolynomialMap,
     SketchMap,
@@ -10,12 +14,8 @@ from atlas_blocks.functional.features import (
     sketch_tables,
     taylor_coefficients,
 )
-from atlas_blocks.functional.kernel_attention import KernelState, kernel_attention
-from atlas_blocks.functional.kernel_reference import kernel_attention_reference
-from atlas_blocks.functional.newton_schulz import newton_schulz
-from atlas_blocks.functional.omega_rule import omega_rule, read_memory
-from atlas_blocks.functional.reference import omega_rule_reference
-from atlas_blocks.functional.rule import OmegaState
+from atlas_blocks.omega.reference import omega_rule_reference
+from atlas_blocks.omega.state import OmegaState
 
 __all__ = [
     "FeatureMap",

@@ -1,11 +1,9 @@
-"""Op contracts: what torch.compile, export and FLOP counters see of functional/."""
+"""The operations as ops of torch, by a provider: what torch.compile and export see of them."""
 
-from atlas_blocks.ops.flops import register_flop_formulas
-from atlas_blocks.ops.newton_schulz import newton_schulz
-from atlas_blocks.ops.omega_rule import omega_rule
-from atlas_blocks.ops.omega_step import omega_rule_step
-from atlas_blocks.ops.polynomial_features import polynomial_features
-from atlas_blocks.ops.providers import (
+import atlas_blocks.omega.flops  # noqa: F401  (brings the rule's formulas)
+from atlas_blocks.graph.checkpointing import checkpoint_policy
+from atlas_blocks.graph.flops import register_flop_formulas
+from atlas_blocks.graph.providers import (
     Choice,
     Provider,
     ProviderWarning,
@@ -14,7 +12,9 @@ from atlas_blocks.ops.providers import (
     register_provider,
     use_provider,
 )
-from atlas_blocks.ops.recompute import checkpoint_policy
+from atlas_blocks.newton_schulz.op import newton_schulz
+from atlas_blocks.omega.op import omega_rule
+from atlas_blocks.omega.step_op import omega_rule_step
 
 __all__ = [
     "Choice",
@@ -26,7 +26,6 @@ __all__ = [
     "newton_schulz",
     "omega_rule",
     "omega_rule_step",
-    "polynomial_features",
     "register_flop_formulas",
     "register_provider",
     "use_provider",

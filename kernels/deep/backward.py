@@ -23,14 +23,14 @@ from torch import Tensor
 from atlas_blocks.kernels import coefficients
 from atlas_blocks.kernels.coefficients import Coefficients
 from atlas_blocks.kernels.deep import online_backward, reads_backward, writes_backward
-from atlas_blocks.kernels.deep.call import GROUP, OPTIONS, Call, Group, Rooms, groups, three
+from atlas_blocks.kernels.deep.call import GROUP, OPTIONS, DeepCall, Group, Rooms, groups, three
 from atlas_blocks.kernels.deep.cutter import cut, put
 from atlas_blocks.kernels.deep.forward import Walked, walk
 from atlas_blocks.kernels.tiles import launch
 
 
 class Gradients(NamedTuple):
-    """Of the fields of `Call` of these names, and of scale."""
+    """Of the fields of `DeepCall` of these names, and of scale."""
 
     q: Tensor
     k: Tensor
@@ -68,7 +68,7 @@ class _Streams(NamedTuple):
     held: Tensor  # of theta through the scale, likewise
 
     @staticmethod
-    def of(call: Call) -> _Streams:
+    def of(call: DeepCall) -> _Streams:
         new = call.eta.new_zeros
         q, k, target = (new(t.shape) for t in (call.q, call.k, call.target))
         gates = (call.alpha, call.eta, call.theta, call.gamma, call.masses, call.weight)
@@ -77,7 +77,7 @@ class _Streams(NamedTuple):
         ]
         return _Streams._make([q, k, target, *zeros, new(call.eta.shape), new(call.eta.shape)])
 
-    def total(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def total(self, call: DeepCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Of alpha, eta, theta and gamma."""
         if not call.limits:
             return self.alpha, self.eta, self.theta, self.gamma
@@ -112,7 +112,7 @@ class _Reads(NamedTuple):
 
 
 def backward(
-    call: Call,
+    call: DeepCall,
     starts_w: list[Tensor],
     starts_s: list[Tensor],
     scales: Tensor,
@@ -150,7 +150,7 @@ def backward(
 
 
 def _reads(
-    call: Call,
+    call: DeepCall,
     group: Group,
     x: Tensor,
     rooms: Rooms,
@@ -206,7 +206,7 @@ def _reads(
 
 
 def _writes(
-    call: Call,
+    call: DeepCall,
     group: Group,
     x: Tensor,
     rooms: Rooms,

@@ -14,7 +14,7 @@ from torch import Tensor
 from atlas_blocks.kernels.deep import backward as deep_backward
 from atlas_blocks.kernels.deep import forward as deep_forward
 from atlas_blocks.kernels.deep.backward import Gradients
-from atlas_blocks.kernels.deep.call import Call
+from atlas_blocks.kernels.deep.call import DeepCall
 from atlas_blocks.kernels.deep.forward import Result
 from atlas_blocks.kernels.tiles import Layout
 
@@ -50,7 +50,7 @@ class Batch:
         )
         return Batch(rows, part, slots, there)
 
-    def call(self, call: Call) -> Call:
+    def call(self, call: DeepCall) -> DeepCall:
         """The call for these documents."""
         w, s = ([x[self.rows] for x in part] for part in (call.w, call.s))
         return replace(call, w=w, s=s, at=self.at)
@@ -78,7 +78,7 @@ def batches(at: Layout, chunks: list[int]) -> list[Batch]:
     return [Batch.of(at, documents, chunks[documents[0]]) for documents in found]
 
 
-def forward(call: Call, scale: Tensor, parts: list[Batch]) -> Result:
+def forward(call: DeepCall, scale: Tensor, parts: list[Batch]) -> Result:
     """`forward.forward` of all batches; of the call itself where there are none."""
     if not parts:
         return deep_forward.forward(call, scale)
@@ -105,7 +105,7 @@ def forward(call: Call, scale: Tensor, parts: list[Batch]) -> Result:
 
 
 def backward(
-    call: Call,
+    call: DeepCall,
     starts_w: list[Tensor],
     starts_s: list[Tensor],
     scales: Tensor,

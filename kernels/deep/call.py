@@ -44,7 +44,7 @@ def groups(at: Layout, spans: Spans) -> list[Group]:
 
 
 @dataclass(frozen=True)
-class Call:
+class DeepCall:
     """The arguments of `forward`. All but q begin every row with HIST tokens of history."""
 
     q: Tensor  # [B, T, H, D], and B = 1 where the rows are packed documents
@@ -116,7 +116,7 @@ class Rooms:
     inverses: Tensor  # of the system's blocks of 16 on its diagonal [lines, KEYS, 16]
 
     @staticmethod
-    def of(names: int, call: Call) -> Rooms:
+    def of(names: int, call: DeepCall) -> Rooms:
         _, _, v, hidden = call.shape
         lines, keys, span = call.lines, call.keys, call.spans.span
 

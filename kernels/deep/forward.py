@@ -26,7 +26,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atlas_blocks.kernels.deep.call import GROUP, OPTIONS, Call, Group, Rooms, groups, joined, three
+from atlas_blocks.kernels.deep.call import (
+    GROUP,
+    OPTIONS,
+    DeepCall,
+    Group,
+    Rooms,
+    groups,
+    joined,
+    three,
+)
 from atlas_blocks.kernels.deep.cutter import cut, put
 from atlas_blocks.kernels.deep.keys import keys_forward
 from atlas_blocks.kernels.deep.online import gram_forward, online_forward
@@ -48,7 +57,7 @@ class Walked(NamedTuple):
 
 
 def walk(
-    call: Call,
+    call: DeepCall,
     group: Group,
     x: Tensor,
     rooms: Rooms,
@@ -131,7 +140,7 @@ class Result(NamedTuple):
     scales: Tensor
 
 
-def forward(call: Call, scale: Tensor) -> Result:
+def forward(call: DeepCall, scale: Tensor) -> Result:
     """All chunks of a call."""
     at, spans = call.at, call.spans
     heads, d, v, hidden = call.shape

@@ -18,7 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atlas_blocks.functional.memories import TINY
 from atlas_blocks.kernels.coefficients import decay, decay_gradient
 from atlas_blocks.kernels.deep.gelu import gelu, gelu_slope
 from atlas_blocks.kernels.deep.online import (
@@ -34,6 +33,7 @@ from atlas_blocks.kernels.deep.online import (
 )
 from atlas_blocks.kernels.deep.rooms import place, two_rooms
 from atlas_blocks.kernels.tiles import dot, load_block, store_block
+from atlas_blocks.omega.memories import TINY
 from atlas_blocks.omega.online import MAX_THETA
 
 _TINY, _MAX_THETA = tl.constexpr(TINY), tl.constexpr(MAX_THETA)

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.functional.memories import weight_shapes
-from atlas_blocks.functional.newton_schulz import backward_flops, forward_flops
-from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops import flops as formulas
-from atlas_blocks.ops import omega_inline
-from atlas_blocks.ops.newton_schulz import Call
-from atlas_blocks.ops.omega_rule import describe, flatten
-from atlas_blocks.ops.providers import DEFINITION, explain_choice, refusal
+from atlas_blocks.graph.providers import DEFINITION, explain_choice, refusal
+from atlas_blocks.newton_schulz.definition import backward_flops, forward_flops
+from atlas_blocks.newton_schulz.op import NewtonSchulzCall
+from atlas_blocks.omega import flops as formulas
+from atlas_blocks.omega import inline as omega_inline
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.memories import weight_shapes
+from atlas_blocks.omega.op import describe, flatten
+from atlas_blocks.omega.rule import Rule
 
 WINDOW, CHUNK, EXPANSION, NS_STEPS = 16, 64, 4, 5
 COMPILED = "inline, compiled"
@@ -168,15 +169,8 @@ def served_by(provider: str) -> Implementation:
             theta=a.theta,
             gamma=a.gamma,
             weights=a.weights,
-            memory=a.rule.memory,
-            objective=a.rule.objective,
+            rule=a.rule,
             feature_map=a.feature_map,
-            update=a.rule.update,
-            ns_steps=a.rule.ns_steps,
-            ns_every=a.rule.ns_every,
-            chunk_size=a.rule.chunk_size,
-            errors=a.rule.errors,
-            decay_to=a.rule.decay_to,
             provider=provider,
         )
         return y, [*state.weights, *state.momentum]
@@ -298,7 +292,7 @@ def _newton_schulz(provider: str, wide: int) -> Callable[[Shape, torch.device], 
     def build(shape: Shape, device: torch.device) -> Subject:
         count, m, n = shape.batch * shape.heads * CHUNK, shape.dim, wide * shape.dim
         if provider != DEFINITION:
-            call = Call(device.type, torch.float32, m, n, needs_grad=True)
+            call = NewtonSchulzCall(device.type, torch.float32, m, n, needs_grad=True)
             reason = refusal("newton_schulz", provider, call)
             if reason is None and interpreted(provider, device):
                 reason = "under Triton's interpreter it is checked, not timed"

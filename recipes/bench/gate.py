@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlas_blocks.ops.providers import DEFINITION
+from atlas_blocks.graph.providers import DEFINITION
 from atlas_blocks.recipes.bench.contenders import (
     COMPILED,
     Candidate,

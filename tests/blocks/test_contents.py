@@ -14,8 +14,8 @@ from torch import nn
 import atlas_blocks
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ShortConv
+from atlas_blocks.blocks.feed_forward import SquaredReLU, SwiGLU
 from atlas_blocks.blocks.lstm import LSTM
-from atlas_blocks.blocks.swiglu import SquaredReLU, SwiGLU
 
 PAGE = (Path(__file__).parents[2] / "docs" / "blocks.md").read_text()
 TABLE = re.findall(r"^\| `(\w+)` \| (yes|no) \| (yes|no) \| (yes|no) \|$", PAGE, re.MULTILINE)

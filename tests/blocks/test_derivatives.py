@@ -9,8 +9,9 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atlas_blocks import Block, State
-from atlas_blocks.ops import Provider, providers, register_provider, use_provider
-from atlas_blocks.ops.omega_rule import definition_backward, definition_forward
+from atlas_blocks.graph import providers
+from atlas_blocks.omega.op import definition_backward, definition_forward
+from atlas_blocks.ops import Provider, register_provider, use_provider
 
 # Of torch: where forward mode is first used, and where vmap takes one row after the other.
 pytestmark = [

@@ -15,18 +15,14 @@ from helpers import (
     difference,
     draw,
     make_block,
+    omega_rule_reference,
     small_memory,
     unit,
 )
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig, ShortConv, SwiGLU
-from atlas_blocks.functional import (
-    PolynomialMap,
-    SketchMap,
-    omega_rule_reference,
-    sketch_tables,
-)
+from atlas_blocks.functional import PolynomialMap, SketchMap, sketch_tables
 
 
 def conv_by_hand(weight: Tensor, x: Tensor) -> Tensor:
@@ -144,7 +140,7 @@ def test_gradient_descent_corrects_its_errors_and_keeps_deep_memories_alive() ->
         assert torch.equal(found[None], found[default])
         assert difference([found["zero"]], [found["initial"]]) > 1e-4
     muon = small_memory(update="muon")
-    assert (muon.rule_errors, muon.rule_decay_to) == ("chunk", "initial")
+    assert (muon.rule.errors, muon.rule.decay_to) == ("chunk", "initial")
     with pytest.raises(ValueError, match="errors"):
         small_memory(update="muon", errors="online")
 

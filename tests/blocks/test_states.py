@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import BLOCKS, DIM, cast, draw, make_block, rule_inputs
+from helpers import BLOCKS, DIM, cast, draw, make_block, omega_rule, omega_rule_op, rule_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from atlas_blocks import State, functional, ops
+from atlas_blocks import State
 from atlas_blocks.blocks.memory import FixedMemory
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
@@ -118,7 +118,7 @@ def test_nested_states_are_named_as_they_are_reached() -> None:
         block(x, state.replace(parts=(memory, attention)))
 
 
-@pytest.mark.parametrize("rule", [functional.omega_rule, ops.omega_rule])
+@pytest.mark.parametrize("rule", [omega_rule, omega_rule_op])
 def test_the_rule_alone_takes_states_as_a_layer_does(rule) -> None:
     options = {"memory": "mlp", "chunk_size": 4}
     inputs = rule_inputs("mlp", length=6)

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from helpers import Recorder
+from helpers import omega_rule_op as omega_rule
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
@@ -20,7 +21,7 @@ from torch._inductor import config as inductor
 import atlas_blocks
 from atlas_blocks.compile_passes import backend
 from atlas_blocks.compile_passes.graph_pass import GraphPass
-from atlas_blocks.ops import omega_rule, use_provider
+from atlas_blocks.ops import use_provider
 
 # Dynamo instantiates every autograd.Function that it traces; Inductor warns of its own parts.
 pytestmark = pytest.mark.filterwarnings("ignore")

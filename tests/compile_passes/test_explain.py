@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DIM, Layers, Recorder, draw, make_block
+from helpers import omega_rule_op as omega_rule
 from rich.console import Console
 from torch import nn
 from torch._dynamo import utils as dynamo
 
+from atlas_blocks import Rule
 from atlas_blocks.compile_passes import explain
 from atlas_blocks.compile_passes.survey import Survey
-from atlas_blocks.ops import omega_rule, use_provider
-from atlas_blocks.ops.flops import forward_flops
-from atlas_blocks.ops.omega_rule import Settings
+from atlas_blocks.omega.flops import forward_flops
+from atlas_blocks.omega.op import Settings
+from atlas_blocks.ops import use_provider
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -120,7 +122,7 @@ def test_ops_providers_passes_work_and_recompiles():
         (work,) = [w for w in report.work if (w.graph, w.op) == (graph.number, "atlas.omega_rule")]
         shapes = [t.shape for t in (*3 * [torch.empty(1, length, 2, 4)], *whole_inputs(length))]
         shapes = [*shapes[:3], shapes[4], shapes[4], shapes[5], (2, 4, 4)]
-        settings = Settings(False, "matrix", "l2", "identity", 0, "gd", 5, 1, 8, "chunk", "zero")
+        settings = Settings(False, False, "identity", (), Rule(chunk_size=8))
         assert work.flops == forward_flops(tuple(tuple(s) for s in shapes), settings)
         assert work.bytes >= 4 * sum(torch.Size(s).numel() for s in shapes)
         assert work.bound in ("compute", "memory")

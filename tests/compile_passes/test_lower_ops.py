@@ -9,6 +9,7 @@ from helpers import (
     draw,
     everything,
     make_block,
+    omega_rule_step,
     rule_inputs,
     small_memory,
 )
@@ -16,8 +17,9 @@ from helpers import (
 from atlas_blocks import AtlasMemory, ops, use_provider
 from atlas_blocks.compile_passes.graph_pass import Passes
 from atlas_blocks.compile_passes.lower_ops import LowerOps, op_nodes
-from atlas_blocks.functional.rule import Rule, initial_state
-from atlas_blocks.ops import providers
+from atlas_blocks.graph import providers
+from atlas_blocks.omega.rule import Rule
+from atlas_blocks.omega.state import initial_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 
@@ -195,7 +197,7 @@ def test_the_decode_step_is_seen_where_it_writes_to_its_state(provider):
     def step(token, tensors):
         parts = iter(tensors)
         state_here = state.map(lambda _: next(parts))
-        return ops.omega_rule_step(**token, chunk_size=8, state=state_here)
+        return omega_rule_step(**token, chunk_size=8, state=state_here)
 
     seen = []
     recorder = Recorder(lambda graph: seen.extend((n, n.call) for n in op_nodes(graph)))

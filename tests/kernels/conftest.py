@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
-from atlas_blocks.ops import kept
+from atlas_blocks.graph import saved_graphs
 
 
 @pytest.fixture(autouse=True)
@@ -30,4 +30,4 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, also where Triton is interpreted on a CPU."""
-    monkeypatch.setattr(kept, "LARGEST", -1)
+    monkeypatch.setattr(saved_graphs, "LARGEST", -1)

@@ -15,16 +15,18 @@ from helpers import (
     HostData,
     difference,
     everything,
+    omega_rule,
+    omega_rule_step,
     rows,
     rule_inputs,
     tokens,
 )
 from torch import Tensor
 
-from atlas_blocks.functional import OmegaState, omega_rule
-from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops import omega_rule_step
-from atlas_blocks.ops.omega_rule import flatten
+from atlas_blocks.functional import OmegaState
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.op import flatten
+from atlas_blocks.omega.rule import Rule
 
 pytest.importorskip("triton")
 from atlas_blocks.kernels import decode

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ERRORS, MEMORIES, OBJECTIVES, difference, rule_inputs, tokens
+from helpers import ERRORS, MEMORIES, OBJECTIVES, difference, omega_rule, rule_inputs, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_blocks.functional import OmegaState, omega_rule
-from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops.omega_rule import flatten
+from atlas_blocks.functional import OmegaState
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.op import flatten
+from atlas_blocks.omega.rule import Rule
 
 pytest.importorskip("triton")
 from kernel_runs import (

@@ -15,15 +15,18 @@ from helpers import (
     difference,
     leaves,
     named_leaves,
+    omega_rule_op,
     rule_inputs,
     tokens,
 )
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.functional.rule import Arguments, OmegaState, Rule
-from atlas_blocks.ops import providers
-from atlas_blocks.ops.omega_rule import Call, describe, flatten
+from atlas_blocks.graph import providers
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.op import OmegaCall, describe, flatten
+from atlas_blocks.omega.rule import Rule
+from atlas_blocks.omega.state import OmegaState
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Inductor's own import
@@ -69,7 +72,7 @@ def inputs_of(**changes: Any) -> dict[str, Any]:
     return rule_inputs(**{"window": 1, "momentum": False, "exact_gates": False} | changes)
 
 
-def call_of(**changes: Any) -> Call:
+def call_of(**changes: Any) -> OmegaCall:
     """A call on a GPU that the provider serves, but for these facts."""
     x = cast(inputs_of(key_width=16, value_width=16), torch.float32, torch.float32)
     call = describe(Arguments(*(x[n] for n in ARGUMENTS), rule=RULE, state=None), True)
@@ -96,7 +99,7 @@ def run(
     x, state, outputs, first = leaves(inputs), None, [], 0
     for length in pieces:
         piece = tokens(x, first, first + length)
-        y, state = ops.omega_rule(**piece, **form, state=state, provider=provider)
+        y, state = omega_rule_op(**piece, **form, state=state, provider=provider)
         outputs.append(y)
         first += length
     assert state is not None
@@ -136,7 +139,7 @@ def test_packed_documents_are_each_alone(form: dict[str, Any]) -> None:
         x, state, outputs = leaves(inputs), None, []
         for first, bounds in ((0, [0, 4, 5, 9]), (9, [0, 2, 6, 9])):
             piece, cu_seqlens = tokens(x, first, first + 9), torch.tensor(bounds)
-            y, state = ops.omega_rule(
+            y, state = omega_rule_op(
                 **piece, **form, state=state, cu_seqlens=cu_seqlens, provider=provider
             )
             outputs.append(y)
@@ -171,11 +174,11 @@ def test_opcheck_passes_and_nothing_is_saved(length: int) -> None:
     forward = torch.ops.atlas.omega_rule.default
     backward = torch.ops.atlas.omega_rule_backward.default
     for save in (False, True):
-        arguments = (tensors, *settings, "served", save)
+        arguments = (tensors, *settings.flat(), "served", save)
         torch.library.opcheck(forward, arguments, {}, **checks)
         assert len(forward(*arguments)) == 1 + 2 + len(OmegaState.REST)  # y, M, M^(0), the rest
     grads = [torch.ones_like(t) for t in forward(*arguments)[:-1]]
-    torch.library.opcheck(backward, (grads, tensors, [], *settings, "served"), {}, **checks)
+    torch.library.opcheck(backward, (grads, tensors, [], *settings.flat(), "served"), {}, **checks)
 
 
 # Dynamo instantiates every autograd.Function that it traces, which torch itself warns of.
@@ -188,7 +191,7 @@ def test_a_graph_traced_for_it_is_its_own() -> None:
     def compiled(traced: str, lowered: str, inputs: dict[str, Any]) -> tuple[Tensor, Recorder]:
         recorder = Recorder(Passes([LowerOps(lowered)]))
         call = torch.compile(
-            lambda x: ops.omega_rule(**x, **TOKENWISE, provider=traced)[0],
+            lambda x: omega_rule_op(**x, **TOKENWISE, provider=traced)[0],
             backend=recorder,
             fullgraph=True,
         )

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from helpers import MEMORIES, cast, difference, everything, named_leaves, rule_inputs, tokens
-
-from atlas_blocks import ops
-from atlas_blocks.functional import omega_rule
+from helpers import (
+    MEMORIES,
+    cast,
+    difference,
+    everything,
+    named_leaves,
+    omega_rule,
+    omega_rule_op,
+    rule_inputs,
+    tokens,
+)
 
 pytest.importorskip("triton")
 from atlas_blocks.kernels import newton_schulz as kernels
@@ -38,7 +45,7 @@ def run(rule, inputs, pieces, **options):
 
 
 def triton_rule(**arguments):
-    return ops.omega_rule(**arguments, provider="triton")
+    return omega_rule_op(**arguments, provider="triton")
 
 
 @pytest.mark.parametrize("pieces", [(9,), (3, 1, 4)], ids=str)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.functional.newton_schulz import COEFFICIENTS, EPS, triples
-from atlas_blocks.ops.newton_schulz import Call
+from atlas_blocks.newton_schulz.definition import COEFFICIENTS, EPS, triples
+from atlas_blocks.newton_schulz.op import NewtonSchulzCall
 
 pytest.importorskip("triton")
 from atlas_blocks.kernels import newton_schulz as kernels
@@ -157,4 +157,4 @@ def test_what_it_does_not_serve_it_says(monkeypatch):
     ):
         with pytest.raises(ValueError, match=reason):
             ops.newton_schulz(s.to(DEVICE), provider="triton")
-    assert kernels.PROVIDER.supports(Call(DEVICE, torch.float32, 64, 64, True)) is None
+    assert kernels.PROVIDER.supports(NewtonSchulzCall(DEVICE, torch.float32, 64, 64, True)) is None

@@ -6,15 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ERRORS, OBJECTIVES, difference, rule_inputs, tokens
+from helpers import (
+    ERRORS,
+    OBJECTIVES,
+    difference,
+    omega_rule,
+    omega_rule_op,
+    omega_rule_reference,
+    rule_inputs,
+    tokens,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from atlas_blocks import ops
-from atlas_blocks.functional import OmegaState, omega_rule, omega_rule_reference
-from atlas_blocks.functional.rule import Arguments, Rule
-from atlas_blocks.ops.omega_rule import flatten
+from atlas_blocks.functional import OmegaState
+from atlas_blocks.omega.arguments import Arguments
+from atlas_blocks.omega.op import flatten
+from atlas_blocks.omega.rule import Rule
 
 pytest.importorskip("triton")
 from kernel_runs import (
@@ -251,9 +261,9 @@ def test_compiled_with_the_provider_in_one_graph() -> None:
 
     def twice(x: dict[str, Any]) -> Tensor:
         with ops.use_provider("triton"):
-            y, state = ops.omega_rule(**tokens(x, 0, 13), chunk_size=8)
+            y, state = omega_rule_op(**tokens(x, 0, 13), chunk_size=8)
             return torch.cat(
-                [y, ops.omega_rule(**tokens(x, 13, 20), chunk_size=8, state=state)[0]], 1
+                [y, omega_rule_op(**tokens(x, 13, 20), chunk_size=8, state=state)[0]], 1
             )
 
     y = torch.compile(twice, backend="aot_eager", fullgraph=True)(inputs)

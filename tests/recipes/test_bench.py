@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_blocks import ops
-from atlas_blocks.ops import providers
+from atlas_blocks.graph import providers
 from atlas_blocks.recipes import cli
 from atlas_blocks.recipes.bench import contenders, kernels, measure
 from atlas_blocks.recipes.bench.contenders import (

@@ -1,0 +1,1 @@
+"""Documents packed along one row."""

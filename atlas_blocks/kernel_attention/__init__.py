@@ -1,0 +1,1 @@
+"""Attention by the exact kernel of phi*: all tokens of a window as one memory."""

@@ -1,0 +1,1 @@
+"""Newton-Schulz: a matrix brought near its orthogonal factor."""
