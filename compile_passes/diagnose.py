@@ -15,18 +15,14 @@ from torch._dynamo import utils as dynamo
 from torch._functorch import config as functorch
 
 from atlas_blocks import check
-from atlas_blocks.blocks import memory_as_context_op
 from atlas_blocks.compile_passes.backend import PROVIDER, compile_graph
 from atlas_blocks.compile_passes.graph_pass import PassRun
 from atlas_blocks.compile_passes.report import Break, Graph, Recompile, Report
 from atlas_blocks.compile_passes.survey import Survey
-from atlas_blocks.graph import compiled_steps as nodes
-from atlas_blocks.omega import inline
+from atlas_blocks.graph import compiled_steps
 from atlas_blocks.ops import use_provider
 from atlas_blocks.state import State
 
-# Where ops compile what is inside their bodies: none of the model's graphs.
-INSIDE = {module.__file__ for module in (nodes, memory_as_context_op, inline)}
 # What the reasons of Dynamo mean for the one who wrote the line: words in them, and what helps.
 HINTS = (
     (
@@ -102,10 +98,11 @@ def explain(
         for call, arguments in enumerate((inputs, *more)):
             first, again = (_seconds(compiled, arguments) for _ in range(2))
             seconds.append(max(0.0, first - again))
+            # What ops compile inside of their bodies is none of the model's graphs.
             recent = dynamo.get_compilation_metrics()
             metrics = [m for m in recent if all(m is not seen for seen in seen_compiles)]
             seen_compiles += metrics
-            metrics = [m for m in metrics if m.co_filename not in INSIDE]
+            metrics = [m for m in metrics if m.co_filename not in compiled_steps.files]
             recompiles += [_recompile(call, m) for m in metrics if m.recompile_reason]
             tracing += sum(_tracing(m) for m in metrics)
     breaks = [_break(r) for r in dynamo.graph_break_reasons[seen_breaks:]]

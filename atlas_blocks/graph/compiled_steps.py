@@ -15,6 +15,8 @@ from atlas_blocks.graph.contract import recording
 
 # Of torch.compile, whatever the graph around it is compiled by; None leaves everything as it is.
 BACKEND: str | None = "inductor"
+# Where the functions are that were compiled here, to tell them from a model's.
+files: set[str] = {__file__}
 
 
 class Key(NamedTuple):
@@ -63,6 +65,7 @@ def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., A
         return fn
     shapes: Any = importlib.import_module("torch.fx.experimental._config")
 
+    files.add(fn.__code__.co_filename)
     # Dynamo keeps what it compiled by code object, and not much for each.
     fn.__code__ = fn.__code__.replace()
     run = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend)

@@ -122,7 +122,7 @@ def test_ops_providers_passes_work_and_recompiles():
         (work,) = [w for w in report.work if (w.graph, w.op) == (graph.number, "atlas.omega_rule")]
         shapes = [t.shape for t in (*3 * [torch.empty(1, length, 2, 4)], *whole_inputs(length))]
         shapes = [*shapes[:3], shapes[4], shapes[4], shapes[5], (2, 4, 4)]
-        settings = Settings(False, False, "identity", (), Rule(chunk_size=8))
+        settings = Settings(False, False, "identity", (), Rule(chunk_size=8, window=shapes[5][-1]))
         assert work.flops == forward_flops(tuple(tuple(s) for s in shapes), settings)
         assert work.bytes >= 4 * sum(torch.Size(s).numel() for s in shapes)
         assert work.bound in ("compute", "memory")
