@@ -72,7 +72,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`compile` and `explain`, found when first used: they import all of Inductor."""
-    if name in ("compile", "explain"):
+    """`compile`, `compile_blocks` and `explain`, found when first used: they import all of
+    Inductor."""
+    if name in ("compile", "compile_blocks", "explain"):
         return getattr(importlib.import_module("atlas_blocks.compile_passes"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ import torch
 from atlas_blocks.recipes.bench.report import stamp
 from atlas_blocks.recipes.files import write_json
 
-MAIN = "from atlas_blocks.recipes.cli import main; main()"
+MAIN = "from atlas_blocks.recipes.command_line.main import main; main()"
 RECIPE = "linear-attention-tiny"
 WORDS, LINE = 50_000, 12
 

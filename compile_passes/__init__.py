@@ -4,9 +4,9 @@ Passes match the op nodes of atlas_blocks.ops. May import atlas_blocks, torch an
 kernels or recipes.
 """
 
-from atlas_blocks.compile_passes.backend import PASSES, compile
+from atlas_blocks.compile_passes.backend import PASSES, compile, compile_blocks
 from atlas_blocks.compile_passes.diagnose import explain
 from atlas_blocks.compile_passes.graph_pass import GraphPass, PassRun
 from atlas_blocks.compile_passes.report import Report
 
-__all__ = ["PASSES", "GraphPass", "PassRun", "Report", "compile", "explain"]
+__all__ = ["PASSES", "GraphPass", "PassRun", "Report", "compile", "compile_blocks", "explain"]

@@ -8,7 +8,8 @@ knows them by their uuids.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule
 from torch._inductor.compile_fx import compile_fx
 
-from atlas_blocks import check
+from atlas_blocks import Block, check
 from atlas_blocks.compile_passes.clean_up import CleanUp
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
@@ -24,6 +25,10 @@ from atlas_blocks.compile_passes.select_attention import SelectAttention
 from atlas_blocks.graph.providers import keep_provider, use_provider
 
 M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
+N = TypeVar("N", bound=nn.Module)
+
+# Graphs of one block's code: kinds of block, each with and without gradients, at two lengths.
+GRAPHS = 64
 
 # Options of ours, beside Inductor's: lower_ops' mode, and the passes to leave out.
 PROVIDER, DISABLE = "atlas.provider", "atlas.disable"
@@ -64,6 +69,44 @@ def compile(
     if isinstance(model, nn.Module):
         return _keeping(compiled, provider)
     return _traced_for(provider, compiled)
+
+
+def compile_blocks(
+    model: N,
+    *,
+    provider: str = "auto",
+    disable: Collection[str] = (),
+    dynamic: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> N:
+    """Every outermost `Block` of a model compiled by itself, in place; returns the model.
+
+    Blocks of one kind share one compilation, so that it takes as long for twelve layers as for two;
+    what lies between them stays eager. The arguments are those of `compile`. Raises ValueError as
+    it does, and for a model without a block.
+    """
+    blocks = list(_outermost(model))
+    if not blocks:
+        check.fail("model", "a module with blocks of atlas_blocks in it", type(model).__name__)
+    ours = {PROVIDER: provider, DISABLE: tuple(disable)}
+    make_passes(ours)
+    settings: dict[str, Any] = {"dynamic": dynamic, "options": {**(options or {}), **ours}}
+    # Dynamo counts the graphs of all blocks by the code that they share.
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        settings["recompile_limit"] = GRAPHS
+    for block in blocks:
+        block.compile(backend="atlas", **settings)
+        if provider != "auto":
+            keep_provider(block, provider)
+    return model
+
+
+def _outermost(module: nn.Module) -> Iterator[Block]:
+    if isinstance(module, Block):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child)
 
 
 class _Keeping(OptimizedModule):

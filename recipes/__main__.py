@@ -1,5 +1,5 @@
 """`python -m atlas_blocks.recipes` is the command line."""
 
-from atlas_blocks.recipes.cli import main
+from atlas_blocks.recipes.command_line.main import main
 
 main()

@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 WINDOW, ENOUGH = 50, 25
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 SCHEDULES = ("cosine", "wsd")
-BACKEND = "atlas"
-# Graphs of one block's code: hybrids have several kinds of block, each with and without gradients.
-GRAPHS = 64
 # How many pieces a batch has, which differs from step to step: so that the first graph is for all.
 PIECES = r"L['cu_seqlens'].cu_seqlens,L['cu_seqlens'].bounds,L\['state'\].*:0"
 
@@ -474,12 +471,12 @@ def _compiled(
         yield
         return
     # Imported here: it takes seconds.
+    passes = importlib.import_module("atlas_blocks.compile_passes")
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     compiler: Any = importlib.import_module("torch.compiler.config")
-    for block in model.blocks:
-        block.compile(backend=BACKEND)
+    passes.compile_blocks(model)
     with (
-        dynamo.patch(recompile_limit=GRAPHS),
+        dynamo.patch(recompile_limit=passes.backend.GRAPHS),
         compiler.patch(dynamic_sources=PIECES),
     ):
         yield

@@ -227,7 +227,7 @@ def test_make_has_what_is_named() -> None:
 def test_the_command_line_has_what_is_named(page: Page) -> None:
     import typer
 
-    from atlas_blocks.recipes.cli import app
+    from atlas_blocks.recipes.command_line.main import app
 
     top: Any = typer.main.get_command(app)
     for line in page.shell:

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import Recorder
+from helpers import Recorder, difference, make_block
 from helpers import omega_rule_op as omega_rule
 from torch import nn
 from torch._dynamo.utils import counters
@@ -22,6 +22,7 @@ import atlas_blocks
 from atlas_blocks.compile_passes import backend
 from atlas_blocks.compile_passes.graph_pass import GraphPass
 from atlas_blocks.ops import use_provider
+from atlas_blocks.recipes import build
 
 # Dynamo instantiates every autograd.Function that it traces; Inductor warns of its own parts.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -201,6 +202,47 @@ def test_compile_asks_for_its_provider_while_the_model_is_traced(monkeypatch):
             assert recorder.count(f"atlas.{op}.default")[0] == 1
     with use_provider("auto"), pytest.raises(Exception, match="provider: 'triton' cannot serve"):
         atlas_blocks.compile(model.double(), provider="triton")(*(t.double() for t in arguments))
+
+
+@pytest.mark.parametrize("name", ["omeganet-tiny", "atlas-mag-tiny", "titans-mac-tiny"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_blocks_of_one_kind_are_compiled_once(monkeypatch, name):
+    """In each direction, and once more at a second length; not at a third, whatever the depth.
+    Outputs and gradients are those of the model."""
+    recorder = Recorder()
+    monkeypatch.setattr(backend, "compile_fx", lambda g, x, **_: recorder(g, x))
+    torch._dynamo.reset()
+    model = build(name, depth=5).double()
+    compiled = atlas_blocks.compile_blocks(copy.deepcopy(model), provider="definition")
+    counts = []
+    for length in (40, 72, 90):
+        tokens = torch.randint(256, (2, length))
+        outputs = []
+        for one in (model, compiled):
+            loss = one(tokens).logits.square().mean()
+            outputs.append([loss, *torch.autograd.grad(loss, list(one.parameters()))])
+        assert difference(*outputs) < 1e-6
+        counts.append(recorder.compiles)
+    assert counts[0] == 1
+    assert counts[1] <= 2
+    assert counts[2] == counts[1]
+
+
+def test_blocks_of_two_kinds_are_compiled_twice(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(backend, "compile_fx", lambda g, x, **_: recorder(g, x))
+    torch._dynamo.reset()
+    model = atlas_blocks.compile_blocks(build("2*gated-deltanet+sliding-window-tiny", depth=6))
+    with torch.no_grad():
+        model(torch.randint(256, (2, 40)))
+    assert recorder.compiles == 2
+
+
+def test_a_model_without_blocks_is_named():
+    with pytest.raises(ValueError, match="model: expected a module with blocks of atlas_blocks"):
+        atlas_blocks.compile_blocks(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"provider: expected one of .*, got 'fast'"):
+        atlas_blocks.compile_blocks(make_block("lstm"), provider="fast")
 
 
 def test_a_copy_asks_for_the_provider_as_the_model_does(monkeypatch):

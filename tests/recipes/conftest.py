@@ -2,7 +2,7 @@
 
 import pytest
 
-from atlas_blocks.recipes import cli
+from atlas_blocks.recipes.command_line import main as cli
 
 
 @pytest.fixture

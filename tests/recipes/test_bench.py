@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atlas_blocks import ops
 from atlas_blocks.graph import providers
-from atlas_blocks.recipes import cli
 from atlas_blocks.recipes.bench import contenders, kernels, measure
 from atlas_blocks.recipes.bench.contenders import (
     PRODUCT,
@@ -20,6 +19,7 @@ from atlas_blocks.recipes.bench.contenders import (
     leaves_of,
     served_by,
 )
+from atlas_blocks.recipes.command_line import main as cli
 
 CPU = torch.device("cpu")
 TINY = ("--device", "cpu", "--batch", 1, "--tokens", 96, "--heads", 1, "--dims", "8,4")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from atlas_blocks.recipes import cli
 from atlas_blocks.recipes.bench import against, cold, model, subjects
 from atlas_blocks.recipes.bench.subjects import MODES, Size
+from atlas_blocks.recipes.command_line import main as cli
 
 CPU = torch.device("cpu")
 TINY = ("--batch", 2, "--tokens", 12, "--dim", 8, "--heads", 2, "--rounds", 2, "--no-cold")

@@ -8,7 +8,9 @@ import warnings
 import pytest
 import torch
 
-from atlas_blocks.recipes import build, checkpoint, cli, display, names, training
+from atlas_blocks.recipes import build, checkpoint, display, names, training
+from atlas_blocks.recipes.command_line import main as cli
+from atlas_blocks.recipes.command_line import using
 
 
 def test_recipes_lists_every_name(run):
@@ -62,7 +64,7 @@ def test_generate_shows_every_byte_when_it_is_there(monkeypatch, tmp_path):
             seen.append("".join(shown))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "stream", stream)
+    monkeypatch.setattr(using, "stream", stream)
     for batch, expected in (("1", ["> a", "> a", "> aé", "> aé\n"]), ("2", [""] * 4)):
         shown, seen = [], []
         with pytest.raises(SystemExit) as left:

@@ -11,7 +11,8 @@ from helpers import BLOCKS, DIM, difference, draw, make_block
 from torch.jit._pickle import build_tensorlist
 
 from atlas_blocks import LSTM, AtlasMemory, Block, DeepTransformerLayer, MemoryAsContext
-from atlas_blocks.recipes import build, cli, export
+from atlas_blocks.recipes import build, export
+from atlas_blocks.recipes.command_line import main as cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
 QUICK = (

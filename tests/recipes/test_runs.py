@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from atlas_blocks.recipes import build, checkpoint, cli, logs, losses, runs, training
+from atlas_blocks.recipes import build, checkpoint, logs, losses, runs, training
+from atlas_blocks.recipes.command_line import main as cli
+from atlas_blocks.recipes.command_line import using
 from atlas_blocks.recipes.data import Packed, Shards, Tokenizer
 from atlas_blocks.recipes.training import TrainingConfig, TrainingState, make_optimizer
 
@@ -366,7 +369,7 @@ def killed_at_random(run, tmp_path, data, kills, steps, name=NAME):
     command = ["train", name, "--data", data, *flags]
     whole, out, said = (tmp_path / name for name in ("whole", "killed", "said"))
     draw = random.Random(0)
-    main = "from atlas_blocks.recipes.cli import main; main()"
+    main = "from atlas_blocks.recipes.command_line.main import main; main()"
 
     def resumed(place):
         return ["--resume"] if any(place.glob("step-*.safetensors")) else []
@@ -420,7 +423,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(run, tmp_path, d
 def test_a_compiled_run_in_parts_is_the_run(run, tmp_path, data):
     """Each in a process of its own, which compiles anew."""
     command = ["train", "atlas-mag-tiny", "--data", data, "--batch", 2, "--length", 32, "--carry"]
-    main = "from atlas_blocks.recipes.cli import main; main()"
+    main = "from atlas_blocks.recipes.command_line.main import main; main()"
 
     def process(*flags):
         whole = [sys.executable, "-c", main, *map(str, [*command, *flags])]
@@ -613,7 +616,7 @@ def test_sampling_ends_with_the_document(run, tmp_path, folder, monkeypatch):
                 return
             yield torch.tensor([token] * len(rows))
 
-    monkeypatch.setattr(cli, "stream", stream)
+    monkeypatch.setattr(using, "stream", stream)
     for batch in (1, 2):
         _, printed, _ = run("generate", tmp_path / "model", "--prompt", "a", "--batch", batch)
         assert printed.count("abc\n") == batch
@@ -688,7 +691,7 @@ def test_how_much_was_held_out_is_said(run, started, data):
 
 
 def test_a_vocabulary_that_changes_is_said_with_the_new_size(started):
-    console = cli.Console(record=True, width=200, file=io.StringIO())
+    console = Console(record=True, width=200, file=io.StringIO())
     model = build("linear-attention-170m", vocab_size=256, dim=16, heads=2, depth=1)
     config = TrainingConfig(steps=1)
     shards = Shards(started[0] / "data")

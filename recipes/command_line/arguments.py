@@ -28,3 +28,10 @@ def device_of(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def integers_of(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name}: expected integers such as 64,128, got {text!r}") from None

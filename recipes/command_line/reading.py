@@ -10,10 +10,10 @@ from rich.console import Console
 
 from atlas_blocks import check
 from atlas_blocks.recipes import evaluation, files, streaming
-from atlas_blocks.recipes.arguments import device_of, setting_of
+from atlas_blocks.recipes.command_line.arguments import device_of, setting_of
+from atlas_blocks.recipes.command_line.exits import INTERRUPTED
 from atlas_blocks.recipes.reading import open_reader
 
-INTERRUPTED = 130
 Model = Annotated[
     Path,
     typer.Argument(

@@ -1,0 +1,1 @@
+"""The command line: `main` runs it, the other files hold its commands."""

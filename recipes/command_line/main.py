@@ -1,0 +1,106 @@
+"""The command line; `atlas-blocks --help` lists the commands.
+
+Bad input gets one line on stderr and exit code 2; a run that diverges, a kernel that is wrong, or a
+file that cannot be written, one line and exit code 1; Ctrl-C and SIGTERM save what has been trained
+and exit with 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+import typer
+
+from atlas_blocks.recipes import checkpoint as checkpoints
+from atlas_blocks.recipes.command_line import measuring, models, reading, training, using
+from atlas_blocks.recipes.command_line.exits import INTERRUPTED, WRONG, fail
+
+app = typer.Typer(
+    help="ATLAS memory layers and hybrids: recipes, training, generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"atlas-blocks {checkpoints.version()} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    """ATLAS memory layers and hybrids: recipes, training, generation."""
+
+
+for command in (
+    models.recipes,
+    models.show,
+    models.explain,
+    training.demo,
+    training.prepare,
+    training.train,
+    reading.stream,
+    using.generate,
+    using.serve,
+    models.export,
+    models.convert,
+    measuring.capacity,
+    measuring.ablate,
+):
+    app.command()(command)
+app.command("eval")(reading.evaluate)
+app.command("tokenizer")(training.tokenizer_command)
+app.command("separation")(measuring.separation_command)
+app.add_typer(measuring.bench, name="bench")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `atlas-blocks`; exits the process."""
+    try:
+        with _without_torch_warnings():
+            code = app(arguments, prog_name="atlas-blocks", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `head` does; the exit may not write to it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = WRONG
+    except (ValueError, FloatingPointError, OSError) as error:
+        code = fail(str(error), 2 if isinstance(error, ValueError) else WRONG)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        # Typer's usage errors carry a message for people; anything else is a bug and shows itself.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        # Without arguments the help was shown, and there is nothing to add.
+        code = fail(message(), 2) if message() else 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _without_torch_warnings() -> Iterator[None]:
+    """Without what torch and its compiler say of their own parts: nobody here can act on it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Of treespecs that its export pickles, torch warns in the name of copyreg.
+            warnings.filterwarnings("ignore", module=r"torch(\.|$)|copyreg$")
+            yield
+    finally:
+        logging.disable(before)
