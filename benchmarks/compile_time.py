@@ -1,8 +1,11 @@
-"""Cold compile time of a recipe's training step under backend="atlas", at two lengths.
+"""Cold compile time of a recipe's training step under backend="atlas", by length and by depth.
 
     python benchmarks/compile_time.py [--recipe omeganet-tiny] [--lengths 512 8192] [--json FILE]
+    python benchmarks/compile_time.py --lengths 512 --depths 2 12 --blocks
 
-Each compile runs in a process of its own with an empty cache, one after another, the lengths
+--blocks: every block by itself (`atlas_blocks.compile_blocks`), else the model as one graph.
+
+Each compile runs in a process of its own with an empty cache, one after another, the cases
 alternating; the figure is the first training step (loss and gradients) less the second, by the wall
 and in processor time, the C++ compiler's included: on a machine that others use too, the second is
 the one to compare. It takes minutes.
@@ -26,18 +29,24 @@ from importlib.metadata import version
 from atlas_blocks.recipes.demo import hardware
 
 
-def measure(recipe: str, length: int, threads: int) -> dict[str, float]:
+def measure(
+    recipe: str, length: int, depth: int | None, blocks: bool, threads: int
+) -> dict[str, float]:
     """In a fresh process: seconds of compiling by the wall and of processors, tracing's part of
     them, and of a step afterwards."""
     import torch
     from torch._dynamo.utils import compilation_time_metrics
 
+    from atlas_blocks.compile_passes import compile_blocks
     from atlas_blocks.recipes import build
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = build(recipe)
-    compiled = torch.compile(model, backend="atlas", fullgraph=True)
+    model = build(recipe) if depth is None else build(recipe, depth=depth)
+    if blocks:
+        compiled = compile_blocks(model)
+    else:
+        compiled = torch.compile(model, backend="atlas", fullgraph=True)
     rows = torch.randint(0, 256, (1, length))
 
     def processors() -> float:
@@ -62,25 +71,34 @@ def measure(recipe: str, length: int, threads: int) -> dict[str, float]:
     }
 
 
+def named(length: int, depth: int | None) -> str:
+    return f"T={length}" + ("" if depth is None else f" depth {depth}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="omeganet-tiny")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 8192])
+    parser.add_argument("--depths", type=int, nargs="+", help="Blocks; the recipe's own if not.")
+    parser.add_argument("--blocks", action="store_true", help="every block by itself")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="write the figures here too")
-    parser.add_argument("--one", type=int, metavar="LENGTH", help=argparse.SUPPRESS)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
+    cases = [(length, depth) for depth in a.depths or [None] for length in a.lengths]
     if a.one:
-        print(json.dumps(measure(a.recipe, a.one, a.threads)))
+        print(json.dumps(measure(a.recipe, *cases[0], a.blocks, a.threads)))
         return
-    seconds: dict[int, list[dict[str, float]]] = {length: [] for length in a.lengths}
+    seconds: dict[str, list[dict[str, float]]] = {named(*case): [] for case in cases}
     for round_ in range(a.rounds):
-        for length in a.lengths if round_ % 2 == 0 else reversed(a.lengths):
+        for length, depth in cases if round_ % 2 == 0 else reversed(cases):
             command = [sys.executable, __file__, "--recipe", a.recipe, "--threads", str(a.threads)]
+            command += ["--one", "--lengths", str(length), *(["--blocks"] if a.blocks else [])]
+            command += [] if depth is None else ["--depths", str(depth)]
             with tempfile.TemporaryDirectory() as cache:
                 done = subprocess.run(
-                    [*command, "--one", str(length)],
+                    command,
                     check=True,
                     stdout=subprocess.PIPE,
                     # One compile thread: g++ is then a child whose time is counted.
@@ -90,21 +108,22 @@ def main() -> None:
                         "TORCHINDUCTOR_COMPILE_THREADS": "1",
                     },
                 )
-            seconds[length].append(json.loads(done.stdout.splitlines()[-1]))
-            shown = "  ".join(f"{k} {v:.1f} s" for k, v in seconds[length][-1].items())
-            print(f"{a.recipe} T={length}: {shown}", flush=True)
+            case = named(length, depth)
+            seconds[case].append(json.loads(done.stdout.splitlines()[-1]))
+            shown = "  ".join(f"{k} {v:.1f} s" for k, v in seconds[case][-1].items())
+            print(f"{a.recipe} {case}: {shown}", flush=True)
     for kind in ("wall", "processors"):
         medians = {n: statistics.median(s[kind] for s in found) for n, found in seconds.items()}
-        for length, median in medians.items():
-            ratio = median / medians[a.lengths[0]]
-            print(f"{kind}, T={length}: {median:.1f} s, {ratio:.2f} of T={a.lengths[0]}")
+        first = named(*cases[0])
+        for case, median in medians.items():
+            print(f"{kind}, {case}: {median:.1f} s, {median / medians[first]:.2f} of {first}")
     if a.json:
         record = {
-            "what": {"recipe": a.recipe, "lengths": a.lengths, "threads": a.threads},
+            "what": {"recipe": a.recipe, "blocks": a.blocks, "threads": a.threads},
             "date": datetime.date.today().isoformat(),
             "machine": hardware(),
             "versions": {"python": platform.python_version(), "torch": version("torch")},
-            "figures": {str(length): found for length, found in seconds.items()},
+            "figures": seconds,
         }
         with open(a.json, "w") as file:
             json.dump(record, file, indent=2)
