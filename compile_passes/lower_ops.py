@@ -174,7 +174,7 @@ def _step_call(arguments: dict[str, Any], backward: bool) -> step_op.StepCall:
         bases, count = arguments["_all_bases"], arguments["_state_length"]
         state = [bases[arguments[f"_state_{i}_base_index"]] for i in range(count)]
     settings = _settings(arguments)
-    return step_op.describe(step_op.arguments(arguments["tensors"], state, settings))
+    return step_op.describe_step(step_op.arguments(arguments["tensors"], state, settings))
 
 
 def _iteration_call(arguments: dict[str, Any], backward: bool) -> NewtonSchulzCall:

@@ -146,6 +146,20 @@ def test_inside_of_atlas_blocks_imports_point_down():
             assert theirs >= mine, f"{module} imports {other}"
 
 
+def test_a_name_stands_for_one_thing():
+    """Functions and classes of atlas_blocks, but for an operation's definition and its op."""
+    places: dict[str, list[str]] = {}
+    for file in python_files("atlas_blocks"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                where = file.relative_to(ROOT / "atlas_blocks").as_posix()
+                places.setdefault(node.name, []).append(where)
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    rooms = {"omega_rule": "omega", "newton_schulz": "newton_schulz"}
+    rooms["kernel_attention"] = "kernel_attention"
+    assert twice == {n: [f"{room}/definition.py", f"{room}/op.py"] for n, room in rooms.items()}
+
+
 def test_import_is_light(tmp_path):
     """Importing the library loads neither the kernels' compiler nor the command line's parts."""
     code = (

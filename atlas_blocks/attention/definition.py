@@ -135,7 +135,7 @@ def _choose(
     sinks = len(tensors) > 3
     facts = (q, v, training, valid is not None, sinks, first is not None)
     if backend != "auto":
-        if (reason := providers.refusal(backend, *facts)) is not None:
+        if (reason := providers.why_not(backend, *facts)) is not None:
             check.fail("backend", f"one that can serve this call, {backend} cannot", reason)
         return backend, "asked for"
     if q.device.type != "cuda":
@@ -145,7 +145,7 @@ def _choose(
         return "sdpa", "no mask is needed, and SDPA runs a fused kernel of its own"
     refused: list[str] = []
     for name in BACKENDS:
-        reason = providers.refusal(name, *facts)
+        reason = providers.why_not(name, *facts)
         if reason is None and name == "flex" and (window is None or q.shape[1] <= MIN_BLOCK):
             reason = "no gain over a single SDPA call"
         if reason is None:

@@ -28,7 +28,7 @@ INSTALLED = {
 }
 
 
-def refusal(
+def why_not(
     name: str, q: Tensor, v: Tensor, training: bool, mixed: bool, sinks: bool, packed: bool
 ) -> str | None:
     """Why the backend `name` cannot serve a call, or None where it can."""

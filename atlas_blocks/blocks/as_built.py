@@ -33,7 +33,7 @@ class Facts(NamedTuple):
     attributes: tuple[str, ...]
 
 
-def facts_of(module: nn.Module, parts: Collection[str]) -> tuple[tuple, ...]:
+def identity_of(module: nn.Module, parts: Collection[str]) -> tuple[tuple, ...]:
     """`Facts` of the module and of what is in these parts of it."""
     found = []
     for name, part in module.named_modules():
@@ -80,7 +80,7 @@ def _plain(value: object) -> object:
 def deviation(facts: tuple[tuple, ...], built: nn.Module, parts: Collection[str]) -> str | None:
     """What tells a module with these facts from what its config builds, None for nothing."""
     live = {f[0]: Facts(*f) for f in facts}
-    plain = {f[0]: Facts(*f) for f in facts_of(built, parts)}
+    plain = {f[0]: Facts(*f) for f in identity_of(built, parts)}
     modules = dict(built.named_modules())
     for name in [*plain, *live]:
         if name not in live:

@@ -53,4 +53,4 @@ def _fake(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [own_empty(t) for t in tensors[:3]]
 
 
-_node = op_pair.define("lstm", "", definition, _fake)
+_node = op_pair.define_pair("lstm", "", definition, _fake)

@@ -43,7 +43,7 @@ from atlas_blocks.state import State
 
 # Momentum that never decays (theta = 1) at retention 1 is an undamped oscillator, which the chunk's
 # delayed gradients drive apart, so the layer's theta stays below this.
-MAX_THETA = 0.99
+LARGEST_THETA = 0.99
 # What the layer makes itself, by its own settings; every other map is made by its class.
 POLYNOMIAL = ("polynomial", "sketch", "taylor_exp")
 OWN_MAPS = ("identity", *POLYNOMIAL)
@@ -122,7 +122,7 @@ class AtlasMemoryConfig(Config):
         self._check_start("alpha", "retention_init", *self._retention_ends())
         if self.eta_init is not None:
             self._check_start("eta", "eta_init", self.eta_init)
-        self._check_start("theta", "momentum_init", self.momentum_init, top=MAX_THETA)
+        self._check_start("theta", "momentum_init", self.momentum_init, top=LARGEST_THETA)
         self._check_start("gamma", "own_init", self.own_init)
         self._check_start("gamma", "lag_init", self.lag_init)
 
@@ -298,7 +298,7 @@ class AtlasMemory(Block):
         self.eta = self._gate("eta", heads * [eta])
         self.theta = None
         if c.momentum:
-            self.theta = self._gate("theta", heads * [c.momentum_init], MAX_THETA)
+            self.theta = self._gate("theta", heads * [c.momentum_init], LARGEST_THETA)
         self.gamma = self._gate("gamma", heads * [c.own_init, *(c.window - 1) * [c.lag_init]])
 
         self._make_feature_map(width)

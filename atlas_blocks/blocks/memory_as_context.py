@@ -20,7 +20,7 @@ from atlas_blocks.attention.definition import rotary
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.feed_forward import MLPS, check_mlp
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, FixedMemory, MemoryState
-from atlas_blocks.blocks.memory_as_context_op import define, memory_as_context
+from atlas_blocks.blocks.memory_as_context_op import build_with, memory_as_context
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.settings import takes
@@ -303,4 +303,4 @@ def _described(description: str) -> MemoryAsContext:
     return block
 
 
-define(_described)
+build_with(_described)

@@ -68,7 +68,7 @@ PARTS = (
 _build: list[Callable[[str], Any]] = []
 
 
-def define(build: Callable[[str], Any]) -> None:
+def build_with(build: Callable[[str], Any]) -> None:
     """`build(text)` makes the MemoryAsContext whose `description` is `text`."""
     _build[:] = [build]
 
@@ -80,7 +80,7 @@ def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     graph and runs as it is: the node builds the block again and knows nothing of them. Raises
     ValueError for such a block where it is exported.
     """
-    reason = _deviation(block.description, as_built.facts_of(block, PARTS))
+    reason = _deviation(block.description, as_built.identity_of(block, PARTS))
     if reason is not None and torch.compiler.is_exporting():
         check.fail("block", "a MemoryAsContext as its config builds it, to be exported", reason)
     if reason is not None:

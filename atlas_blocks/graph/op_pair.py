@@ -19,7 +19,7 @@ from atlas_blocks.graph.contract import LIBRARY, distinct, implement, own, own_e
 Run = Callable[..., Sequence[Tensor]]
 
 
-def define(
+def define_pair(
     name: str, settings: str, run: Run, fake: Run, differentiate: Run | None = None
 ) -> Callable[..., list[Tensor]]:
     """`atlas::{name}` and `atlas::{name}_backward`, and a differentiable call of them.

@@ -16,7 +16,7 @@ from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
 from atlas_blocks.data import numbers, there
 from atlas_blocks.derivatives import transformed
-from atlas_blocks.kernel_attention.walk import KernelWalk, Settings, Tokens, walk
+from atlas_blocks.kernel_attention.walk import KernelSettings, KernelTokens, KernelWalk, walk
 from atlas_blocks.omega.online import masses
 from atlas_blocks.omega.state import state_dtype
 from atlas_blocks.state import State
@@ -113,11 +113,11 @@ def kernel_attention(
     state after T tokens, still in the graph. Raises ValueError naming a bad argument.
     """
     s = settings(q, gamma, objective, scale, normalise, chunk_size, errors)
-    validate(s, q, k, v, alpha, eta, gamma, state)
+    check_kernel_arguments(s, q, k, v, alpha, eta, gamma, state)
     if is_softmax(s, alpha, eta, gamma, state):
         return softmax_attention(s, q, k, v)
     gates, state = complete(s, q, v, alpha, eta, gamma, state)
-    return run(s, q, k, v, gates, state)
+    return run_kernel(s, q, k, v, gates, state)
 
 
 Gates = tuple[Tensor, Tensor, Tensor]
@@ -131,16 +131,16 @@ def settings(
     normalise: bool,
     chunk_size: int,
     errors: str,
-) -> Settings:
+) -> KernelSettings:
     """What defines the function, with what the arguments' shapes say of it."""
     D = q.shape[-1] if isinstance(q, Tensor) and q.ndim == 4 else 1
     c = gamma.shape[-1] if isinstance(gamma, Tensor) and gamma.ndim == 4 else 1
     sharpness = D**-0.5 if scale is None else scale
-    return Settings(objective, sharpness, normalise, chunk_size, c, errors)
+    return KernelSettings(objective, sharpness, normalise, chunk_size, c, errors)
 
 
 def complete(
-    s: Settings,
+    s: KernelSettings,
     q: Tensor,
     v: Tensor,
     alpha: Tensor | None,
@@ -155,11 +155,11 @@ def complete(
         torch.ones_like(like) if eta is None else eta,
         torch.ones_like(like[..., None]) if gamma is None else gamma,
     )
-    return gates, initial_state(s, q, v) if state is None else state.fitted(q, v)
+    return gates, initial_kernel_state(s, q, v) if state is None else state.fitted(q, v)
 
 
-def run(
-    s: Settings, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: KernelState
+def run_kernel(
+    s: KernelSettings, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: KernelState
 ) -> tuple[Tensor, KernelState]:
     """`kernel_attention` on validated and complete arguments."""
     if q.shape[0] == 0 or q.shape[1] == 0:
@@ -184,7 +184,7 @@ def _finite(*tensors: Tensor) -> bool:
 
 
 def is_softmax(
-    s: Settings,
+    s: KernelSettings,
     alpha: Tensor | None,
     eta: Tensor | None,
     gamma: Tensor | None,
@@ -195,11 +195,13 @@ def is_softmax(
     return bare and s.normalise and s.objective == "dot"
 
 
-def softmax_attention(s: Settings, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KernelState]:
+def softmax_attention(
+    s: KernelSettings, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, KernelState]:
     """The same by SDPA, with the state that the rule would leave."""
     qh, kh, vh = (t.transpose(1, 2) for t in (q, k.to(q.dtype), v.to(q.dtype)))
     y = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=s.scale).transpose(1, 2)
-    empty = initial_state(s, q, v)
+    empty = initial_kernel_state(s, q, v)
     dtype = empty.keys.dtype
     ones = v.new_ones(*v.shape[:-1], 2, dtype=dtype)
     coefficients = torch.cat([v.to(dtype), ones], -1)
@@ -211,7 +213,7 @@ def softmax_attention(s: Settings, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
 
 
 def _by_place(
-    s: Settings,
+    s: KernelSettings,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -235,7 +237,7 @@ def _by_place(
 
 
 def _run(
-    s: Settings,
+    s: KernelSettings,
     place: int,
     q: Tensor,
     k: Tensor,
@@ -257,7 +259,7 @@ def _run(
     keys, values = with_past(state.keys, k), with_past(state.values, v)
     pending = gamma[:, :0]
     if s.online:
-        eta, pending = limited(s, keys, eta, gamma, seen)
+        eta, pending = limited_strength(s, keys, eta, gamma, seen)
         pending = with_past(state.pending, pending)
 
     def groups(t: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ def _run(
 
     known = state.coefficients.to(dtype)
     start = state.chunk_start[0].to(dtype) if s.from_start else known[:, :0]
-    tokens = Tokens(
+    tokens = KernelTokens(
         q=groups(q.to(dtype)),
         keys=groups(keys),
         values=groups(F.pad(values, (0, 1), value=1.0) if s.normalise else values),
@@ -302,8 +304,8 @@ def _run(
     return batch(y).to(q.dtype), after
 
 
-def limited(
-    s: Settings, keys: Tensor, eta: Tensor, gamma: Tensor, seen: Tensor
+def limited_strength(
+    s: KernelSettings, keys: Tensor, eta: Tensor, gamma: Tensor, seen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """eta^ [B, T, H] and pend [B, T, H, c] of specification 9b, kappa(i, i) = exp(scale |k_i|^2).
 
@@ -320,7 +322,7 @@ def limited(
     return eta, left / (mass * lags[0]).clamp(min=1)[..., None]
 
 
-def initial_state(s: Settings, q: Tensor, v: Tensor) -> KernelState:
+def initial_kernel_state(s: KernelSettings, q: Tensor, v: Tensor) -> KernelState:
     """Nothing stored."""
     B, _, H, D = q.shape
     dtype, Dv, c = state_dtype(q, v), v.shape[-1], s.window
@@ -340,8 +342,8 @@ def initial_state(s: Settings, q: Tensor, v: Tensor) -> KernelState:
     )
 
 
-def validate(
-    s: Settings,
+def check_kernel_arguments(
+    s: KernelSettings,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -18,14 +18,14 @@ from atlas_blocks.graph.contract import own_empty
 from atlas_blocks.kernel_attention.definition import (
     Gates,
     KernelState,
+    check_kernel_arguments,
     complete,
     is_softmax,
-    run,
+    run_kernel,
     settings,
     softmax_attention,
-    validate,
 )
-from atlas_blocks.kernel_attention.walk import Settings
+from atlas_blocks.kernel_attention.walk import KernelSettings
 
 
 def kernel_attention(
@@ -45,12 +45,12 @@ def kernel_attention(
 ) -> tuple[Tensor, KernelState]:
     """`functional.kernel_attention`: same arguments, results and errors; one node when compiled."""
     s = settings(q, gamma, objective, scale, normalise, chunk_size, errors)
-    validate(s, q, k, v, alpha, eta, gamma, state)
+    check_kernel_arguments(s, q, k, v, alpha, eta, gamma, state)
     if is_softmax(s, alpha, eta, gamma, state):
         return softmax_attention(s, q, k, v)
     gates, state = complete(s, q, v, alpha, eta, gamma, state)
     if not torch.compiler.is_compiling():
-        return run(s, q, k, v, gates, state)
+        return run_kernel(s, q, k, v, gates, state)
     # Cloned: the chunk's start may be the coefficients themselves, and one tensor may not stand for
     # two inputs.
     state = state.replace(chunk_start=tuple(t.clone() for t in state.chunk_start))
@@ -67,7 +67,7 @@ def _state(tensors: Sequence[Tensor]) -> KernelState:
 def _run(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     q, k, v, alpha, eta, gamma, *state = tensors
     gates: Gates = (alpha, eta, gamma)
-    y, after = run(Settings(*rest), q, k, v, gates, _state(state))
+    y, after = run_kernel(KernelSettings(*rest), q, k, v, gates, _state(state))
     return [y, *after.tensors()]
 
 
@@ -89,7 +89,7 @@ def _fake(tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 
 
 # tensors: q, k, v, alpha, eta, gamma, the state's. -> y, the state's after T tokens.
-_node = op_pair.define(
+_node = op_pair.define_pair(
     "kernel_attention",
     "str objective, float scale, bool normalise, int chunk_size, int window, str errors",
     _run,

@@ -32,7 +32,7 @@ FLOOR = 1 / 16
 CEILING = 80.0
 
 
-class Settings(NamedTuple):
+class KernelSettings(NamedTuple):
     """What defines the function besides tensors. See `kernel_attention`."""
 
     objective: str
@@ -68,7 +68,7 @@ class Settings(NamedTuple):
         return self.window - 1 if self.online else 0
 
 
-class Tokens(NamedTuple):
+class KernelTokens(NamedTuple):
     """A call's tensors, all of one dtype."""
 
     q: Tensor  # [G, T, D]
@@ -83,7 +83,7 @@ class Tokens(NamedTuple):
     errors: Tensor  # v - M(k) of the last n keys as the begun chunk sees it  [G, n, Dv | Dv + 1]
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Where a block lies."""
 
     first: int  # its first token
@@ -91,7 +91,7 @@ class Block(NamedTuple):
     place: int  # of that token in its chunk: 0, unless an earlier call began the chunk
 
 
-def blocks(s: Settings, length: int, position: int) -> list[Block]:
+def blocks(s: KernelSettings, length: int, position: int) -> list[QueryBlock]:
     """The rest of a begun chunk, whole chunks by the group, a begun one."""
     group = max(1, BLOCK // (s.chunk + s.window - 1)) * s.chunk
     place = position % s.chunk if s.chunked else 0
@@ -101,12 +101,12 @@ def blocks(s: Settings, length: int, position: int) -> list[Block]:
         step = min(rest, s.chunk - place)
         if place == 0 and rest > s.chunk:
             step = min(group, rest - rest % s.chunk)
-        found.append(Block(first, step, place))
+        found.append(QueryBlock(first, step, place))
         first, place = first + step, 0
     return found
 
 
-class Pairs(NamedTuple):
+class BlockPairs(NamedTuple):
     """Every (chunk, key that it sees) of a block, chunk by chunk.
 
     Tokens count from the block's first, keys from the first that it sees.
@@ -119,13 +119,13 @@ class Pairs(NamedTuple):
     behind: Tensor  # whether what is written of pair j is part of what pair i reads  [E, E]
 
 
-def _pairs(s: Settings, block: Block, device: torch.device) -> Pairs:
+def _pairs(s: KernelSettings, block: QueryBlock, device: torch.device) -> BlockPairs:
     # No further into its chunk than a window is any place like another.
     return _pairs_at(s, block.length, min(block.place, s.window), device)
 
 
 @remembered
-def _pairs_at(s: Settings, length: int, place: int, device: torch.device) -> Pairs:
+def _pairs_at(s: KernelSettings, length: int, place: int, device: torch.device) -> BlockPairs:
     halo = s.window - 1
     starts = [-place] if place else list(range(0, length, s.chunk))
     ends = [*starts[1:], length]
@@ -144,14 +144,14 @@ def _pairs_at(s: Settings, length: int, place: int, device: torch.device) -> Pai
         behind = torch.ones_like(together).tril(-1)
         if place:  # what an earlier call has found already
             behind &= (key >= halo)[:, None]
-    found = Pairs(
+    found = BlockPairs(
         key=key,
         when=when,
         own=(token >= begin) & (token < each(ends)),
         together=together,
         behind=behind,
     )
-    return Pairs(*(t.to(device) for t in found))
+    return BlockPairs(*(t.to(device) for t in found))
 
 
 def kernel_sum(*terms: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ class Part(NamedTuple):
 
 
 def block_step(
-    s: Settings, block: Block, x: Part, rows: Tensor, start: Tensor
+    s: KernelSettings, block: QueryBlock, x: Part, rows: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [G, L, Dv]; what the block's pairs add to the rows a_i [G, E, W]; how the old fade [G];
     v - M(k) of the last n keys.
@@ -232,10 +232,10 @@ def block_step(
 
 
 def _errors(
-    s: Settings,
-    block: Block,
+    s: KernelSettings,
+    block: QueryBlock,
     x: Part,
-    pairs: Pairs,
+    pairs: BlockPairs,
     abar: Tensor,
     written: Tensor,
     start: Tensor,
@@ -271,7 +271,7 @@ def _before(x: Tensor, first: float) -> Tensor:
     return F.pad(x[:, :-1], (0, 0, 1, 0), value=first)
 
 
-def _cut(s: Settings, x: Tokens, block: Block) -> Part:
+def _cut(s: KernelSettings, x: KernelTokens, block: QueryBlock) -> Part:
     first, stop = block.first, block.first + block.length
     halo, before = s.window - 1, x.keys.shape[1] - x.q.shape[1]
     return Part(
@@ -287,14 +287,17 @@ def _cut(s: Settings, x: Tokens, block: Block) -> Part:
     )
 
 
-def _targets(s: Settings, x: Tokens, block: Block) -> Tensor:
+def _targets(s: KernelSettings, x: KernelTokens, block: QueryBlock) -> Tensor:
     """The key that each pair of the block adds to, counted from the first of all."""
     pairs = _pairs(s, block, x.q.device)
     return pairs.key + (x.keys.shape[1] - x.q.shape[1] + block.first - (s.window - 1))
 
 
 def walk(
-    s: Settings, position: int, x: Tokens, kept: list[tuple[Tensor, Tensor]] | None = None
+    s: KernelSettings,
+    position: int,
+    x: KernelTokens,
+    kept: list[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outside autograd: y [G, T, Dv]; the rows after T tokens, those at the chunk's start where
     errors are taken there, and v - M(k) of the last n keys.
@@ -328,12 +331,12 @@ def walk(
     return torch.cat(outputs, 1), rows, start, errors
 
 
-def _begun(s: Settings, position: int, tokens: int) -> bool:
+def _begun(s: KernelSettings, position: int, tokens: int) -> bool:
     """Whether a call ends inside a chunk whose start is kept."""
     return s.from_start and (position + tokens) % s.chunk != 0
 
 
-def _resumes(s: Settings, block: Block) -> bool:
+def _resumes(s: KernelSettings, block: QueryBlock) -> bool:
     """Whether a block's errors are taken at the start of a chunk that an earlier call began."""
     return s.from_start and block.place > 0
 
@@ -341,7 +344,9 @@ def _resumes(s: Settings, block: Block) -> bool:
 class Rebuilt:
     """The rows at the start of any block, from what all blocks added: no copy a block is kept."""
 
-    def __init__(self, s: Settings, x: Tokens, plan: list[Block], kept: list[Tensor]) -> None:
+    def __init__(
+        self, s: KernelSettings, x: KernelTokens, plan: list[QueryBlock], kept: list[Tensor]
+    ) -> None:
         count = len(plan)
         added, fades = kept[:count], kept[count:]
         self.rows, self.added, self.fades = x.rows, torch.cat(added, 1), torch.stack(fades, 1)
@@ -366,9 +371,9 @@ class KernelWalk(torch.autograd.Function):
     """`walk`; its backward takes the blocks in reverse and computes each again."""
 
     @staticmethod
-    def forward(ctx: Any, s: Settings, position: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, s: KernelSettings, position: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         kept: list[tuple[Tensor, Tensor]] = []
-        x = Tokens(*tensors)
+        x = KernelTokens(*tensors)
         y, rows, start, errors = walk(s, position, x, kept)
         ctx.settings, ctx.position = s, position
         ctx.save_for_backward(*tensors, *(t for t, _ in kept), *(t for _, t in kept))
@@ -378,9 +383,9 @@ class KernelWalk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(Tokens._fields)
+        count = len(KernelTokens._fields)
         saved = ctx.saved_tensors  # a checkpoint hands them out once
-        x, kept = Tokens(*saved[:count]), list(saved[count:])
+        x, kept = KernelTokens(*saved[:count]), list(saved[count:])
         with no_autocast(x.q):
             if torch.is_grad_enabled():  # a second derivative may be asked for
                 found = _differentiable(ctx.settings, ctx.position, x, grads)
@@ -389,7 +394,7 @@ class KernelWalk(torch.autograd.Function):
 
 
 def _differentiable(
-    s: Settings, position: int, x: Tokens, grads: Sequence[Tensor]
+    s: KernelSettings, position: int, x: KernelTokens, grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The same gradients by plain autograd, itself in the graph."""
     wanted = [t for t in x if t.requires_grad]
@@ -410,13 +415,13 @@ def _differentiable(
 
 
 def _backward(
-    s: Settings, position: int, x: Tokens, kept: list[Tensor], grads: Sequence[Tensor]
-) -> Tokens:
+    s: KernelSettings, position: int, x: KernelTokens, kept: list[Tensor], grads: Sequence[Tensor]
+) -> KernelTokens:
     """Gradients of the tokens. grads: of y, of both results' rows and of the last errors."""
     dy, drows, dstart, derrors = grads
     plan = blocks(s, x.q.shape[1], position)
     rebuilt = Rebuilt(s, x, plan, kept)
-    total = Tokens(*(torch.zeros_like(t) for t in x))
+    total = KernelTokens(*(torch.zeros_like(t) for t in x))
     begun = _begun(s, position, x.q.shape[1])
     drows = drows + dstart if s.from_start and not begun else drows.clone()
     before = x.rows.shape[1]

@@ -69,13 +69,13 @@ def newton_schulz(
     normalisation alone.
     Raises ValueError for fewer than two axes, an unknown name or a negative number of steps.
     """
-    validate(s, steps, coefficients, gradient)
+    check_iteration(s, steps, coefficients, gradient)
     x = s.to(torch.promote_types(s.dtype, torch.float32))
     differentiated = steps if gradient == "exact" else 0
     return _NewtonSchulz.apply(x, steps, coefficients, differentiated).to(s.dtype)
 
 
-def validate(s: Tensor, steps: int, coefficients: str, gradient: str) -> None:
+def check_iteration(s: Tensor, steps: int, coefficients: str, gradient: str) -> None:
     """ValueError for arguments that `newton_schulz` does not take."""
     if not isinstance(s, Tensor) or s.ndim < 2:
         check.fail("s", "a tensor [..., m, n]", getattr(s, "shape", type(s).__name__))

@@ -20,7 +20,7 @@ from atlas_blocks.graph import providers
 from atlas_blocks.graph.contract import LIBRARY, implement, own_empty, untraced
 from atlas_blocks.graph.flops import Shape, count_by
 from atlas_blocks.newton_schulz.definition import backward as iteration_backward
-from atlas_blocks.newton_schulz.definition import backward_flops, forward_flops, validate
+from atlas_blocks.newton_schulz.definition import backward_flops, check_iteration, forward_flops
 from atlas_blocks.newton_schulz.definition import forward as iteration
 from atlas_blocks.newton_schulz.definition import newton_schulz as definition
 
@@ -57,7 +57,7 @@ def newton_schulz(
     provider: as of `ops.omega_rule`. Raises ValueError where the one asked for cannot serve. One
     graph node when compiled.
     """
-    validate(s, steps, coefficients, gradient)
+    check_iteration(s, steps, coefficients, gradient)
     check.tensor("s", s, "[..., m, n]", s.ndim * [None])
     needs_grad = torch.is_grad_enabled() and s.requires_grad
     # operator.index: a graph serves one width and number of steps, where they are symbolic.

@@ -16,7 +16,7 @@ from atlas_blocks.omega.rule import Rule
 from atlas_blocks.omega.walk import ChunkMemory
 
 
-def muon_chunk(
+def compiled_muon_chunk(
     rule: Rule, write: Write, read: Read, memory: ChunkMemory, place: int
 ) -> tuple[Tensor, ChunkMemory]:
     """`walk.muon_chunk`, compiled for whole chunks."""

@@ -29,11 +29,11 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def _forward(tensors: list[Shape], *rest: Any, out_shape: Any = None) -> int:
-    return forward_flops(_shapes(tensors), Settings.of(*rest[:-2]))
+    return rule_flops(_shapes(tensors), Settings.of(*rest[:-2]))
 
 
 def _backward(grads: Any, tensors: Any, saved: Any, *rest: Any, out_shape: Any = None) -> int:
-    return backward_flops(_shapes(tensors), Settings.of(*rest[:-1]))
+    return rule_backward_flops(_shapes(tensors), Settings.of(*rest[:-1]))
 
 
 def _walk(tensors: Any, *rest: Any, out_shape: Any = None) -> int:
@@ -52,7 +52,7 @@ def _none(*shapes: Any, out_shape: Any = None) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def forward_flops(shapes: Shapes, settings: Settings) -> int:
+def rule_flops(shapes: Shapes, settings: Settings) -> int:
     """Of the forward, for the shapes of the op's tensors."""
     a = _arguments(shapes, settings)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def forward_flops(shapes: Shapes, settings: Settings) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def backward_flops(shapes: Shapes, settings: Settings) -> int:
+def rule_backward_flops(shapes: Shapes, settings: Settings) -> int:
     """Of the definition's backward, which computes the forward once more."""
     a = _arguments(shapes, settings, wanted=True)
     leaves = [t for t in _floating(a) if t.requires_grad]
@@ -126,7 +126,7 @@ def _floating(a: Arguments) -> list[Tensor]:
 def _walked(shapes: Shapes, settings: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """What the walk returns, and its leaves."""
     leaves = [_empty(shape, torch.is_grad_enabled()) for shape in shapes]
-    rule, write, start = inline.unflatten(leaves, *settings)
+    rule, write, start = inline.unflatten_walk(leaves, *settings)
     if write.online is not None:
         held = write.online.held > 0
         write = replace(write, online=replace(write.online, held=held))

@@ -73,7 +73,7 @@ def chunks_of(a: Arguments, place: int | None) -> str:
     return "whole" if place == 0 else "any"
 
 
-def run(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
+def trace(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
     """`functional.omega_rule.run` of "whole" or "one" of chunks, or of a "token"."""
     rule, (batch, length, heads, _) = a.rule, a.q.shape
     a = a._replace(feature_map=as_node(a.feature_map))
@@ -155,7 +155,7 @@ def _waits(rule: Rule) -> bool:
     return rule.limits and not rule.structure.linear
 
 
-def unflatten(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkMemory]:
+def unflatten_walk(tensors: Sequence[Tensor], *how: Any) -> tuple[Rule, Write, ChunkMemory]:
     """The op's rule and records, given its tensors and settings."""
     momentum, *values = how
     rule, parts = Rule(*values), iter(tensors)
@@ -223,7 +223,7 @@ def outputs(ends: Ends, after: ChunkMemory) -> list[Tensor]:
 
 
 def _prepare(tensors: Sequence[Tensor], *settings: Any) -> tuple[Rule, Write, ChunkMemory, Step]:
-    rule, write, start = unflatten(tensors, *settings)
+    rule, write, start = unflatten_walk(tensors, *settings)
     start = start.map(compiled_steps.alike)
     sizes = (t.shape[2:] for t in (*write.tensors(), *start.weights))
     return rule, write, start, _compiled_step(compiled_steps.key(rule, write.k, sizes))
@@ -286,7 +286,7 @@ def _compiled_step(key: compiled_steps.Key) -> Step:
 
 
 def _fake(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
-    _, write, start = unflatten(tensors, *settings)
+    _, write, start = unflatten_walk(tensors, *settings)
     count = write.k.shape[0]
     begin = [t.new_empty(count, *t.shape) for t in start.start()]
     factors = [
@@ -303,7 +303,7 @@ def _fake(tensors: Sequence[Tensor], *settings: Any) -> list[Tensor]:
     return [*begin, *factors, *waited, *end]
 
 
-_walk = op_pair.define(
+_walk = op_pair.define_pair(
     "omega_walk",
     f"bool momentum, {RULE_SCHEMA}",
     _run,
@@ -312,7 +312,7 @@ _walk = op_pair.define(
 )
 
 # A loop over the chunks, which tracing would unroll.
-_scan = op_pair.define(
+_scan = op_pair.define_pair(
     "omega_scales",
     "",
     lambda tensors: [online.scales_before(*tensors)],

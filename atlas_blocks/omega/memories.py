@@ -19,7 +19,7 @@ from atlas_blocks.names import add_to
 
 # linear(i, x): weight i applied to x [G, n, din]; lets one definition serve fixed and per-token
 # weights alike.
-Linear = Callable[[int, Tensor], Tensor]
+Apply = Callable[[int, Tensor], Tensor]
 Factor = tuple[Tensor, Tensor]
 Weights = Sequence[Tensor]
 Elementwise = Callable[[Tensor], Tensor]
@@ -58,7 +58,7 @@ class Memory:
 
     weights: int
     residual: bool
-    forward: Callable[[Linear, Tensor], Tensor]
+    forward: Callable[[Apply, Tensor], Tensor]
     linearise: Callable[[Weights, Tensor], Linearised]
     linear: bool = False
 
@@ -66,7 +66,7 @@ class Memory:
 # --- matrix: M(x) = W x -----------------------------------------------------------------------
 
 
-def _matrix_forward(linear: Linear, x: Tensor) -> Tensor:
+def _matrix_forward(linear: Apply, x: Tensor) -> Tensor:
     return linear(0, x)
 
 
@@ -81,7 +81,7 @@ def _matrix_linearise(weights: Weights, x: Tensor) -> Linearised:
 def mlp(activation: Elementwise, slope: Elementwise) -> Memory:
     """M(x) = r(x) + W1 s(W2 x)."""
 
-    def forward(linear: Linear, x: Tensor) -> Tensor:
+    def forward(linear: Apply, x: Tensor) -> Tensor:
         return linear(0, activation(linear(1, x)))
 
     def linearise(weights: Weights, x: Tensor) -> Linearised:
@@ -103,7 +103,7 @@ def mlp(activation: Elementwise, slope: Elementwise) -> Memory:
 def gated_mlp(activation: Elementwise, slope: Elementwise) -> Memory:
     """M(x) = r(x) + W1 (s(W2 x) * W3 x) (Atlas++)."""
 
-    def forward(linear: Linear, x: Tensor) -> Tensor:
+    def forward(linear: Apply, x: Tensor) -> Tensor:
         return linear(0, activation(linear(1, x)) * linear(2, x))
 
     def linearise(weights: Weights, x: Tensor) -> Linearised:

@@ -37,7 +37,7 @@ from atlas_blocks.graph.contract import (
 from atlas_blocks.omega import inline
 from atlas_blocks.omega.arguments import Arguments, checked, first_state
 from atlas_blocks.omega.backward import omega_rule_backward
-from atlas_blocks.omega.compiled_chunk import muon_chunk as compiled_muon_chunk
+from atlas_blocks.omega.compiled_chunk import compiled_muon_chunk as compiled_muon_chunk
 from atlas_blocks.omega.definition import run
 from atlas_blocks.omega.feature_maps import (
     FEATURE_MAPS,
@@ -151,7 +151,7 @@ def omega_rule(
         return run(a)
     if chosen == inline.NAME:
         if 0 not in q.shape[:2]:
-            return inline.run(a, place)
+            return inline.trace(a, place)
         chosen = providers.DEFINITION  # of no token there is nothing to inline
     tensors, settings = flatten(a)
     if needs_grad:

@@ -36,7 +36,7 @@ def _fake(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], polynomial_width(dim, degree))]
 
 
-_node = op_pair.define("polynomial_features", "", _features, _fake)
+_node = op_pair.define_pair("polynomial_features", "", _features, _fake)
 
 
 class _PolynomialNode(PolynomialMap):

@@ -126,7 +126,7 @@ def omega_rule_step(
     chosen = _choose(provider, providers.context(), devices, *facts)
     if chosen == inline.NAME:
         if batch:
-            y, after = inline.run(a)
+            y, after = inline.trace(a)
             for old, new in zip(state.tensors(), after.tensors(), strict=True):
                 old.copy_(new)
             return y.squeeze(1)
@@ -157,7 +157,7 @@ def _shapes(weights: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     return [w.new_empty(()).expand(w.shape[1:]) for w in weights]
 
 
-def describe(a: Arguments) -> StepCall:
+def describe_step(a: Arguments) -> StepCall:
     """What providers learn of a step with these arguments, those of `arguments`."""
     assert a.state is not None
     return _step_call((str(a.state.position.device), str(a.q.device)), *facts_of(a, False))

@@ -241,8 +241,8 @@ def rule_flops(a: Arguments, both: bool) -> int:
     """
     tensors, settings = flatten(a)
     shapes = tuple(tuple(t.shape) for t in tensors)
-    total = formulas.forward_flops(shapes, settings)
-    return total + formulas.backward_flops(shapes, settings) if both else total
+    total = formulas.rule_flops(shapes, settings)
+    return total + formulas.rule_backward_flops(shapes, settings) if both else total
 
 
 # Variants of the table and whether they take --all. Rows of a provider that is yet to come need no

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from atlas_blocks import MemoryAsContext
-from atlas_blocks.blocks.as_built import facts_of
+from atlas_blocks.blocks.as_built import identity_of
 from atlas_blocks.blocks.memory_as_context_op import PARTS, _deviation
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's own, and those of its breaks
@@ -154,9 +154,9 @@ def results(run: Callable[..., tuple], block: nn.Module, x: Tensor) -> list[Tens
 @pytest.mark.parametrize("put_in", PUT_IN, ids=lambda f: f.__name__)
 def test_what_was_put_in_is_named(put_in: Callable[[MemoryAsContext], None]) -> None:
     block = make_block("as-context", segment=4)
-    assert _deviation(block.description, facts_of(block, PARTS)) is None
+    assert _deviation(block.description, identity_of(block, PARTS)) is None
     put_in(block)
-    reason = _deviation(block.description, facts_of(block, PARTS))
+    reason = _deviation(block.description, identity_of(block, PARTS))
     assert reason is not None
     assert re.match(PUT_IN[put_in], reason)
 

@@ -13,7 +13,7 @@ from torch._dynamo import utils as dynamo
 from atlas_blocks import Rule
 from atlas_blocks.compile_passes import explain
 from atlas_blocks.compile_passes.survey import Survey
-from atlas_blocks.omega.flops import forward_flops
+from atlas_blocks.omega.flops import rule_flops
 from atlas_blocks.omega.op import Settings
 from atlas_blocks.ops import use_provider
 
@@ -123,7 +123,7 @@ def test_ops_providers_passes_work_and_recompiles():
         shapes = [t.shape for t in (*3 * [torch.empty(1, length, 2, 4)], *whole_inputs(length))]
         shapes = [*shapes[:3], shapes[4], shapes[4], shapes[5], (2, 4, 4)]
         settings = Settings(False, False, "identity", (), Rule(chunk_size=8, window=shapes[5][-1]))
-        assert work.flops == forward_flops(tuple(tuple(s) for s in shapes), settings)
+        assert work.flops == rule_flops(tuple(tuple(s) for s in shapes), settings)
         assert work.bytes >= 4 * sum(torch.Size(s).numel() for s in shapes)
         assert work.bound in ("compute", "memory")
 

@@ -85,7 +85,7 @@ def test_it_is_the_definition(memory, features, largest, monkeypatch):
         (ours, our_gradients), (true, true_gradients) = (
             with_gradients(call, inputs)
             for call in (
-                lambda x, s=settings: inline.run(arguments(x, s)),
+                lambda x, s=settings: inline.trace(arguments(x, s)),
                 lambda x, s=settings: omega_rule(**x, **s),
             )
         )
@@ -116,7 +116,7 @@ def test_one_token_is_the_definition_at_every_place(memory, update, errors, feat
         (ours, our_gradients), (true, true_gradients) = (
             from_state(run, tokens(inputs, before, before + 1), settings, state)
             for run in (
-                lambda x, options, state: inline.run(arguments(x, options, state)),
+                lambda x, options, state: inline.trace(arguments(x, options, state)),
                 lambda x, options, state: omega_rule(**x, **options, state=state),
             )
         )
@@ -128,7 +128,7 @@ def walk_calls(memory: str, momentum: bool, errors: str, length: int, monkeypatc
     """The op's arguments in a call of the rule, tensors that require gradients."""
     seen, run = [], inline._walk
     monkeypatch.setattr(inline, "_walk", lambda *a: seen.append(a) or run(*a))
-    inline.run(arguments(*make(memory, momentum, errors, 3, length)))
+    inline.trace(arguments(*make(memory, momentum, errors, 3, length)))
     monkeypatch.setattr(inline, "_walk", run)
     ((tensors, *settings),) = seen
     return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors], settings
