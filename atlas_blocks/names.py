@@ -39,6 +39,6 @@ def class_of(name: object, classes: Iterable[type], what: str) -> type:
 
 def add_to(what: str, table: dict[str, T], name: str, value: T) -> None:
     """Register `value` in a table under a name. Raises ValueError for one that is taken."""
-    if not isinstance(name, str) or name in table:
-        check.fail(f"{what}'s name", "one that is not taken yet", repr(name))
+    if not isinstance(name, str) or not name or name in table:
+        check.fail(f"{what}'s name", "a str that is not taken yet", repr(name))
     table[name] = value

@@ -22,7 +22,7 @@ from atlas_blocks.compile_passes.clean_up import CleanUp
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
 from atlas_blocks.compile_passes.select_attention import SelectAttention
-from atlas_blocks.graph.providers import keep_provider, use_provider
+from atlas_blocks.graph.providers import drop_provider, keep_provider, use_provider
 
 M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
 N = TypeVar("N", bound=nn.Module)
@@ -85,7 +85,7 @@ def compile_blocks(
     what lies between them stays eager. The arguments are those of `compile`. Raises ValueError as
     it does, and for a model without a block.
     """
-    blocks = list(_outermost(model))
+    blocks = list(_outermost(model)) if isinstance(model, nn.Module) else []
     if not blocks:
         check.fail("model", "a module with blocks of atlas_blocks in it", type(model).__name__)
     ours = {PROVIDER: provider, DISABLE: tuple(disable)}
@@ -96,6 +96,7 @@ def compile_blocks(
         settings["recompile_limit"] = GRAPHS
     for block in blocks:
         block.compile(backend="atlas", **settings)
+        drop_provider(block)
         if provider != "auto":
             keep_provider(block, provider)
     return model

@@ -30,7 +30,7 @@ from atlas_blocks.omega.op import (
     unflatten,
 )
 from atlas_blocks.omega.state import OmegaState
-from atlas_blocks.omega.walk import muon_chunk
+from atlas_blocks.omega.walk import stepwise_chunk
 
 # Beyond these a chunk's matrices no longer fit one program.
 LARGEST_CHUNK, LARGEST_WINDOW = 64, 64
@@ -48,7 +48,7 @@ def _supports(call: OmegaCall) -> str | None:
     ):
         if value not in served:
             return f"{name} {value} has no kernel, only {' and '.join(map(str, served))}"
-    if rule.update == "muon":
+    if not rule.linear:
         refused = (newton_schulz.refused_shape(*shape) for shape in call.weight_shapes)
         return no_device(call.device, call.dtype) or next(filter(None, refused), None)
     widest = LARGEST_VALUE if rule.memory == "matrix" else LARGEST_DEEP_VALUE
@@ -67,7 +67,7 @@ def _orthogonalise(s: Tensor, steps: int) -> Tensor:
     return NewtonSchulz.apply("triton", steps, steps, "jordan", s)
 
 
-_muon_chunk = partial(muon_chunk, direction=_orthogonalise)
+_stepwise_chunk = partial(stepwise_chunk, direction=_orthogonalise)
 
 
 def _gates(x: Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -144,7 +144,7 @@ def _scale(a: Arguments, memory: Memory, ends: _Ends) -> Tensor:
 
 def _forward(tensors: list[Tensor], settings: Settings, save: bool) -> list[Tensor]:
     if not settings.rule.linear:
-        return definition_forward(tensors, settings, save, _muon_chunk)
+        return definition_forward(tensors, settings, save, _stepwise_chunk)
     a = unflatten(tensors, settings)
     if a.q.shape[0] == 0 or a.q.shape[1] == 0:
         return find("omega_rule", DEFINITION).forward(tensors, settings, save)
@@ -231,7 +231,7 @@ def _backward(
     grads: list[Tensor], tensors: list[Tensor], saved: list[Tensor], settings: Settings
 ) -> list[Tensor]:
     if not settings.rule.linear:
-        return definition_backward(grads, tensors, saved, settings, _muon_chunk)
+        return definition_backward(grads, tensors, saved, settings, _stepwise_chunk)
     if 0 in tensors[0].shape[:2]:
         # Of no token there is nothing to do: the state passes through.
         return find("omega_rule", DEFINITION).backward(grads, tensors, saved, settings)

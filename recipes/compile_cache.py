@@ -8,6 +8,7 @@ import hashlib
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,25 +20,34 @@ def compile_cache(folder: Path | None) -> Iterator[None]:
     """What an earlier process compiled is there inside, and what this one compiles is saved at the
     end, however that comes; None for neither.
 
-    The file's name says what the graphs depend on: the versions of torch and Python, the device,
-    the sources of this library. Another machine of the same kind may use it. The file holds
-    programs: take it from nobody whose code you would not run. Raises ValueError where the folder
+    The files' names say what the graphs depend on: the versions of torch and Python, the device,
+    the sources of this library. Another machine of the same kind may use them. They hold
+    programs: take them from nobody whose code you would not run. Raises ValueError where the folder
     cannot be written.
     """
     if folder is None:
         yield
         return
     files.check_folder("cache", folder)
-    path = folder / f"graphs-{key()}.bin"
-    if path.exists():
-        torch.compiler.load_cache_artifacts(path.read_bytes())
+    known: set[str] = set()
+    for path in sorted(folder.glob(f"graphs-{key()}-*.bin")):
+        known |= _graphs(torch.compiler.load_cache_artifacts(path.read_bytes()))
     try:
         yield
     finally:
         saved = torch.compiler.save_cache_artifacts()
-        if saved is not None:
-            with files.replacing(path) as partial:
+        found = set() if saved is None else _graphs(saved[1])
+        # A file for what is new: models that share a folder do not take each other's place.
+        if saved is not None and not found <= known:
+            digest = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
+            with files.replacing(folder / f"graphs-{key()}-{digest}.bin") as partial:
                 partial.write_bytes(saved[0])
+
+
+def _graphs(info: Any) -> set[str]:
+    """What artifacts are of."""
+    artifacts = {} if info is None else info.artifacts
+    return {f"{kind} {name}" for kind, names in artifacts.items() for name in names}
 
 
 @functools.cache

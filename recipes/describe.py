@@ -42,6 +42,11 @@ def pattern(config: LanguageModelConfig) -> str:
     return f"{turns} x [{_in_turn(turn)}]" + (f" + {_in_turn(turn[:rest])}" if rest else "")
 
 
+UPDATE_NAMES = {"gd": "gradient descent", "muon": "Muon"}
+# Those that go without saying.
+PLAIN_MAPS = ("identity", "polynomial", "sketch", "taylor_exp")
+
+
 def _in_turn(layers: Sequence[BlockConfig]) -> str:
     """Equal neighbours counted."""
     told = []
@@ -54,10 +59,15 @@ def _in_turn(layers: Sequence[BlockConfig]) -> str:
 def _part(config: object) -> str:
     match config:
         case AtlasMemoryConfig():
-            update = "Muon" if config.update == "muon" else "gradient descent"
-            kind = f"{config.memory}, dot" if config.objective == "dot" else config.memory
-            cut = f", exp to degree {config.degree}" if "coefficients" in config.fixed else ""
-            return f"{kind}{cut}, {update}, c={config.window}"
+            kind = [config.memory]
+            if config.objective != "l2":
+                kind.append(config.objective)
+            if "coefficients" in config.fixed:
+                kind.append(f"exp to degree {config.degree}")
+            if config.feature_map not in PLAIN_MAPS:
+                kind.append(config.feature_map)
+            kind.append(UPDATE_NAMES.get(config.update, config.update))
+            return ", ".join([*kind, f"c={config.window}"])
         case DeepTransformerConfig():
             return f"exact phi*, {config.objective}, c={config.window}"
         case SlidingWindowAttentionConfig():

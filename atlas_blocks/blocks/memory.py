@@ -27,6 +27,8 @@ from atlas_blocks.omega.feature_maps import (
     FeatureMap,
     PolynomialMap,
     SketchMap,
+    map_of,
+    parts_of,
     polynomial_width,
     sketch_sizes,
     sketch_tables,
@@ -54,20 +56,20 @@ FIXABLE = ("alpha", "eta", "theta", "gamma", "coefficients")
 class AtlasMemoryConfig(Config):
     """What a memory layer computes. The defaults are Atlas; specification section 8 has the rest.
 
-    memory, objective, update, window, chunk_size, ns_steps, ns_every: see `omega_rule`.
+    memory, objective, update, window, chunk_size, ns_steps, ns_every: see `Rule`.
     momentum: whether theta is there. feature_map: "polynomial" (exact, C(D + degree, degree) wide,
     learnable coefficients), "sketch" (TensorSketch of it, `sketch_width` wide, None = twice the
     head width; its tables follow from `sketch_seed`), "taylor_exp" (polynomial with fixed 1/n!),
     "identity", or a name given to `register_feature_map`. degree: p.
     expansion: hidden units of a deep memory, as a multiple of the head width.
-    errors: None is "online" for update="gd", where "chunk" may diverge, and "chunk" for "muon".
+    errors: None is "online" for update="gd", where "chunk" may diverge, and "chunk" for others.
     decay_to: None is "initial" for a deep memory, whose hidden units fade away where retention
     leads to "zero", and "zero" for a matrix.
     conv_width, gate_rank: of the short convolution and of the gates' low-rank Linears.
     retention_init, eta_init, momentum_init, own_init, lag_init: what alpha, eta, theta, the gamma
-    of the token itself and that of older lags start at. eta_init: None is 0.5 for update="gd" and
-    0.05 for "muon", whose steps all have spectral size 1, whatever the error. retention_init: a
-    pair spreads the heads between the two, 1 - alpha evenly in its logarithm (RetNet).
+    of the token itself and that of older lags start at. eta_init: None is the update's own, see
+    `UPDATES`. retention_init: a pair spreads the heads between the two, 1 - alpha evenly in its
+    logarithm (RetNet).
     fixed: which of "alpha", "eta", "theta", "gamma" and "coefficients" (of the feature map) keep
     the value they start at, for every token and throughout training; a fixed gate may be 0 or 1.
     initial_memory: M_0, "learned" or, for a matrix memory, "zero" (no gradient in deep ones).
@@ -261,6 +263,20 @@ class InitialMemory(nn.Module):
         return [weight.clone() for weight in self.parameters()]
 
 
+class FixedFeatureMap(nn.Module):
+    """() -> a feature map of that name, whose tensors are buffers "0", "1", ..."""
+
+    def __init__(self, name: str, phi: FeatureMap) -> None:
+        super().__init__()
+        self.name = name
+        tensors, self.numbers = parts_of(phi, name)
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(str(i), tensor)
+
+    def forward(self) -> FeatureMap | None:
+        return map_of(self.name, list(self.buffers()), self.numbers)
+
+
 class AtlasMemory(Block):
     """A layer whose memory is optimised at test time over a window of tokens (ATLAS Fig. 3).
 
@@ -349,7 +365,9 @@ class AtlasMemory(Block):
         elif c.feature_map in POLYNOMIAL:
             self.register_buffer("coefficients", torch.empty(c.degree + 1))
         if c.feature_map not in OWN_MAPS:
-            self.features = FEATURE_MAPS[c.feature_map].cls.of(width, c.degree)
+            made = FEATURE_MAPS[c.feature_map].cls.of(width, c.degree)
+            is_module = isinstance(made, nn.Module)
+            self.features = made if is_module else FixedFeatureMap(c.feature_map, made)
         # Tables that a checkpoint brought; None: those that follow from the config.
         self.register_buffer("buckets", None)
         self.register_buffer("signs", None)
@@ -374,7 +392,7 @@ class AtlasMemory(Block):
         if name == "identity":
             return None
         if name not in OWN_MAPS:
-            return self.features() if isinstance(self.features, nn.Module) else self.features
+            return self.features()
         learned = self._learns_coefficients()
         coefficients = self.log_coefficients.exp() if learned else self.coefficients
         if name != "sketch":

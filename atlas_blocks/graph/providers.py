@@ -167,12 +167,17 @@ def keep_provider(module: M, name: str) -> M:
     is called in. Raises ValueError as `use_provider` does.
     """
     kept = _Kept(name)
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [k for k, hook in hooks.items() if isinstance(_owner(hook), _Kept)]:
-            del hooks[key]
+    drop_provider(module)
     module.register_forward_pre_hook(kept.enter, prepend=True)
     module.register_forward_hook(kept.leave, always_call=True)
     return module
+
+
+def drop_provider(module: nn.Module) -> None:
+    """Undo `keep_provider`; nothing where there is nothing to undo."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(_owner(hook), _Kept)]:
+            del hooks[key]
 
 
 class _Kept:

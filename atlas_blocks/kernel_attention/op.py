@@ -1,7 +1,7 @@
 """Exact phi* as one node of a compiled graph, forward and backward.
 
 Uncompiled, no op is called: the definition runs under its own autograd. In a graph its loop over
-blocks would be unrolled. Axes as in phi_star/definition.py.
+blocks would be unrolled. Axes as in definition.py.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from atlas_blocks.omega.definition import pieces, prepare
 from atlas_blocks.omega.groups import Group, Groups
 from atlas_blocks.omega.rule import Rule
 from atlas_blocks.omega.state import OmegaState
-from atlas_blocks.omega.walk import ChunkMemory, MuonChunk, muon_chunk, walk_gradient
+from atlas_blocks.omega.walk import ChunkMemory, StepwiseChunk, stepwise_chunk, walk_gradient
 
 # How many chunks are recomputed together. On a CPU (2048 tokens, 4 heads of 64, c = 16, b = 64) 8
 # are as fast as the whole call under autograd, 1 takes 1.3 times as long; Muon gains nothing.
@@ -30,11 +30,11 @@ def omega_rule_backward(
     inputs: Sequence[Tensor],
     starts: Sequence[Tensor],
     grads: Sequence[Tensor],
-    muon: MuonChunk | None = None,
+    stepwise: StepwiseChunk | None = None,
 ) -> list[Tensor]:
     """Gradients of `inputs`, leaves that require one and that the arguments `a` are made of.
 
-    starts: the memory at every chunk's start, from `omega_rule.run`. grads: of y, then of every
+    starts: the memory at every chunk's start, from `definition.run`. grads: of y, then of every
     tensor of the state but its position.
 
     What needs no memory is computed once, under autograd. Then chunks are taken from the last to
@@ -48,7 +48,7 @@ def omega_rule_backward(
         for i, (group, part) in enumerate(zip(groups.groups, groups.arguments(a), strict=True)):
             whole = len(groups.groups) == 1
             after = [t if whole else t[group.rows] for t in of_state]
-            pairs += _one_group(part, group, starts, [grads_y[i], *after], muon)
+            pairs += _one_group(part, group, starts, [grads_y[i], *after], stepwise)
         return _gradients(pairs, inputs) if pairs else [torch.zeros_like(t) for t in inputs]
 
 
@@ -57,7 +57,7 @@ def _one_group(
     group: Group,
     starts: Sequence[Tensor],
     grads: Sequence[Tensor],
-    muon: MuonChunk | None,
+    stepwise: StepwiseChunk | None,
 ) -> Pairs:
     """What the rule computes before any memory and what comes of it: each with its gradient."""
     tokens, before, history = prepare(a, group.position)
@@ -89,13 +89,13 @@ def _one_group(
                 piece.place,
                 grad,
                 after,
-                muon,
+                stepwise,
             )
             found.append(gradients)
         for t, parts in zip(
             write.tensors() + read.tensors(), zip(*reversed(found), strict=True), strict=True
         ):
-            # What no chunk has looked at, as Muon at phi(q) . phi(k), has no gradient.
+            # What no chunk has looked at, as a step of U at phi(q) . phi(k), has no gradient.
             if any(g is not None for g in parts):
                 cuts_of_t = zip(parts, t.split(together), strict=True)
                 whole = [torch.zeros_like(own) if g is None else g for g, own in cuts_of_t]
@@ -139,7 +139,7 @@ def _chunks(
     place: int,
     grad_y: Tensor,
     after: ChunkMemory,
-    muon: MuonChunk | None,
+    stepwise: StepwiseChunk | None,
 ) -> tuple[list[Tensor | None], ChunkMemory]:
     """Gradients of a few chunks' write and read, None of what is not used, and of the memory before
     them.
@@ -157,9 +157,9 @@ def _chunks(
     if rule.linear:
         y, result = walk_gradient(rule, write, read, start, place, None)
     else:
-        # Not `walk_muon`, which would compute it once more to keep less for its backward.
+        # Not `walk_stepwise`, which would compute it once more to keep less for its backward.
         (chunk,) = zip(write.unbind(), read.unbind(), strict=True)
-        y, result = (muon or muon_chunk)(rule, *chunk, start, place)
+        y, result = (stepwise or stepwise_chunk)(rule, *chunk, start, place)
     outputs = [(y, grad_y), *zip(result.tensors(), after.tensors(), strict=True)]
     floats = iter(_used(outputs, [t for t in leaves if t.requires_grad]))
     found = iter([next(floats) if t.requires_grad else None for t in leaves])

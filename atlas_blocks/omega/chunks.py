@@ -100,7 +100,7 @@ class Read(Record):
     residual: Tensor | None  # r(q)  [N, G, R, Dv]
     dots: Tensor  # phi(q) . phi(k)  [N, G, R, E]
     abar: Tensor  # running product of alpha  [N, G, R, 1]
-    decay: Tensor | None  # A, for Muon  [N, G, R, L]
+    decay: Tensor | None  # A, where each token has a step of U  [N, G, R, L]
     coefficients: Coefficients | None  # for gradient descent, where they are known ahead
 
 

@@ -16,12 +16,12 @@ from atlas_blocks.omega.rule import Rule
 from atlas_blocks.omega.walk import ChunkMemory
 
 
-def compiled_muon_chunk(
+def compiled_stepwise_chunk(
     rule: Rule, write: Write, read: Read, memory: ChunkMemory, place: int
 ) -> tuple[Tensor, ChunkMemory]:
-    """`walk.muon_chunk`, compiled for whole chunks."""
+    """`walk.stepwise_chunk`, compiled for whole chunks."""
     if write.eta.shape[-1] < rule.chunk_size:
-        return walk.muon_chunk(rule, write, read, memory, place)
+        return walk.stepwise_chunk(rule, write, read, memory, place)
     write, read, memory = write.map(alike), read.map(alike), memory.map(alike)
     tensors = (*write.tensors(), *read.tensors(), *memory.tensors())
     return _whole_chunk(compiled_steps.key(rule, write.k, (t.shape[1:] for t in tensors)))(
@@ -36,7 +36,7 @@ def _whole_chunk(key: Key) -> Callable[[Write, Read, ChunkMemory], tuple[Tensor,
     assert isinstance(rule, Rule)
 
     def chunk(write: Write, read: Read, memory: ChunkMemory) -> tuple[Tensor, ChunkMemory]:
-        y, end = walk.muon_chunk(rule, write, read, memory, 0)
+        y, end = walk.stepwise_chunk(rule, write, read, memory, 0)
         # Entering the next chunk sets M^(0).
         end = end._replace(chunk_start=[])
         return y, end.map(in_order)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atlas_blocks import check
 from atlas_blocks.autocast import no_autocast
 from atlas_blocks.omega import online
 from atlas_blocks.omega.arguments import Arguments, checked, first_state
@@ -21,7 +22,7 @@ from atlas_blocks.omega.groups import Groups
 from atlas_blocks.omega.memories import MEMORIES
 from atlas_blocks.omega.rule import Rule
 from atlas_blocks.omega.state import OmegaState, state_dtype
-from atlas_blocks.omega.walk import ChunkMemory, MuonChunk, walk_gradient, walk_muon
+from atlas_blocks.omega.walk import ChunkMemory, StepwiseChunk, walk_gradient, walk_stepwise
 
 
 def omega_rule(
@@ -51,7 +52,8 @@ def omega_rule(
     alpha, eta: [B, T, H], retention in [0, 1] and write strength >= 0. theta: [B, T, H] momentum
     decay in [0, 1], or None for none. gamma: [B, T, H, c] in [0, 1], gamma[..., t, j] weighs token
     t - j; c is the window. Gates are not range-checked.
-    weights: M_0, a list of [H, dout, din]: matrix [W]; mlp [W1, W2]; gated_mlp [W1, W2, W3].
+    weights: M_0, a list of [H, dout, din], the outermost first: matrix [W]; mlp [W1, W2];
+    gated_mlp [W1, W2, W3].
     rule: M, l, U, the chunk that M^(0) is the start of, and the window c: see `Rule`.
     feature_map: phi, such as PolynomialMap or SketchMap; None is the identity.
     state: what an earlier call returned, to go on from there; None begins a sequence.
@@ -68,14 +70,15 @@ def omega_rule(
 def run(
     a: Arguments,
     starts: Sequence[Tensor] | None = None,
-    muon: MuonChunk | None = None,
+    stepwise: StepwiseChunk | None = None,
 ) -> tuple[Tensor, OmegaState]:
-    """`omega_rule` on validated arguments; muon: who does a chunk where the update is that.
+    """`omega_rule` on validated arguments; stepwise: who does a chunk of an update that is not
+    linear.
 
-    starts: zeros to write the memory at every chunk's start to (with Muon, for a chunk that an
-    earlier call began: at this call's): each weight [B, N, H, dout, din], each momentum likewise,
-    then the scale [B, N, H]; N from `chunk_count`. Those of packed documents follow each other
-    without a gap.
+    starts: zeros to write the memory at every chunk's start to (with such an update, for a chunk
+    that an earlier call began: at this call's): each weight [B, N, H, dout, din], each momentum
+    likewise, then the scale [B, N, H]; N from `chunk_count`. Those of packed documents follow each
+    other without a gap.
     """
     if a.cu_seqlens is None and 0 in a.q.shape[:2]:
         return a.q.new_zeros(a.v.shape), a.state or first_state(a)
@@ -84,7 +87,7 @@ def run(
         for group, part in zip(groups.groups, groups.arguments(a), strict=True):
             kept: list[ChunkMemory] | None = None if starts is None else []
             at = group.position
-            y, state = run_at(part, at, a.rule.place(at), kept, muon)
+            y, state = run_at(part, at, a.rule.place(at), kept, stepwise)
             outputs.append(y)
             states.append(state)
             for n, memory in enumerate(kept or ()):
@@ -99,14 +102,14 @@ def run_at(
     position: int | Tensor,
     place: int,
     kept: list[ChunkMemory] | None = None,
-    muon: MuonChunk | None = None,
+    stepwise: StepwiseChunk | None = None,
 ) -> tuple[Tensor, OmegaState]:
     """`run` for rows that are all at this place of their chunk; chunk starts to `kept`.
 
     position: of the first token, for all rows or [B, 1]. place: see `Rule.place`.
     """
     tokens, memory, history = prepare(a, position)
-    walk = walk_gradient if a.rule.linear else partial(walk_muon, step=muon)
+    walk = walk_gradient if a.rule.linear else partial(walk_stepwise, step=stepwise)
     outputs = []
     for piece in pieces(a.q.shape[1], place, a.rule.chunk_size):
         write, read = cut(a.rule, a.feature_map, tokens, piece, memory.scale)
@@ -237,6 +240,7 @@ def read_memory(
     q: [B, T, H, Dk]; weights: as `OmegaState.weights`, [B, H, dout, din] each. Returns
     [B, T, H, Dv] in the dtype of q.
     """
+    check.choice("memory", memory, MEMORIES)
     structure = MEMORIES[memory]
     x = q.transpose(1, 2).to(weights[0].dtype)
     with no_autocast(q):

@@ -17,7 +17,7 @@ from torch import Tensor
 from atlas_blocks import check
 from atlas_blocks.data import remembered
 from atlas_blocks.float64 import float64_device
-from atlas_blocks.names import add_to
+from atlas_blocks.names import add_to, full_name
 
 
 def taylor_coefficients(degree: int) -> Tensor:
@@ -299,12 +299,14 @@ def register_feature_map(name: str, cls: type[Any]) -> None:
     """Let the op take maps of this class, and layers build one as `feature_map=name`.
 
     cls: a frozen dataclass of tensors and then ints, as a node of a compiled graph makes it again
-    of them. A layer calls `cls.of(width, degree)` for a map, or for an nn.Module without arguments
-    whose result is one, where something of it is learned. Raises ValueError for a name that is
-    taken and for fields of other types.
+    of them. A layer calls `cls.of(width, degree)` for a map, whose tensors become its buffers, or
+    for an nn.Module without arguments whose result is one, where something of it is learned.
+    Raises ValueError for a name that is taken, and for fields of other types.
     """
     if name in ("identity", "taylor_exp"):
-        check.fail("feature map's name", "one that is not taken yet", repr(name))
+        check.fail("feature map's name", "a str that is not taken yet", repr(name))
+    if not callable(getattr(cls, "of", None)):
+        check.fail("cls", "a class with `of(width, degree)`", repr(cls))
     kinds = {field.name: field.type for field in fields(cls)} if is_dataclass(cls) else {"": None}
     numbers = [n for n, kind in kinds.items() if kind in (int, "int")]
     tensors = [n for n, kind in kinds.items() if kind in (Tensor, "Tensor", "torch.Tensor")]
@@ -315,11 +317,11 @@ def register_feature_map(name: str, cls: type[Any]) -> None:
 
 def name_of_map(phi: FeatureMap | None) -> str:
     """Its name in `FEATURE_MAPS`, "identity" for None; of a map that is not there, a subclass too,
-    the name of its class."""
+    its class in full, which is no name."""
     if phi is None:
         return "identity"
     known = [name for name, kind in FEATURE_MAPS.items() if type(phi) is kind.cls]
-    return known[0] if known else type(phi).__name__
+    return known[0] if known else full_name(type(phi))
 
 
 def parts_of(phi: FeatureMap | None, name: str) -> tuple[list[Tensor], list[int]]:

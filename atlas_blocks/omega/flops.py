@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,15 +111,34 @@ def _arguments(shapes: Shapes, settings: Settings, wanted: bool = False) -> Argu
     count = 6 + settings.momentum + settings.rule.structure.weights
     features = tensors_of_map(settings.feature_map)
     tensors = [_empty(shape, wanted) for shape in shapes[: count + features]]
+    if settings.feature_map not in ("identity", "polynomial", "sketch"):
+        # A map of somebody's has tensors of which the shapes alone are known: it is not counted.
+        plain = settings._replace(packed=False, feature_map="identity", feature_sizes=())
+        width = tensors[count - 1].shape[-1]
+        return unflatten(tensors[:count], plain)._replace(feature_map=_Uncounted(width))
     if settings.feature_map == "sketch":  # the buckets
         tensors[count + 1] = torch.empty(shapes[count + 1], dtype=torch.int64, device="meta")
         tensors[count + 2].requires_grad_(False)
     return unflatten(tensors, settings._replace(packed=False))
 
 
+@dataclass(frozen=True)
+class _Uncounted:
+    """A feature map as wide as another, without its work."""
+
+    width: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True).expand(*x.shape[:-1], self.width)
+
+    def width_of(self, dim: int) -> int:
+        return self.width
+
+
 def _floating(a: Arguments) -> list[Tensor]:
     gates = [a.alpha, a.eta, a.gamma, *([] if a.theta is None else [a.theta])]
-    phi = parts_of(a.feature_map, name_of_map(a.feature_map))[0]
+    known = not isinstance(a.feature_map, _Uncounted)
+    phi = parts_of(a.feature_map, name_of_map(a.feature_map))[0] if known else []
     return [t for t in (a.q, a.k, a.v, *gates, *a.weights, *phi) if t.is_floating_point()]
 
 

@@ -58,7 +58,7 @@ PROVIDER = Provider(NAME, _supports, _no_node, _no_node)
 
 
 def chunks_of(a: Arguments, place: int | None) -> str:
-    """`Call.chunks` of a call whose first token has this place in its chunk, where that is known.
+    """`OmegaCall.chunks` of a call whose first token has this place in its chunk, if it is known.
 
     One without a state may be of any length, and is not looked at: a graph serves them all.
     """
@@ -74,7 +74,7 @@ def chunks_of(a: Arguments, place: int | None) -> str:
 
 
 def trace(a: Arguments, place: int | None = None) -> tuple[Tensor, OmegaState]:
-    """`functional.omega_rule.run` of "whole" or "one" of chunks, or of a "token"."""
+    """`definition.run` of "whole" or "one" of chunks, or of a "token"."""
     rule, (batch, length, heads, _) = a.rule, a.q.shape
     a = a._replace(feature_map=as_node(a.feature_map))
     if chunks_of(a, place) == "token":

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas_blocks import check
 from atlas_blocks.names import add_to
 
 # linear(i, x): weight i applied to x [G, n, din]; lets one definition serve fixed and per-token
@@ -134,9 +135,66 @@ MEMORIES: dict[str, Memory] = {
 
 def register_memory(name: str, memory: Memory) -> None:
     """Let rules and layers have `memory=name`: `mlp` or `gated_mlp` of another activation, or a
-    structure of one's own. Its first weight is the outermost, [Dv, hidden], all others are [hidden,
-    Dphi]; with one weight alone it is [Dv, Dphi]. Raises ValueError for a name that is taken."""
+    structure of one's own.
+
+    Its first weight is the outermost, [Dv, hidden], applied last; all others are [hidden, Dphi] and
+    applied to the key; with one weight alone it is [Dv, Dphi]. Raises ValueError for a name that is
+    taken, and for a memory of which `linearise` does not say what `forward` does, at a few keys.
+    """
+    if not isinstance(memory, Memory):
+        check.fail("memory", "a Memory", type(memory).__name__)
+    check.at_least("memory.weights", memory.weights, 1)
+    _check_memory(memory)
     add_to("memory", MEMORIES, name, memory)
+
+
+def _check_memory(memory: Memory) -> None:
+    """`linearise` against the derivatives of `forward`, in float64."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    inner = [normal(4, 5) for _ in range(memory.weights - 1)]
+    weights = [normal(3, 4 if inner else 5), *inner]
+    x, e, along = normal(1, 6, 5), normal(1, 6, 3), [normal(*w.shape) for w in weights]
+    last: list[Tensor] = []
+
+    def read(at: Weights) -> Tensor:
+        def linear(i: int, z: Tensor) -> Tensor:
+            y = z @ at[i].mT
+            last[:] = [y]
+            return y
+
+        return memory.forward(linear, x)
+
+    def agree(name: str, expected: str, ours: Tensor, true: Tensor) -> None:
+        if ours.shape != true.shape or not torch.allclose(ours, true, rtol=1e-6, atol=1e-8):
+            check.fail(name, expected, "another")
+
+    with torch.enable_grad():
+        leaves = [w.clone().requires_grad_() for w in weights]
+        y = read(leaves)
+        agree("memory.forward", "W_1 applied last", y, last[0])
+        gradients = torch.autograd.grad((y * e).sum(), leaves)
+    found = memory.linearise(weights, x)
+    agree("memory.linearise read", "what forward gives", found.read, y)
+    factors = found.factors(e)
+    if len(factors) != memory.weights:
+        check.fail("memory.linearise factors", f"a pair for {memory.weights} weights", len(factors))
+    for i, ((left, right), gradient) in enumerate(zip(factors, gradients, strict=True)):
+        name = f"memory.linearise factors[{i}]"
+        agree(name, "left and right of the weight's gradient", (left.mT @ right)[0], gradient)
+        if i:
+            agree(name, "the key as right factor", right, x.expand_as(right))
+    step = 1e-6
+    ahead = read([w + step * s for w, s in zip(weights, along, strict=True)])
+    behind = read([w - step * s for w, s in zip(weights, along, strict=True)])
+    slope = (ahead - behind) / (2 * step)
+    agree("memory.linearise along", "the derivative of forward", found.along(along), slope)
+    if memory.linear:
+        wanted = x @ weights[0].mT if memory.weights == 1 else None
+        agree("memory.linear", "False, as M(x) is not W x", y, x if wanted is None else wanted)
 
 
 def tangent_kernel(

@@ -45,7 +45,7 @@ def one_token(a: Arguments) -> tuple[Tensor, OmegaState]:
     if rule.linear:
         after = chunk_end(rule, _chunk_so_far(a, tokens, memory, place), memory)[-1]
     else:
-        after = _muon_step(rule, a.feature_map, tokens, memory, place)
+        after = _stepwise_token(rule, a.feature_map, tokens, memory, place)
     q = tokens.q.transpose(1, 2).flatten(0, 1)
     y = rule.structure.forward(lambda i, z: z @ after.weights[i].mT, q)
     y = y.unflatten(0, size).transpose(1, 2)
@@ -117,7 +117,7 @@ def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -
     return write
 
 
-def _muon_step(
+def _stepwise_token(
     rule: Rule,
     feature_map: FeatureMap | None,
     x: Tokens,

@@ -37,7 +37,7 @@ from atlas_blocks.graph.contract import (
 from atlas_blocks.omega import inline
 from atlas_blocks.omega.arguments import Arguments, checked, first_state
 from atlas_blocks.omega.backward import omega_rule_backward
-from atlas_blocks.omega.compiled_chunk import compiled_muon_chunk as compiled_muon_chunk
+from atlas_blocks.omega.compiled_chunk import compiled_stepwise_chunk as compiled_stepwise_chunk
 from atlas_blocks.omega.definition import run
 from atlas_blocks.omega.feature_maps import (
     FEATURE_MAPS,
@@ -53,7 +53,7 @@ from atlas_blocks.omega.polynomial_node import is_polynomial
 from atlas_blocks.omega.rule import SCHEMA as RULE_SCHEMA
 from atlas_blocks.omega.rule import Rule
 from atlas_blocks.omega.state import OmegaState, state_dtype
-from atlas_blocks.omega.walk import MuonChunk
+from atlas_blocks.omega.walk import StepwiseChunk
 
 
 class Settings(NamedTuple):
@@ -81,7 +81,7 @@ SETTINGS = f"bool momentum, bool packed, str feature_map, int[] feature_sizes, {
 # tensors: q, k, v, alpha, eta, gamma, [theta], weights, feature tensors, state, [cu_seqlens] (see
 # `unflatten`). The bounds are read and checked in the op's body.
 # -> y, the state's tensors and, with `save`, what the backward takes as `saved`: the memory at the
-# start of every chunk as `functional.omega_rule.run` describes it, the same for every provider that
+# start of every chunk as `definition.run` describes it, the same for every provider that
 # `saves` (nothing for others).
 LIBRARY.define(f"omega_rule(Tensor[] tensors, {SETTINGS}, str provider, bool save) -> Tensor[]")
 # grads: of y and of the state's tensors but its position. -> those of all floating tensors.
@@ -342,7 +342,7 @@ class _OmegaRule(torch.autograd.Function):
 
 
 def starts_like(a: Arguments) -> list[Tensor]:
-    """Zeros for the memory at the start of every chunk, as `functional.omega_rule.run` fills."""
+    """Zeros for the memory at the start of every chunk, as `definition.run` fills."""
     batch, length, heads, _ = a.q.shape
     documents = 1 if a.cu_seqlens is None else a.sequences
     chunks = chunk_count(length, a.rule.chunk_size, a.state is not None, documents)
@@ -361,19 +361,19 @@ def definition_forward(
     tensors: list[Tensor],
     settings: Settings,
     save: bool,
-    muon: MuonChunk | None = None,
+    stepwise: StepwiseChunk | None = None,
 ) -> list[Tensor]:
-    """The op's body: the definition, whose chunks `muon` does where that is the update.
+    """The op's body: the definition; stepwise: who does a chunk of an update that is not linear.
 
     What a short call saves for its backward (graph/saved_graphs.py) is under the last of the chunk
     starts.
     """
     a = unflatten(tensors, settings)
-    muon = muon or _muon_on(a.q.device)
+    stepwise = stepwise or _stepwise_on(a.q.device)
     starts = starts_like(a) if save else []
 
     def results(tensors: Sequence[Tensor]) -> list[Tensor]:
-        y, state = run(unflatten(tensors, settings), starts if save else None, muon)
+        y, state = run(unflatten(tensors, settings), starts if save else None, stepwise)
         return [y, *state.tensors()]
 
     if save and saved_graphs.serves(a.q, _largest(a)):
@@ -384,8 +384,8 @@ def definition_forward(
 
 
 def _largest(a: Arguments) -> int:
-    """Numbers in what the rule computes for all tokens: features, or with Muon the sums of
-    gradients that every token's step is taken of."""
+    """Numbers in what the rule computes for all tokens: features, or where each has a step the sums
+    of gradients that it is taken of."""
     batch, length, heads, _ = a.q.shape
     shapes = [w.shape[1:] for w in a.weights]
     each = shapes[-1][1] if a.rule.linear else sum(map(math.prod, shapes))
@@ -397,7 +397,7 @@ def definition_backward(
     tensors: list[Tensor],
     saved: list[Tensor],
     settings: Settings,
-    muon: MuonChunk | None = None,
+    stepwise: StepwiseChunk | None = None,
 ) -> list[Tensor]:
     """The body of the op's backward."""
     found = saved_graphs.gradients(saved[-1], grads)
@@ -406,14 +406,14 @@ def definition_backward(
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     wanted = [t for t in leaves if t.requires_grad]
     a = unflatten(leaves, settings)
-    muon = muon or _muon_on(a.q.device)
-    found = omega_rule_backward(a, wanted, saved, grads, muon)
+    stepwise = stepwise or _stepwise_on(a.q.device)
+    found = omega_rule_backward(a, wanted, saved, grads, stepwise)
     return [own(g) for g in found]
 
 
-def _muon_on(device: torch.device) -> MuonChunk | None:
+def _stepwise_on(device: torch.device) -> StepwiseChunk | None:
     """Compiled on a CPU, where a chunk is many small operations."""
-    return compiled_muon_chunk if device.type == "cpu" else None
+    return compiled_stepwise_chunk if device.type == "cpu" else None
 
 
 def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from atlas_blocks.omega.feature_maps import FeatureMap
 from atlas_blocks.omega.rule import Rule
 from atlas_blocks.omega.state import OmegaState, initial_state, state_dtype
 
+WRITTEN_OUT = ("matrix", "mlp", "gated_mlp")  # here once more; others by their `forward`
 TINY = 1e-12  # under the roots of sizes
 
 
@@ -148,7 +149,9 @@ class _Sequence:
             y = torch.einsum("hoi,hi->ho", w[i], z)
             return y + offsets[i - 1] if i and offsets else y
 
-        return apply(0, f if self.rule.memory == "matrix" else self._hidden(apply, f))
+        if self.rule.memory in WRITTEN_OUT:
+            return apply(0, f if self.rule.memory == "matrix" else self._hidden(apply, f))
+        return self.rule.structure.forward(apply, f)
 
     def _hidden(self, apply: Callable[[int, Tensor], Tensor], f: Tensor) -> Tensor:
         if self.rule.memory == "mlp":
@@ -194,7 +197,7 @@ class _Sequence:
         key = self.keys[self.past + i]
         f = self.f[i] = self.phi(key)
         self.written[i] = self.window[i] = torch.zeros_like(self.scale)
-        if self.rule.memory == "matrix":
+        if self.rule.structure.linear:
             self.own[i] = (f * f).sum(-1)
             return
         self.h[i] = self._hidden(lambda j, z: torch.einsum("hoi,hi->ho", self.m0[j], z), f)
@@ -203,14 +206,17 @@ class _Sequence:
             zero = torch.zeros_like(self.h[i]).requires_grad_()
             offsets = [zero * 1 for _ in self.m0[1:]]
             loss = (self._read(self.m0, f, key, offsets) * bare).sum()
-            lefts = torch.autograd.grad(loss, offsets, create_graph=torch.is_grad_enabled())
+            lefts = []
+            if offsets:
+                lefts = torch.autograd.grad(loss, offsets, create_graph=torch.is_grad_enabled())
         size = ((bare * bare).sum(-1, keepdim=True) + TINY) ** 0.5
-        self.c[i] = torch.stack([((x / size).square().sum(-1) + TINY).sqrt() for x in lefts])
+        sizes = [((x / size).square().sum(-1) + TINY).sqrt() for x in lefts]
+        self.c[i] = torch.stack(sizes) if sizes else size[None, :, 0] * 0
         self.own[i] = self._kappa(i, i)
 
     def _kappa(self, s: int, t: int) -> Tensor:
         dot = (self.f[s] * self.f[t]).sum(-1)
-        if self.rule.memory == "matrix":
+        if self.rule.structure.linear:
             return dot
         return (self.h[s] * self.h[t]).sum(-1) + (self.c[s] * self.c[t]).sum(0) * dot
 

@@ -107,7 +107,7 @@ class Rule:
     def rewinds(self) -> bool:
         """Whether a call that begins inside a chunk does that chunk again from its start.
 
-        Muon goes on from where it stands instead, as the steps of a chunk are dear; what does not
+        Steps of U go on from where they stand instead, as those of a chunk are dear; what does not
         depend on where its chunks lie begins one at every call.
         """
         free = not self.criterion.reads or (self.corrects and self.window == 1)

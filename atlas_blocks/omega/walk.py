@@ -61,8 +61,8 @@ class ChunkMemory(NamedTuple):
         return [*self.weights, *self.momentum, self.scale]
 
 
-# `muon_chunk` with one Newton-Schulz or another, or compiled.
-MuonChunk = Callable[[Rule, Write, Read, ChunkMemory, int], tuple[Tensor, ChunkMemory]]
+# `stepwise_chunk` with one Newton-Schulz or another, or compiled.
+StepwiseChunk = Callable[[Rule, Write, Read, ChunkMemory, int], tuple[Tensor, ChunkMemory]]
 # A chunk's gradient factors, its coefficients if they had to wait, and the memory at its end.
 ChunkEnd = tuple[list[Factor], Coefficients | None, ChunkMemory]
 Step = Callable[[Rule, Write, ChunkMemory], ChunkEnd]
@@ -208,18 +208,18 @@ def read_chunks(rule: Rule, read: Read, ends: Ends, initial: list[Tensor]) -> Te
     return y.unflatten(0, (count, groups)).transpose(0, 1).flatten(1, 2)
 
 
-def walk_muon(
+def walk_stepwise(
     rule: Rule,
     write: Write,
     read: Read,
     memory: ChunkMemory,
     place: int,
     kept: list[ChunkMemory] | None,
-    step: MuonChunk | None = None,
+    step: StepwiseChunk | None = None,
 ) -> tuple[Tensor, ChunkMemory]:
-    """U of every token's own S_t, chunk by chunk, each by `muon_chunk` or another `step`. For the
-    backward `muon_chunk` keeps nothing per token: only M and S at the chunks' starts. Returns y
-    [G, N L, Dv] and the memory after the chunks."""
+    """U of every token's own S_t, chunk by chunk, each by `stepwise_chunk` or another `step`. For
+    the backward `stepwise_chunk` keeps nothing per token: only M and S at the chunks' starts.
+    Returns y [G, N L, Dv] and the memory after the chunks."""
     outputs = []
     for chunk in zip(write.unbind(), read.unbind(), strict=True):
         if kept is not None:
@@ -229,15 +229,15 @@ def walk_muon(
             y, memory = step(*arguments)
         elif torch.is_grad_enabled() and not transformed():
             y, memory = checkpoint(
-                muon_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
+                stepwise_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            y, memory = muon_chunk(*arguments)
+            y, memory = stepwise_chunk(*arguments)
         outputs.append(y)
     return torch.cat(outputs, 1), memory
 
 
-def muon_chunk(
+def stepwise_chunk(
     rule: Rule,
     write: Write,
     read: Read,
@@ -245,7 +245,7 @@ def muon_chunk(
     place: int,
     direction: Direction | None = None,
 ) -> tuple[Tensor, ChunkMemory]:
-    """One chunk of `walk_muon`: S_t is formed where a step is taken, and orthogonalised; W_t is
+    """One chunk of `walk_stepwise`: S_t is formed where a step is taken, and orthogonalised; W_t is
     formed for every token. direction: U, in the place of the update's own."""
     direction = direction or rule.direction
     assert direction is not None

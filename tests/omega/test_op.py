@@ -35,7 +35,7 @@ OPS = torch.ops.atlas
 
 @pytest.fixture(autouse=True)
 def _nothing_is_kept(monkeypatch):
-    """The backward from the memory at every chunk's start; test_kept.py has the other."""
+    """The backward from the memory at every chunk's start; test_saved_graphs.py has the other."""
     monkeypatch.setattr(saved_graphs, "LARGEST", -1)
 
 

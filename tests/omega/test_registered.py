@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,12 @@ from atlas_blocks import (
     register_update,
 )
 from atlas_blocks.kernels.tiles import unknown
+from atlas_blocks.omega.arguments import Arguments
 from atlas_blocks.omega.feature_maps import FEATURE_MAPS
-from atlas_blocks.omega.memories import MEMORIES, gated_mlp, mlp
+from atlas_blocks.omega.flops import rule_backward_flops, rule_flops
+from atlas_blocks.omega.memories import MEMORIES, Linearised, Memory, gated_mlp, mlp
 from atlas_blocks.omega.objectives import OBJECTIVES, Objective
+from atlas_blocks.omega.op import flatten
 from atlas_blocks.omega.updates import UPDATES, Update
 
 
@@ -53,6 +57,11 @@ class Signed:
     @staticmethod
     def of(width: int, degree: int) -> nn.Module:
         return SignedFeatures(width)
+
+
+@dataclass(frozen=True)
+class Undeclared(Signed):
+    names: list
 
 
 class SignedFeatures(nn.Module):
@@ -217,18 +226,178 @@ def test_kernels_refuse_it_by_name() -> None:
     assert "'signed' has no kernel" in str(unknown(Rule(), "signed"))
 
 
+@dataclass(frozen=True)
+class Turned:
+    """phi(x) = x turned by a fixed matrix, columns in another order."""
+
+    turn: Tensor
+    order: Tensor
+    width: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x @ self.turn.to(x.dtype))[..., self.order]
+
+    def width_of(self, dim: int) -> int:
+        return self.width
+
+    @staticmethod
+    def of(width: int, degree: int) -> Turned:
+        return Turned(torch.randn(width, width), torch.randperm(width), width)
+
+
+def test_the_tensors_of_a_map_are_saved_moved_and_counted() -> None:
+    register_feature_map("turned", Turned)
+    config = AtlasMemoryConfig(feature_map="turned", update="gd", window=2, chunk_size=4)
+    layer, again, x = config.build(DIM, HEADS), config.build(DIM, HEADS), draw(1, 9, DIM).float()
+    assert not torch.equal(layer(x)[0], again(x)[0])
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x)[0], again(x)[0])
+    assert all(t.device.type == "meta" for t in layer.to("meta").state_dict().values())
+    inputs = rule_inputs("mlp", length=9, window=2)
+    inputs["feature_map"] = Turned(draw(3, 3), torch.tensor([2, 0, 1]), 3)
+    names = ("q", "k", "v", "alpha", "eta", "theta", "gamma", "weights", "feature_map")
+    a = Arguments(*(inputs[n] for n in names), rule=Rule("mlp", window=2, chunk_size=4), state=None)
+    tensors, settings = flatten(a)
+    shapes = tuple(tuple(t.shape) for t in tensors)
+    assert rule_backward_flops(shapes, settings) > rule_flops(shapes, settings) > 0
+
+
+def test_a_map_of_a_registered_name_s_class_is_not_that_map() -> None:
+    """As where a cell of a notebook runs again."""
+    register_feature_map("Other", Signed)
+    other = type("Other", (Signed,), {})(draw(3).abs())
+    inputs = rule_inputs("matrix", length=5) | {"feature_map": other}
+    inputs["weights"] = [torch.cat([w, w], -1) for w in inputs["weights"]]
+    omega_rule(**inputs)
+    a = Arguments(**inputs, rule=Rule(window=2), state=None)
+    with pytest.raises(ValueError, match=r"feature_map: expected one of .*, got .*Other"):
+        flatten(a)
+
+
+def four_weights(linear: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
+    return linear(0, linear(1, x).tanh() * linear(2, x) + linear(3, x))
+
+
+def linearised(weights: Sequence[Tensor], x: Tensor) -> Linearised:
+    w1, *inner = weights
+    a, b, c = (x @ w.mT for w in inner)
+    a, h = a.tanh(), a.tanh() * b + c
+    slope = (1 - a * a) * b
+
+    def factors(e: Tensor) -> list[tuple[Tensor, Tensor]]:
+        back = e @ w1
+        return [(e, h), (slope * back, x), (a * back, x), (back, x)]
+
+    def along(s: Sequence[Tensor]) -> Tensor:
+        first, second, third = (x @ t.mT for t in s[1:])
+        return h @ s[0].mT + (slope * first + a * second + third) @ w1.mT
+
+    return Linearised(h @ w1.mT, factors, along)
+
+
+def one_weight(weights: Sequence[Tensor], x: Tensor) -> Linearised:
+    (w,) = weights
+    h = x.tanh()
+    return Linearised(h @ w.mT, lambda e: [(e, h)], lambda s: h @ s[0].mT)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        Memory(4, True, four_weights, linearised),
+        Memory(1, False, lambda linear, x: linear(0, x.tanh()), one_weight),
+        Memory(1, True, MEMORIES["matrix"].forward, MEMORIES["matrix"].linearise, linear=True),
+    ],
+    ids=["four weights", "one, not linear", "one, with a residual"],
+)
+@pytest.mark.parametrize("errors", ["chunk", "online"])
+def test_memories_of_any_number_of_weights(memory: Memory, errors: str) -> None:
+    register_memory("own", memory)
+    x = rule_inputs("own", length=11, window=3)
+    settings = {"memory": "own", "chunk_size": 4, "errors": errors}
+    ours, state = omega_rule(**x, **settings)
+    true, end = omega_rule_reference(**x, **settings)
+    assert difference([ours, *state.weights], [true, *end.weights]) < 1e-10
+
+
+def broken(**changes: Any) -> Memory:
+    found = {"weights": 4, "residual": True, "forward": four_weights, "linearise": linearised}
+    return Memory(**(found | changes))
+
+
+def wrong_along(weights: Sequence[Tensor], x: Tensor) -> Linearised:
+    return linearised(weights, x)._replace(along=lambda s: x @ s[1].mT @ weights[0].mT)
+
+
+def wrong_factors(weights: Sequence[Tensor], x: Tensor) -> Linearised:
+    found = linearised(weights, x)
+    return found._replace(factors=lambda e: [(left, 2 * right) for left, right in found.factors(e)])
+
+
+L2, DOT = OBJECTIVES["l2"], OBJECTIVES["dot"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: register_memory("m", torch.tanh), "memory: expected a Memory, got"),
+        (lambda: register_memory("m", broken(weights=0)), "memory.weights: expected an int >= 1"),
+        (lambda: register_memory("m", broken(linear=True)), "memory.linear: expected False"),
+        (lambda: register_memory("m", broken(linearise=wrong_along)), "along: expected the deriv"),
+        (
+            lambda: register_memory("m", broken(linearise=wrong_factors)),
+            r"factors\[0\]: expected",
+        ),
+        (
+            lambda: register_memory("m", broken(forward=lambda f, x: 2 * four_weights(f, x))),
+            "memory.forward: expected W_1 applied last",
+        ),
+        (lambda: register_objective("o", torch.sub), "objective: expected an Objective"),
+        (
+            lambda: register_objective("o", Objective(L2.loss, lambda y, v: v - y)),
+            "objective.error: expected dl/dy of objective.loss",
+        ),
+        (
+            lambda: register_objective("o", Objective(DOT.loss, DOT.error)),
+            "objective.error: expected one of y - v alone",
+        ),
+        (
+            lambda: register_objective("o", Objective(L2.loss, L2.error, reads=False)),
+            "objective.reads: expected True",
+        ),
+        (
+            lambda: register_objective(
+                "o", Objective(lambda y, v: 2 * L2.loss(y, v), lambda y, v: 2 * (y - v), True, True)
+            ),
+            "objective.correctable: expected False",
+        ),
+        (lambda: register_update("u", torch.sign), "update: expected an Update"),
+        (lambda: register_update("u", Update(None, 1.0)), "update.eta_init: expected a number in"),
+        (
+            lambda: register_update("u", Update(lambda s, steps: s.mT, 0.1)),
+            "update.direction: expected U",
+        ),
+        (lambda: register_feature_map("f", int), "cls: expected a class with `of"),
+        (lambda: register_update("", UPDATES["gd"]), "update's name: expected a str"),
+    ],
+)
+def test_what_is_not_what_it_says_is_refused(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
             lambda: register_memory("mlp", MEMORIES["mlp"]),
-            "memory's name: expected one that",
+            "memory's name: expected a str that",
         ),
-        (lambda: register_update("gd", UPDATES["gd"]), "update's name: expected one that is not"),
-        (lambda: register_objective("l2", OBJECTIVES["l2"]), "objective's name: expected one"),
-        (lambda: register_feature_map("identity", Signed), "feature map's name: expected one"),
-        (lambda: register_feature_map("sketch", Signed), "feature map's name: expected one"),
-        (lambda: register_feature_map("other", nn.Module), "cls: expected a dataclass of tensors"),
+        (lambda: register_update("gd", UPDATES["gd"]), "update's name: expected a str that is not"),
+        (lambda: register_objective("l2", OBJECTIVES["l2"]), "objective's name: expected a str"),
+        (lambda: register_feature_map("identity", Signed), "feature map's name: expected a str"),
+        (lambda: register_feature_map("sketch", Signed), "feature map's name: expected a str"),
+        (lambda: register_feature_map("other", Undeclared), "cls: expected a dataclass of tensors"),
         (lambda: Rule(update="normalised", errors="online"), 'errors: expected "chunk" with'),
     ],
 )
