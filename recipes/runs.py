@@ -14,7 +14,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,30 +25,18 @@ from safetensors.torch import save_file
 from atlas_blocks import check
 from atlas_blocks.recipes import checkpoint, describe, display, files, logs, registry, training
 from atlas_blocks.recipes.checkpoint import Run
-from atlas_blocks.recipes.data import Packed, Shards, Source, Tokenizer, prepare, train_tokenizer
-from atlas_blocks.recipes.data.shards import SHARD, is_prepared, training_documents
+from atlas_blocks.recipes.data import Packed, Shards
+from atlas_blocks.recipes.data.shards import is_prepared
 from atlas_blocks.recipes.data.sources import needed
-from atlas_blocks.recipes.data.tokenizer import BYTES
 from atlas_blocks.recipes.losses import HELD_OUT, mean_loss
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
+from atlas_blocks.recipes.run_data import DATA, DataOptions, opened, shards_of_run, told
 from atlas_blocks.recipes.training import TrainingConfig, TrainingState
 
 if TYPE_CHECKING:
     from atlas_blocks.recipes.distributed.parallel import Parallel
 
 CHECKPOINTS, FOLDERS = "step-*.safetensors", "step-*.dcp"
-DATA = "data"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """Where text comes from. path: a folder that `prepare` wrote, or what `Source` reads, which is
-    prepared first. tokenizer: "bytes", a tokenizer.json, or the size of one to be trained."""
-
-    path: Path | None = None
-    tokenizer: str = BYTES
-    field: str = "text"
-    held_out: float = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +133,7 @@ def begin(
     cannot be written.
     """
     out, config = keeping.out, TrainingConfig(**settings)
-    wanted, data = registry.config(recipe), _opened(options, given, None)
+    wanted, data = registry.config(recipe), opened(options, given, None)
     if holds_run(out):
         raise ValueError(f"out: {out} holds a run; --resume continues it, or name another folder")
     _check_machine(out, config, device, parallel)
@@ -154,7 +142,7 @@ def begin(
 
     def shards_of() -> Shards:
         # What a run that was killed prepared is of use where all of it is as it would be now.
-        return _shards(console, data, options, ("tokenizer", "field", "held_out"), out)
+        return shards_of_run(console, data, options, ("tokenizer", "field", "held_out"), out)
 
     shards = shards_of() if parallel is None else parallel.first(shards_of)
     wanted = _fitted(recipe, wanted, shards)
@@ -201,10 +189,10 @@ def resume(
     _check_machine(out, config, device, parallel)
     if not (options.path or is_prepared(out / DATA)):
         check.fail("data", f"{run.data}, that of the run, which is not in {out}", "none")
-    data = _opened(options, given, out / DATA)
+    data = opened(options, given, out / DATA)
 
     def shards_of() -> Shards:
-        return _shards(console, data, options, given, out)
+        return shards_of_run(console, data, options, given, out)
 
     shards = shards_of() if parallel is None else parallel.first(shards_of)
     if run.data != shards.fingerprint:
@@ -254,111 +242,6 @@ def _check_machine(
         raise ValueError(
             f"compile: nothing can be compiled here (--no-compile trains without): {lines[0]}"
         ) from error
-
-
-def prepared(
-    console: Console,
-    source: Source,
-    options: DataOptions,
-    out: Path,
-    shard_tokens: int = SHARD,
-) -> Shards:
-    """Prepare the source in the folder `out`, as the options say, and tell of it."""
-    with display.working(console, f"preparing {source.name}") as say:
-        tokenizer = tokenizer_of(options, source, say)
-        shards = prepare(
-            source,
-            out,
-            tokenizer,
-            held_out=options.held_out,
-            shard_tokens=shard_tokens,
-            on_progress=_progress(say, source, console.is_terminal),
-        )
-    note = f", {source.left_out} files that are no text left out" if source.left_out else ""
-    console.print(f"prepared [bold]{out}[/]: {_told(shards)}{note}")
-    return shards
-
-
-def tokenizer_of(options: DataOptions, source: Source, say: Callable[[str], None]) -> Tokenizer:
-    """What the option says: bytes, a file, or one trained on the training documents."""
-    if options.tokenizer == BYTES:
-        return Tokenizer()
-    if not options.tokenizer.isdecimal():
-        return Tokenizer.read(Path(options.tokenizer))
-    say(f"training a tokenizer of {int(options.tokenizer):,} tokens on {source.name}")
-    return train_tokenizer(training_documents(source, options.held_out), int(options.tokenizer))
-
-
-def _progress(say: Callable[[str], None], source: Source, terminal: bool) -> Callable[[int], None]:
-    """Tells tokens so far: always where somebody watches, else whenever they have doubled."""
-    told = 2**24
-
-    def on_progress(tokens: int) -> None:
-        nonlocal told
-        if terminal or tokens > 2 * told:
-            told = tokens
-            say(f"preparing {source.name}: {tokens:,} tokens")
-
-    return on_progress
-
-
-def _told(shards: Shards) -> str:
-    parts = (
-        f"{describe.human(part.token_count)} tokens of {len(part.lengths):,} documents {what}"
-        for part, what in ((shards.train, "to train on"), (shards.held_out, "held out"))
-    )
-    return f"{shards.source['name']}, {', '.join(parts)}, {shards.tokenizer.name}"
-
-
-def _opened(options: DataOptions, given: Collection[str], own: Path | None) -> Shards | Source:
-    """Data that is prepared, or what is to be. own: the shards of a run that goes on.
-
-    Nothing is written yet.
-    """
-    if options.path is None and own is not None:
-        return Shards(own)
-    if options.path is None or not is_prepared(options.path):
-        return Source(options.path, options.field)
-    for name in sorted({"tokenizer", "field", "held_out"} & set(given)):
-        what = f"nothing for data that is prepared ({options.path})"
-        check.fail(name.replace("_", "-"), what, getattr(options, name))
-    return Shards(options.path)
-
-
-def _shards(
-    console: Console, data: Shards | Source, options: DataOptions, given: Collection[str], out: Path
-) -> Shards:
-    """The data of a run in `out`: prepared by somebody, in `out` before, or now.
-
-    Raises ValueError where what is in `out` was prepared from other data, or otherwise than given.
-    """
-    place = out / DATA
-    if isinstance(data, Source):
-        if not is_prepared(place):
-            return prepared(console, data, options, place)
-        shards = Shards(place)
-        if data.identity != shards.source["identity"]:
-            wanted = f"{shards.source['name']} as it was when {place} was prepared from it"
-            check.fail("data", wanted, f"{data.name}, other files or changed since")
-    elif data.folder != place:
-        return data
-    else:
-        shards = data
-    before = {"field": shards.source["field"], "held_out": shards.meta["share_held_out"]}
-    for name, value in before.items():
-        if name in given and value != getattr(options, name):
-            wanted = f"{value} (that of {place})"
-            check.fail(name.replace("_", "-"), wanted, getattr(options, name))
-    if "tokenizer" in given and not _is_as_asked(shards.tokenizer, options.tokenizer):
-        check.fail("tokenizer", f"{shards.tokenizer.name} (that of {place})", options.tokenizer)
-    return shards
-
-
-def _is_as_asked(tokenizer: Tokenizer, option: str) -> bool:
-    if option.isdecimal():
-        # It may have fewer tokens than were asked for.
-        return tokenizer.json is not None and tokenizer.vocab_size <= int(option)
-    return tokenizer == (Tokenizer() if option == BYTES else Tokenizer.read(Path(option)))
 
 
 def _fitted(recipe: str, config: LanguageModelConfig, shards: Shards) -> LanguageModelConfig:
@@ -531,7 +414,7 @@ def _announce(console: Console, run: Training) -> None:
             f"{usual.vocab_size:,} ({describe.human(registry.parameter_count(usual))})"
         )
     console.print(line)
-    console.print(f"text: {_told(run.shards)}")
+    console.print(f"text: {told(run.shards)}")
     layout = run.parallel and run.parallel.layout
     if layout is not None:
         console.print(f"over {layout.data * layout.sequence * layout.tensor} processes: {layout}")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from atlas_blocks import check
 from atlas_blocks.recipes import demo as demonstration
-from atlas_blocks.recipes import display, files, runs
+from atlas_blocks.recipes import display, files, run_data, runs
 from atlas_blocks.recipes.command_line.arguments import device_of
 from atlas_blocks.recipes.command_line.exits import INTERRUPTED, WRONG
 from atlas_blocks.recipes.compile_cache import compile_cache
@@ -59,10 +59,10 @@ def prepare(
     ] = SHARD,
 ) -> None:
     """Turn text into tokens once: memory-mapped files that `train --data` takes."""
-    options = runs.DataOptions(data, tokenizer, field, held_out)
+    options = run_data.DataOptions(data, tokenizer, field, held_out)
     if is_prepared(data):
         check.fail("data", "text", f"{data} (prepared already)")
-    runs.prepared(Console(), Source(data, field), options, out, shard_tokens)
+    run_data.prepared(Console(), Source(data, field), options, out, shard_tokens)
 
 
 def tokenizer_command(
@@ -166,7 +166,7 @@ def train(
         "bf16": bf16,
         "seed": seed,
     }
-    options = runs.DataOptions(data, tokenizer, field, held_out)
+    options = run_data.DataOptions(data, tokenizer, field, held_out)
     keeping = runs.Keeping(out, save_every, keep, validate_every, wandb)
     given = _given(ctx, [*settings, "tokenizer", "field", "held_out"])
     # What torchrun has started again goes on from what was saved.

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from atlas_blocks.recipes import build, checkpoint, logs, losses, runs, training
+from atlas_blocks.recipes import build, checkpoint, logs, losses, run_data, runs, training
 from atlas_blocks.recipes.command_line import main as cli
 from atlas_blocks.recipes.command_line import using
 from atlas_blocks.recipes.data import Packed, Shards, Tokenizer
@@ -599,7 +599,7 @@ def test_a_tokenizer_is_trained_apart(run, tmp_path, folder):
 
 
 def test_sampling_ends_with_the_document(run, tmp_path, folder, monkeypatch):
-    coder = runs.train_tokenizer([["abc"] * 9], 260)
+    coder = run_data.train_tokenizer([["abc"] * 9], 260)
     model = build(NAME, depth=1, vocab_size=260)
     kept = checkpoint.Run(
         TrainingConfig(steps=1),
