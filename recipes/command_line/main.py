@@ -46,25 +46,26 @@ def options(
     """ATLAS memory layers and hybrids: recipes, training, generation."""
 
 
-for command in (
-    models.recipes,
-    models.show,
-    models.explain,
-    training.demo,
-    training.prepare,
-    training.train,
-    reading.stream,
-    using.generate,
-    using.serve,
-    models.export,
-    models.convert,
-    measuring.capacity,
-    measuring.ablate,
-):
-    app.command()(command)
-app.command("eval")(reading.evaluate)
-app.command("tokenizer")(training.tokenizer_command)
-app.command("separation")(measuring.separation_command)
+COMMANDS = {
+    "recipes": models.recipes,
+    "show": models.show,
+    "explain": models.explain,
+    "demo": training.demo,
+    "prepare": training.prepare,
+    "tokenizer": training.tokenizer_command,
+    "train": training.train,
+    "eval": reading.evaluate,
+    "stream": reading.stream,
+    "generate": using.generate,
+    "serve": using.serve,
+    "export": models.export,
+    "convert": models.convert,
+    "separation": measuring.separation_command,
+    "capacity": measuring.capacity,
+    "ablate": measuring.ablate,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 app.add_typer(measuring.bench, name="bench")
 
 
