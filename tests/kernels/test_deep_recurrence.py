@@ -199,7 +199,7 @@ def test_what_is_saved_is_what_the_definition_saves(packed: bool) -> None:
     tensors, arguments = flatten(a)
     tensors = [t.detach() for t in tensors]
     ours, true = (
-        torch.ops.atlas.omega_rule.default(tensors, *arguments, provider, True)
+        torch.ops.atlas.omega_rule.default(tensors, *arguments.flat(), provider, True)
         for provider in ("triton", "definition")
     )
     assert difference([t.double() for t in ours], [t.double() for t in true]) < 20 * ROUNDING
