@@ -76,3 +76,9 @@ def whole(name: str, y: Tensor, width: int) -> Tensor:
         wanted = f"{width} outputs (a tensor-parallel plan must gather them, output_layouts="
         fail(name, f"{wanted}Replicate(), or leave this layer alone)", y.shape[-1])
     return y
+
+
+def agree(name: str, expected: str, ours: Tensor, true: Tensor) -> None:
+    """`ours`, computed in float64, must be `true` but for rounding."""
+    if ours.shape != true.shape or not torch.allclose(ours, true, rtol=1e-6, atol=1e-8):
+        fail(name, expected, "another")

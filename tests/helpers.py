@@ -31,7 +31,7 @@ from atlas_blocks import (
     ops,
 )
 from atlas_blocks.blocks.deep_transformer import Amount
-from atlas_blocks.blocks.memory import Gate
+from atlas_blocks.blocks.gates import Gate
 from atlas_blocks.functional import (
     OmegaState,
     PolynomialMap,

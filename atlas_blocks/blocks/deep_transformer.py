@@ -16,7 +16,8 @@ from atlas_blocks import check
 from atlas_blocks.attention.definition import rotary
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ConvState, ShortConv
-from atlas_blocks.blocks.memory import AtlasMemoryConfig, Gate, GateLogits
+from atlas_blocks.blocks.gates import Gate, GateLogits
+from atlas_blocks.blocks.memory import AtlasMemoryConfig
 from atlas_blocks.blocks.norm import RMSNorm, rms_norm, unit_length
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.settings import takes

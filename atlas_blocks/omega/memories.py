@@ -168,33 +168,31 @@ def _check_memory(memory: Memory) -> None:
 
         return memory.forward(linear, x)
 
-    def agree(name: str, expected: str, ours: Tensor, true: Tensor) -> None:
-        if ours.shape != true.shape or not torch.allclose(ours, true, rtol=1e-6, atol=1e-8):
-            check.fail(name, expected, "another")
-
     with torch.enable_grad():
         leaves = [w.clone().requires_grad_() for w in weights]
         y = read(leaves)
-        agree("memory.forward", "W_1 applied last", y, last[0])
+        check.agree("memory.forward", "W_1 applied last", y, last[0])
         gradients = torch.autograd.grad((y * e).sum(), leaves)
     found = memory.linearise(weights, x)
-    agree("memory.linearise read", "what forward gives", found.read, y)
+    check.agree("memory.linearise read", "what forward gives", found.read, y)
     factors = found.factors(e)
     if len(factors) != memory.weights:
         check.fail("memory.linearise factors", f"a pair for {memory.weights} weights", len(factors))
     for i, ((left, right), gradient) in enumerate(zip(factors, gradients, strict=True)):
         name = f"memory.linearise factors[{i}]"
-        agree(name, "left and right of the weight's gradient", (left.mT @ right)[0], gradient)
+        check.agree(name, "left and right of the weight's gradient", (left.mT @ right)[0], gradient)
         if i:
-            agree(name, "the key as right factor", right, x.expand_as(right))
+            check.agree(name, "the key as right factor", right, x.expand_as(right))
     step = 1e-6
     ahead = read([w + step * s for w, s in zip(weights, along, strict=True)])
     behind = read([w - step * s for w, s in zip(weights, along, strict=True)])
     slope = (ahead - behind) / (2 * step)
-    agree("memory.linearise along", "the derivative of forward", found.along(along), slope)
+    check.agree("memory.linearise along", "the derivative of forward", found.along(along), slope)
     if memory.linear:
-        wanted = x @ weights[0].mT if memory.weights == 1 else None
-        agree("memory.linear", "False, as M(x) is not W x", y, x if wanted is None else wanted)
+        if inner:
+            check.fail("memory.linear", "False, with more weights than one", True)
+        w_x = x @ weights[0].mT
+        check.agree("memory.linear", "False, as M(x) is not W x", y, w_x)
 
 
 def tangent_kernel(

@@ -42,29 +42,22 @@ def register_objective(name: str, objective: Objective) -> None:
     for an objective that is not what it says of itself, at a few vectors."""
     if not isinstance(objective, Objective):
         check.fail("objective", "an Objective", type(objective).__name__)
-    y, v, other = (torch.randn(3, 7, 5, generator=_seeded(), dtype=torch.float64)).unbind()
+    generator = torch.Generator().manual_seed(0)
+    y, v, other = torch.randn(3, 7, 5, generator=generator, dtype=torch.float64).unbind()
     error = objective.error(y, v)
-    _agree("objective.error", "dl/dy of objective.loss", error, _gradient(objective, y, v))
+    check.agree("objective.error", "dl/dy of objective.loss", error, _gradient(objective, y, v))
     if objective.reads:
-        of_difference = objective.error(y + other, v + other)
-        _agree("objective.error", "one of y - v alone, as it reads y", of_difference, error)
+        shifted = objective.error(y + other, v + other)
+        check.agree("objective.error", "one of y - v alone, as it reads y", shifted, error)
     else:
-        _agree("objective.reads", "True, as its error looks at y", objective.error(other, v), error)
+        unread = objective.error(other, v)
+        check.agree("objective.reads", "True, as its error looks at y", unread, error)
     if objective.correctable:
-        _agree("objective.correctable", "False, as its error is not y - v", error, y - v)
+        check.agree("objective.correctable", "False, as its error is not y - v", error, y - v)
     add_to("objective", OBJECTIVES, name, objective)
-
-
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def _gradient(objective: Objective, y: Tensor, v: Tensor) -> Tensor:
     with torch.enable_grad():
         at = y.clone().requires_grad_()
         return torch.autograd.grad(objective.loss(at, v).sum(), at)[0]
-
-
-def _agree(name: str, expected: str, ours: Tensor, true: Tensor) -> None:
-    if ours.shape != true.shape or not torch.allclose(ours, true, rtol=1e-6, atol=1e-8):
-        check.fail(name, expected, "another")

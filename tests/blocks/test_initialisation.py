@@ -19,7 +19,7 @@ from atlas_blocks import (
     SlidingWindowAttentionConfig,
     use_provider,
 )
-from atlas_blocks.blocks.memory import FixedGate, Gate
+from atlas_blocks.blocks.gates import FixedGate, Gate
 from atlas_blocks.functional import SketchMap, sketch_tables
 from atlas_blocks.recipes import build, checkpoint
 

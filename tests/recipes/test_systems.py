@@ -13,7 +13,7 @@ from helpers import difference, draw, unit
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, AtlasMemoryConfig
-from atlas_blocks.blocks.memory import Gate
+from atlas_blocks.blocks.gates import Gate
 from atlas_blocks.recipes import registry
 
 DIM, HEADS, LENGTH = 12, 3, 21
