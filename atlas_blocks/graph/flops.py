@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +19,10 @@ def count_by(op: str, formula: Formula) -> None:
     """Let `formula` count the op of this name: it takes the op's arguments, shapes for tensors, and
     `out_shape`."""
     _formulas[op] = formula
+    register_flop_formulas.cache_clear()
 
 
+@functools.cache
 def register_flop_formulas() -> None:
     """Let torch's FLOP counters count the ops, whoever serves them; a second call does nothing.
 
