@@ -333,7 +333,7 @@ def _delta_rule(shape: Shape, device: torch.device) -> Subject:
     try:
         fla = importlib.import_module("fla.ops.gated_delta_rule")
     except ImportError as error:
-        raise Unavailable(_missing("flash-linear-attention", error)) from error
+        raise Unavailable(missing("flash-linear-attention", error)) from error
     if device.type != "cuda":
         raise Unavailable("its kernels need a CUDA device")
     a = Variant(momentum=False).arguments(shape, device, torch.bfloat16, torch.float32)
@@ -348,7 +348,7 @@ def _titans(batch_size: int | None) -> Callable[[Shape, torch.device], Subject]:
         try:
             titans = importlib.import_module("titans_pytorch")
         except ImportError as error:
-            raise Unavailable(_missing("titans-pytorch", error)) from error
+            raise Unavailable(missing("titans-pytorch", error)) from error
         width = shape.heads * shape.dim
         layer = titans.NeuralMemory(
             dim=width,
@@ -387,7 +387,8 @@ def _counted(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _missing(package: str, error: ImportError) -> str:
+def missing(package: str, error: ImportError) -> str:
+    """That a package of the extra `bench` cannot be imported, and what to do."""
     if isinstance(error, ModuleNotFoundError):
         return f"{package} is not installed (pip install 'atlas-blocks[bench]')"
     return f"{package} cannot be imported: {error}"

@@ -238,11 +238,14 @@ def _lines(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
 # --- bench NAME -----------------------------------------------------------------------------------
 
 
-def model_table(rows: Sequence[ModelRow], title: str) -> Group:
-    """Every mode, spread from quartile to quartile, then why there are rows without figures."""
+def model_table(rows: Sequence[ModelRow], title: str, ratio: str) -> Group:
+    """Every mode, spread from quartile to quartile, then why there are rows without figures.
+
+    ratio: what row.ratio is, in words.
+    """
     found = Table(title=title)
     found.add_column("contender", style="cyan", no_wrap=True)
-    for column in ("ms", "tokens/s", "spread", "eager / it", "spread", "memory", "error"):
+    for column in ("ms", "tokens/s", "spread", ratio, "spread", "memory", "error"):
         found.add_column(column, justify="right", no_wrap=column in ("ms", "tokens/s", "error"))
     for mode, group in itertools.groupby(rows, lambda r: r.mode):
         found.add_section()
@@ -266,7 +269,7 @@ def _model_cells(r: ModelRow) -> list[str]:
         f"[{colour}]{middle:.2f}[/]",
         f"{slow:.2f} to {fast:.2f}",
         "-" if r.peak_bytes is None else human(r.peak_bytes, "B"),
-        f"{max(r.errors.values(), default=0.0):.1e}",
+        f"{max(r.errors.values()):.1e}" if r.errors else "-",
     ]
 
 
@@ -292,20 +295,22 @@ def model_plot(path: Path, rows: Sequence[ModelRow], title: str) -> bool:
         return False
     modes = list(dict.fromkeys(r.mode for r in rows))
     names = list(dict.fromkeys(r.contender for r in rows))
-    figure = Figure(figsize=(1 + 2.6 * len(modes), 3), dpi=130, layout="constrained")
+    size = (2 + 2.6 * len(modes), 1.2 + 0.3 * len(names))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     for index, mode in enumerate(modes):
         axes = figure.add_subplot(1, len(modes), index + 1)
         for r in rows:
             if r.mode == mode and r.tokens_per_s and r.tokens_per_s_quartiles:
-                low, high = r.tokens_per_s_quartiles
+                place, (low, high) = names.index(r.contender), r.tokens_per_s_quartiles
                 spread = [[r.tokens_per_s - low], [high - r.tokens_per_s]]
-                colour = f"C{names.index(r.contender)}"
-                axes.bar(r.contender, r.tokens_per_s, yerr=spread, color=colour, capsize=4)
+                axes.barh(place, r.tokens_per_s, xerr=spread, color=f"C{place}", capsize=3)
+        axes.set_yticks(range(len(names)), names if index == 0 else [])
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_title(mode, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.2, axis="y")
-    figure.axes[0].set_ylabel("tokens/s", fontsize=8)
+        axes.grid(alpha=0.2, axis="x")
+        axes.set_xlabel("tokens/s", fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)
     return True

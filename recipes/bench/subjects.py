@@ -9,7 +9,7 @@ import copy
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,20 @@ def build(name: str, size: Size, device: torch.device) -> nn.Module:
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"name: expected a recipe, a block or kernels, got {name!r}{hint}")
     return registry.build(name).to(device)
+
+
+class Entrant(NamedTuple):
+    """A row to be: a model, and the backend that runs it.
+
+    model: None with a `problem` that says why. checked: whether it is timed only where its results
+    are those of float64.
+    """
+
+    name: str
+    model: nn.Module | None
+    backend: str
+    checked: bool = True
+    problem: str = ""
 
 
 class Subject:

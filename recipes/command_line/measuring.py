@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from atlas_blocks import check
 from atlas_blocks.recipes import separation
-from atlas_blocks.recipes.bench.subjects import MODES, Size
+from atlas_blocks.recipes.bench.subjects import BOTH, FORWARD, MODES, Size
 from atlas_blocks.recipes.command_line.arguments import device_of, integers_of
 from atlas_blocks.recipes.command_line.exits import WRONG, fail
 
@@ -49,13 +49,22 @@ def bench_model(
     modes: Annotated[
         str | None, typer.Option(help=f"Such as forward,decode; of {', '.join(MODES)}.")
     ] = None,
-    cold: Annotated[bool, typer.Option(help="Also time the first call in fresh processes.")] = True,
+    cold: Annotated[
+        bool, typer.Option(help="Also time the first call in fresh processes; not with --peers.")
+    ] = True,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="By the process's CPU time: on a shared machine.")
     ] = False,
     against: Annotated[
         Path | None, typer.Option(help="A .json of an earlier run: say what moved beyond noise.")
     ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="AtlasMemory beside memory layers of other libraries (the extra bench).",
+        ),
+    ] = False,
 ) -> None:
     """Check a recipe or a block compiled against eager, then time both."""
     from atlas_blocks.recipes.bench import model as benchmark
@@ -64,10 +73,11 @@ def bench_model(
         name=name,
         device=device_of(device),
         size=Size(batch=batch, tokens=tokens, dim=dim, heads=heads),
-        modes=MODES if modes is None else tuple(modes.split(",")),
+        modes=tuple(modes.split(",")) if modes else (FORWARD, BOTH) if peers else MODES,
         rounds=rounds,
-        cold=cold,
+        cold=cold and not peers,
         cpu_time=cpu_time,
+        beside_peers=peers,
     )
     problem = benchmark.run(Console(), plan, out, against)
     if problem:
