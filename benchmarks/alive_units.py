@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from recall import with_memory
 from torch import Tensor, nn
 
 from atlas_blocks import AtlasMemory, State
 from atlas_blocks.functional import OmegaState
-from atlas_blocks.recipes import build, names
+from atlas_blocks.recipes import build, names, with_memory
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 from atlas_blocks.recipes.text import standard_library
 
@@ -133,7 +132,7 @@ def main() -> None:
                 model = build(name)
                 if args.decay_to:
                     torch.manual_seed(0)
-                    model = with_memory(model.config, {"decay_to": args.decay_to}).build()
+                    model = with_memory(model.config, decay_to=args.decay_to).build()
                 if when.startswith("after"):
                     train(model, corpus.train)
                 measure = speed if args.speed else share_alive

@@ -7,7 +7,7 @@ from atlas_blocks.recipes.model import (
     LanguageModelState,
     LMOutput,
 )
-from atlas_blocks.recipes.registry import build, config, names, register_block
+from atlas_blocks.recipes.registry import build, config, names, register_block, with_memory
 from atlas_blocks.recipes.training import TrainingConfig, train
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "register_block",
     "stream",
     "train",
+    "with_memory",
 ]

@@ -9,13 +9,14 @@ many parameters as atlas-mag-tiny.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import difflib
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from atlas_blocks import check
+from atlas_blocks import AtlasMemoryConfig, Config, check
 from atlas_blocks.blocks.feed_forward import SquaredReLU, SwiGLU, default_width
 from atlas_blocks.blocks.stacks import STACKS, BlockConfig
 from atlas_blocks.recipes import describe
@@ -23,6 +24,7 @@ from atlas_blocks.recipes.architectures import ARCHITECTURES, SIZES, Architectur
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
 from atlas_blocks.recipes.patterns import turn_of
 
+C = TypeVar("C", bound=Config)
 SHIPPED = frozenset(ARCHITECTURES)
 
 
@@ -178,6 +180,23 @@ def fitted(config: LanguageModelConfig, aim: float, *, multiple: int) -> Languag
     if not slope:
         return config
     return _with_width(config, multiple * max(1, 1 + round((aim - least) / slope)))
+
+
+def with_memory(config: C, **settings: Any) -> C:
+    """A config with these settings of AtlasMemoryConfig in every memory layer that it holds.
+
+    Raises ValueError for a name that is none of its fields, and for a value out of range.
+    """
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(changed, value))
+        return with_memory(value, **settings) if isinstance(value, Config) else value
+
+    if isinstance(config, AtlasMemoryConfig):
+        return config.replace(**settings)
+    fields = (field.name for field in dataclasses.fields(config))
+    return config.replace(**{name: changed(getattr(config, name)) for name in fields})
 
 
 def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:

@@ -110,3 +110,23 @@ def test_counting_leaves_no_trace():
     assert torch.equal(before, torch.get_rng_state())
     assert torch.nn.Linear(9, 9).weight.isfinite().all()
     assert torch.zeros_like(torch.ones(3)).sum() == 0
+
+
+def test_settings_reach_every_memory_layer_and_nothing_else() -> None:
+    before = registry.config("sliding-window-hybrid-tiny")
+    after = registry.with_memory(before, window=3, eta_init=0.25)
+    memories = [block.mixer for block in after.layers if hasattr(block.mixer, "eta_init")]
+    assert memories
+    assert all(m.window == 3 and m.eta_init == 0.25 for m in memories)
+    back = [
+        block.replace(mixer=old.mixer)
+        for block, old in zip(after.layers, before.layers, strict=True)
+    ]
+    assert after.replace(layers=tuple(back)) == before
+    assert registry.with_memory(registry.config("transformer-tiny"), window=3) == registry.config(
+        "transformer-tiny"
+    )
+    inside = registry.with_memory(registry.config("atlas-mac-tiny"), window=3)
+    assert all(block.memory.window == 3 for block in inside.layers)
+    with pytest.raises(ValueError, match="windw"):
+        registry.with_memory(before, windw=3)

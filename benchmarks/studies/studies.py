@@ -1,0 +1,166 @@
+"""The studies: what each asks, of which task, of which models."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from training import Study, Variant
+
+from atlas_blocks.recipes.architectures import ARCHITECTURES, Size
+from atlas_blocks.recipes.tasks import MQARTask, NeedleTask, RecallTask
+
+
+def _size(vocab_size: int, dim: int = 32) -> Size:
+    """Two layers of two heads."""
+    return Size(2, dim, 2, None, vocab_size=vocab_size, expansion=1, reach=16, multiple=8)
+
+
+RECALL = RecallTask(length=64, pairs=6, keys=24)
+SMALL = _size(RECALL.vocab_size)
+
+
+def _changed(layers: str, *changes: tuple[str, dict[str, Any]]) -> dict[str, Variant]:
+    """A recipe as it is, and with each of the changes."""
+    found = {layers: Variant(layers)}
+    return found | {f"{layers}, {label}": Variant(layers, given) for label, given in changes}
+
+
+STUDIES: dict[str, Study] = {}
+
+STUDIES["recall"] = Study(
+    what="Which recipes learn associative recall: 6 pairs of 24 keys in 64 tokens?",
+    task=RECALL,
+    size=SMALL,
+    variants={name: Variant(name) for name in ARCHITECTURES},
+)
+
+STUDIES["settings"] = Study(
+    what="What does one setting of a memory change in recall?",
+    task=RECALL,
+    size=SMALL,
+    variants={
+        label: variant
+        for name in ("atlas", "atlas-plus-plus", "titans")
+        for label, variant in _changed(
+            name,
+            *((f"chunk {n}", {"chunk_size": n}) for n in (16, 32, 64)),
+            *((f"window {n}", {"window": n}) for n in (1, 4)),
+            *((f"eta {n}", {"eta_init": n}) for n in (0.02, 0.05, 0.1, 0.2, 0.5)),
+            ("own 0.5", {"own_init": 0.5}),
+            ("lag 0.1", {"lag_init": 0.1}),
+            ("momentum 0.1", {"momentum_init": 0.1}),
+            ("momentum 0.9", {"momentum_init": 0.9}),
+            ("no momentum", {"momentum": False}),
+            ("decay to zero", {"decay_to": "zero"}),
+        ).items()
+    },
+)
+
+MQAR = MQARTask(length=64, pairs=8, vocab_size=256)
+STUDIES["state"] = Study(
+    what="How much of MQAR is answered with how large a state: 8 pairs, 64 tokens, 256 words?",
+    task=MQAR,
+    size=_size(MQAR.vocab_size),
+    variants={
+        f"{name}, dim {dim}": Variant(name, size=_size(MQAR.vocab_size, dim))
+        for dim in (16, 32, 64)
+        for name in (
+            "gated-deltanet",
+            "omeganet",
+            "titans",
+            "atlas",
+            "dot",
+            "swla",
+            "transformer",
+            "omeganet+transformer",
+        )
+    },
+    steps=1000,
+    enough=0.995,
+    axis="state",
+    equal=False,
+)
+
+NEEDLE = NeedleTask(length=832, new_tokens=16)
+STUDIES["needle"] = Study(
+    what="Trained on needles among at most 832 tokens: up to which length is one found?",
+    task=NEEDLE,
+    size=dataclasses.replace(_size(384, 64), expansion=2),
+    variants={name: Variant(name) for name in ("deltanet", "gated-deltanet", "omeganet")},
+    lengths=(208, 208, 416, 832),
+    tests=(208, 832, 8_320, 83_200, 1_048_576),
+    steps=1500,
+    batch=8,
+    every=250,
+    axis="tokens",
+    equal=False,
+)
+
+STUDIES["window"] = Study(
+    what="What do the window c and the degree p of the features bring, where keys are many?",
+    task=RecallTask(length=96, pairs=16, keys=32),
+    size=_size(65),
+    variants={
+        f"c = {c}, {label}": Variant("omeganet", {"window": c, **features}, x=c)
+        for label, features in (
+            ("no features", {"feature_map": "identity"}),
+            ("p = 2", {"degree": 2}),
+            ("p = 3", {"degree": 3}),
+        )
+        for c in (1, 4, 16)
+    },
+    steps=1000,
+    axis="window c",
+    equal=False,
+)
+
+STUDIES["muon"] = Study(
+    what="What does Muon cost and bring: at every token, at some, and gradient descent?",
+    task=RECALL,
+    size=SMALL,
+    variants={
+        **{
+            f"Muon at every {n}": Variant("atlas", {"ns_every": n, "chunk_size": max(16, n)})
+            for n in (1, 4, 16, 64)
+        },
+        "gradient descent": Variant("atlas", {"update": "gd", "ns_every": 1, "chunk_size": 16}),
+        "gradient descent, chunk 64": Variant(
+            "atlas", {"update": "gd", "ns_every": 1, "chunk_size": 64}
+        ),
+    },
+    axis="seconds",
+)
+
+STUDIES["switches"] = Study(
+    what="The switches of the paper's Table 6, one at a time, where they matter for recall",
+    task=RECALL,
+    size=SMALL,
+    variants={
+        **_changed(
+            "atlas",
+            ("linear memory", {"memory": "matrix"}),
+            ("gated MLP", {"memory": "gated_mlp"}),
+            ("without Muon", {"update": "gd", "ns_every": 1}),
+            ("a window of 1", {"window": 1}),
+            ("no polynomial features", {"feature_map": "identity"}),
+        ),
+        "atlas-mag": Variant("atlas-mag"),
+        "atlas-mal": Variant("atlas-mal"),
+    },
+)
+
+STUDIES["errors"] = Study(
+    what="Are online errors needed, as chunks get longer: 16 pairs in 256 tokens?",
+    task=RecallTask(length=256, pairs=16, keys=32),
+    size=_size(65),
+    variants={
+        f"{errors}, b = {b}": Variant("omeganet", {"errors": errors, "chunk_size": b}, x=b)
+        for errors in ("online", "chunk")
+        for b in (16, 64, 256)
+    },
+    steps=800,
+    batch=8,
+    axis="chunk b",
+    equal=False,
+)
