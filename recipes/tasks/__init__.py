@@ -1,6 +1,7 @@
 """Tasks that show what a model remembers: generated, from a seed, without a download.
 
-`TASKS` has each by its name; `task` gives one at a length, with other settings.
+`TASKS` has each by its name; `task` gives one at a length, with other settings. `MapTask` is for a
+memory alone: its pairs are vectors.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from atlas_blocks.recipes.tasks.mad import (
     MADMemorization,
     MADRecall,
 )
+from atlas_blocks.recipes.tasks.maps import MapTask
 from atlas_blocks.recipes.tasks.mqar import MQARTask
 from atlas_blocks.recipes.tasks.niah import NeedleTask
 from atlas_blocks.recipes.tasks.prose import Prose, Question, draws_of
@@ -73,6 +75,7 @@ __all__ = [
     "MADMemorization",
     "MADRecall",
     "MQARTask",
+    "MapTask",
     "NeedleTask",
     "OverwriteTask",
     "ParityTask",
