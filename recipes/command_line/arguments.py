@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from atlas_blocks import check
+
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder for compiled graphs: the next process has them at once."),
+]
 
 
 def setting_of(text: str) -> tuple[str, Any]:

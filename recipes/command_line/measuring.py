@@ -14,8 +14,9 @@ from typer.core import TyperGroup
 from atlas_blocks import check
 from atlas_blocks.recipes import separation
 from atlas_blocks.recipes.bench.subjects import BOTH, FORWARD, MODES, Size
-from atlas_blocks.recipes.command_line.arguments import device_of, integers_of
+from atlas_blocks.recipes.command_line.arguments import Cache, device_of, integers_of
 from atlas_blocks.recipes.command_line.exits import WRONG, fail
+from atlas_blocks.recipes.compile_cache import compile_cache
 
 
 class _NameOrCommand(TyperGroup):
@@ -65,6 +66,7 @@ def bench_model(
             help="AtlasMemory beside memory layers of other libraries (the extra bench).",
         ),
     ] = False,
+    cache: Cache = None,
 ) -> None:
     """Check a recipe or a block compiled against eager, then time both."""
     from atlas_blocks.recipes.bench import model as benchmark
@@ -79,7 +81,8 @@ def bench_model(
         cpu_time=cpu_time,
         beside_peers=peers,
     )
-    problem = benchmark.run(Console(), plan, out, against)
+    with compile_cache(cache):
+        problem = benchmark.run(Console(), plan, out, against)
     if problem:
         raise typer.Exit(fail(problem, WRONG))
 
@@ -104,6 +107,7 @@ def kernels(
         bool, typer.Option("--all", help="Every row, also at every length and width.")
     ] = False,
     compiled: Annotated[bool, typer.Option(help="Also compile the definition's steps.")] = True,
+    cache: Cache = None,
 ) -> None:
     """Check every provider of the recurrence, then time it beside its rivals."""
     # Imported here: counting FLOPs loads Triton, which the other commands do without.
@@ -126,7 +130,8 @@ def kernels(
         quick=quick,
         compiled=compiled,
     )
-    with torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext():
+    on_device = torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext()
+    with compile_cache(cache), on_device:
         problem = benchmark.run(Console(), chosen, out)
     if problem:
         raise typer.Exit(fail(problem, WRONG))

@@ -12,7 +12,7 @@ from rich.console import Console
 from atlas_blocks import check
 from atlas_blocks.recipes import demo as demonstration
 from atlas_blocks.recipes import display, files, run_data, runs
-from atlas_blocks.recipes.command_line.arguments import device_of
+from atlas_blocks.recipes.command_line.arguments import Cache, device_of
 from atlas_blocks.recipes.command_line.exits import INTERRUPTED, WRONG
 from atlas_blocks.recipes.compile_cache import compile_cache
 from atlas_blocks.recipes.data import Source, train_tokenizer
@@ -121,10 +121,7 @@ def train(
     ] = 8.0,
     patience: Annotated[int, typer.Option(help="Bad steps in a row before it stops.")] = 3,
     compile: Annotated[bool, typer.Option(help="Compile every block.")] = True,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder for compiled graphs: the next process has them at once."),
-    ] = None,
+    cache: Cache = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights and of the order of data.")] = 0,
     resume: Annotated[

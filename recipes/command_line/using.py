@@ -12,7 +12,7 @@ from rich.console import Console
 from atlas_blocks import check
 from atlas_blocks.recipes import checkpoint as checkpoints
 from atlas_blocks.recipes import runs, text
-from atlas_blocks.recipes.command_line.arguments import device_of
+from atlas_blocks.recipes.command_line.arguments import Cache, device_of
 from atlas_blocks.recipes.data import Tokenizer
 from atlas_blocks.recipes.generate import stream
 from atlas_blocks.recipes.model import LanguageModel
@@ -122,13 +122,14 @@ def serve(
         int,
         typer.Option(help="Of torch. Above 1 a text may depend on those beside it, by rounding."),
     ] = 1,
+    cache: Cache = None,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
 ) -> None:
     """Answer OpenAI's HTTP API: completions and chat, many at a time, until Ctrl-C."""
     check.between("port", port, 0, 65535)
     options = Options(max_batch, piece, prefix_cache, sessions, chat_template, threads)
     model, coder = _trained(checkpoint, device_of(device))
-    server.run(model, coder, host, port, Console(), options)
+    server.run(model, coder, host, port, Console(), options, cache)
 
 
 def _trained(checkpoint: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from atlas_blocks.recipes.compile_cache import compile_cache
 from atlas_blocks.recipes.data import Tokenizer
 from atlas_blocks.recipes.model import LanguageModel
 from atlas_blocks.recipes.serving.service import Options, Service
@@ -22,9 +25,13 @@ def run(
     port: int,
     console: Console,
     options: Options,
+    cache: Path | None = None,
 ) -> None:
-    """Serve, and say where. Raises ValueError for an option that cannot be followed, OSError where
-    the port cannot be had."""
+    """Serve, and say where.
+
+    cache: folder for what is compiled, as `compile_cache` takes it. Raises ValueError for an option
+    that cannot be followed, OSError where the port cannot be had.
+    """
     try:
         import uvicorn
 
@@ -38,7 +45,8 @@ def run(
         listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise OSError(f"port: cannot listen at {host}:{port}: {error.strerror or error}") from error
-    with listening:
+    with listening, contextlib.ExitStack() as kept:
+        kept.enter_context(compile_cache(cache))
         where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         console.print(f"serving [bold cyan]{service.name}[/] at {where}", highlight=False)
         config = uvicorn.Config(
@@ -50,5 +58,10 @@ def run(
                 # Or it would wait for answers that may have no end.
                 service.engine.stop()
                 super().handle_exit(sig, frame)
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().shutdown(sockets)
+                # Then the signal comes once more, and may end the process at once.
+                kept.close()
 
         Server(config).run(sockets=[listening])

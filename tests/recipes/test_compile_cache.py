@@ -1,5 +1,7 @@
 """What one process compiled another finds, and only where nothing that matters has changed."""
 
+import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from atlas_blocks.recipes import compile_cache
+from atlas_blocks.recipes import build, checkpoint, compile_cache
+from atlas_blocks.recipes.command_line import main as cli
+from atlas_blocks.recipes.command_line import measuring
 
 PROGRAM = """
 import sys
@@ -76,6 +80,89 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         compile_cache.compile_cache(tmp_path / "file"),
     ):
         raise AssertionError("it is checked first")
+
+
+# --- of commands --------------------------------------------------------------------------------
+
+
+class Recorder(list[str]):
+    """Stands for `compile_cache`, and notes what happens in which order."""
+
+    @contextlib.contextmanager
+    def __call__(self, folder: Path | None):
+        self.append(f"enter {folder}")
+        yield
+        self.append("exit")
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(a) for a in arguments])
+    return left.value.code
+
+
+def test_bench_runs_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from atlas_blocks.recipes.bench import kernels, model
+
+    events = Recorder()
+    monkeypatch.setattr(measuring, "compile_cache", events)
+    for module in (model, kernels):
+        monkeypatch.setattr(module, "run", lambda *_: events.append("run") or "")
+    options = ("--cache", tmp_path, "--device", "cpu")
+    assert command("bench", "SwiGLU", *options) == 0
+    assert command("bench", "kernels", *options) == 0
+    assert events == [f"enter {tmp_path}", "run", "exit"] * 2
+
+
+def test_a_server_saves_before_a_signal_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+
+    from atlas_blocks.recipes.serving import server
+
+    async def shut(self: object, sockets: object = None) -> None:
+        events.append("shut down")
+
+    def run(self: uvicorn.Server, sockets: object = None) -> None:
+        events.append("serve")
+        asyncio.run(self.shutdown())
+        events.append("signal")
+
+    events = Recorder()
+    monkeypatch.setattr(server, "compile_cache", events)
+    monkeypatch.setattr(uvicorn.Server, "shutdown", shut)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    checkpoint.save(tmp_path / "model", build("atlas-tiny", depth=1))
+    assert command("serve", tmp_path / "model", "--port", 0, "--cache", tmp_path / "graphs") == 0
+    assert events == [f"enter {tmp_path / 'graphs'}", "serve", "shut down", "exit", "signal"]
+
+
+@pytest.mark.parametrize("arguments", [("bench", "SwiGLU"), ("serve", "model")])
+def test_a_command_names_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "serve" in arguments:
+        checkpoint.save(Path("model"), build("atlas-tiny", depth=1))
+    Path("file").write_text("")
+    assert command(*arguments, "--cache", "file") == 2
+    assert "cache: cannot write in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_second_bench_compiles_nothing(tmp_path: Path) -> None:
+    """On a machine whose own cache is empty it finds all graphs, and so has none to save."""
+    options = ["--modes", "forward", "--no-cold", "--rounds", "1", "--dim", "8", "--tokens", "8"]
+    for home in ("first", "second"):
+        program = [sys.executable, "-m", "atlas_blocks.recipes", "bench", "SwiGLU", *options]
+        subprocess.run(
+            [*program, "--cache", tmp_path / "cache", "--out", tmp_path / home],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "home" / home)},
+            capture_output=True,
+            check=True,
+        )
+        assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
