@@ -6,7 +6,7 @@ B batch, T tokens, H heads, D head width, c window.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ LARGEST_THETA = 0.99
 POLYNOMIAL = ("polynomial", "sketch", "taylor_exp")
 OWN_MAPS = ("identity", *POLYNOMIAL)
 FIXABLE = ("alpha", "eta", "theta", "gamma", "coefficients")
+# What was read, of the queries [B, T, H, D], what the memory answers [B, T, H, D], and its state.
+Reading = Callable[[Tensor, Tensor, OmegaState], Tensor]
 
 
 @dataclass(frozen=True)
@@ -385,19 +387,23 @@ class AtlasMemory(Block):
         mask: Tensor | None = None,
         detach_state: bool = True,
         place: int | None = None,
+        read: Reading | None = None,
     ) -> tuple[Tensor, Any]:
         """As `Block.forward`; x [B, T, dim], FixedMemory -> `recall`, what it has read.
 
-        place: see `omega_rule`; x and the state are then taken unchecked, and the state returned
-        stays in the graph.
+        For blocks that a memory is a part of: place, see `omega_rule`; read(q, y, rule) takes the
+        place of what was read, y [B, T, H, D], of a memory whose state after the call is `rule`.
+        With either, x, the state and Documents are taken unchecked, and the state returned stays
+        in the graph.
         """
         if isinstance(state, FixedMemory):
             weights = state.weights
             if weights is None:
                 weights = self.initial_state(x).rule.weights
             return self.recall(x, weights), FixedMemory(weights)
-        if place is not None:
-            return self.mix(x, state, place=place)
+        if place is not None or read is not None:
+            assert cu_seqlens is None or isinstance(cu_seqlens, Documents)
+            return self.mix(x, state, cu_seqlens, place=place, read=read)
         return super().forward(
             x, state, cu_seqlens=cu_seqlens, mask=mask, detach_state=detach_state
         )
@@ -408,36 +414,63 @@ class AtlasMemory(Block):
         state: MemoryState | None,
         documents: Documents | None = None,
         place: int | None = None,
+        read: Reading | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        c = self.config
         if state is None and documents is None and x.shape[1] == 0:
             return self.out(self.gate(x)), self.initial_state(x)
-        qkv, conv = self.conv(
+        conv, rule = (None, None) if state is None else (state.conv, state.rule)
+        q, k, v, conv = self.project(x, conv, documents)
+        y, rule = self.write(x, q, k, v, rule, documents, place)
+        if read is not None:
+            y = read(q, y, rule)
+        return self.answer(x, y), MemoryState(conv, rule)
+
+    mix_packed = mix
+
+    def project(
+        self, x: Tensor, conv: ConvState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, ConvState]:
+        """q, k and v of x [B, T, dim], [B, T, H, D] each, and the convolution's state."""
+        qkv, after = self.conv(
             check.whole("qkv", self.qkv(x), 3 * self.heads * self.width),
-            state and state.conv,
+            conv,
             cu_seqlens=documents,
             detach_state=False,
         )
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        y, rule = omega_rule(
-            unit_length(q),
-            unit_length(k),
+        return unit_length(q), unit_length(k), v, after
+
+    def write(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rule: OmegaState | None,
+        documents: Documents | None = None,
+        place: int | None = None,
+    ) -> tuple[Tensor, OmegaState]:
+        """Write k and v with the gates of x, and read q: M_t(phi(q_t)) [B, T, H, D], the memory's
+        state."""
+        return omega_rule(
+            q,
+            k,
             v,
             alpha=self.alpha(x),
             eta=self.eta(x),
             theta=None if self.theta is None else self.theta(x),
-            gamma=self.gamma(x).unflatten(-1, (self.heads, c.window)),
+            gamma=self.gamma(x).unflatten(-1, (self.heads, self.config.window)),
             weights=self.initial_weights(q),
-            rule=c.rule,
+            rule=self.config.rule,
             feature_map=self.feature_map(),
-            state=None if state is None else state.rule,
+            state=rule,
             cu_seqlens=documents and documents.cu_seqlens,
             place=place,
         )
-        y = self.norm(y).flatten(-2) * F.silu(self.gate(x))
-        return self.out(y), MemoryState(conv, rule)
 
-    mix_packed = mix
+    def answer(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output for x [B, T, dim], of which y [B, T, H, D] was read."""
+        return self.out(self.norm(y).flatten(-2) * F.silu(self.gate(x)))
 
     def initial_state(self, x: Tensor) -> MemoryState:
         """The state before the first token of x [B, T, dim]."""
@@ -455,6 +488,9 @@ class AtlasMemory(Block):
         found = FixedMemory(weights).fitted(queries).weights
         assert found is not None
         q = unit_length(queries.unflatten(-1, (self.heads, -1)))
+        return self.norm(self.read_fixed(q, found)).flatten(-2)
+
+    def read_fixed(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        """`read_memory` with this layer's memory and feature map: q [B, T, H, D]."""
         phi = as_node(self.feature_map()) if torch.compiler.is_compiling() else self.feature_map()
-        read = read_memory(q, found, memory=self.config.memory, feature_map=phi)
-        return self.norm(read).flatten(-2)
+        return read_memory(q, weights, memory=self.config.memory, feature_map=phi)

@@ -235,17 +235,20 @@ def read_memory(
     memory: str = "matrix",
     feature_map: FeatureMap | None = None,
 ) -> Tensor:
-    """Read one fixed memory without writing: y = M(phi(q)).
+    """Read fixed memories without writing: y = M(phi(q)).
 
     q: [B, T, H, Dk]; weights: as `OmegaState.weights`, [B, H, dout, din] each. Returns
-    [B, T, H, Dv] in the dtype of q.
+    [B, T, H, Dv] in the dtype of q. Of N memories that the same queries read, weights
+    [B, N, H, dout, din], it is [B, N, T, H, Dv].
     """
     check.choice("memory", memory, MEMORIES)
     structure = MEMORIES[memory]
     x = q.transpose(1, 2).to(weights[0].dtype)
     with no_autocast(q):
         phi = x if feature_map is None else feature_map(x)
+        if weights[0].ndim == 5:
+            x, phi = x[:, None], phi[:, None]
         y = structure.forward(lambda i, z: z @ weights[i].mT, phi)
         if structure.residual and x.shape[-1] == y.shape[-1]:
             y = y + x
-    return y.transpose(1, 2).to(q.dtype)
+    return y.transpose(-3, -2).to(q.dtype)
