@@ -16,6 +16,7 @@ from atlas_blocks.blocks.feed_forward import SquaredReLU, SwiGLU
 from atlas_blocks.blocks.lstm import LSTM, LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemory, AtlasMemoryConfig
 from atlas_blocks.blocks.memory_as_context import MemoryAsContext, MemoryAsContextConfig
+from atlas_blocks.blocks.memory_caching import MemoryCaching, MemoryCachingConfig
 from atlas_blocks.blocks.stacks import (
     AtlasBlock,
     AtlasBlockConfig,
@@ -24,6 +25,7 @@ from atlas_blocks.blocks.stacks import (
     MemoryAsLayer,
     MemoryAsLayerConfig,
 )
+from atlas_blocks.blocks.tnt import TNT, TNTConfig
 from atlas_blocks.config import Config, with_settings
 from atlas_blocks.omega.feature_maps import register_feature_map
 from atlas_blocks.omega.memories import register_memory
@@ -35,6 +37,7 @@ from atlas_blocks.state import State
 
 __all__ = [
     "LSTM",
+    "TNT",
     "AtlasBlock",
     "AtlasBlockConfig",
     "AtlasMemory",
@@ -50,6 +53,8 @@ __all__ = [
     "MemoryAsGateConfig",
     "MemoryAsLayer",
     "MemoryAsLayerConfig",
+    "MemoryCaching",
+    "MemoryCachingConfig",
     "ProviderWarning",
     "Rule",
     "ShortConv",
@@ -58,6 +63,7 @@ __all__ = [
     "SquaredReLU",
     "State",
     "SwiGLU",
+    "TNTConfig",
     "checkpoint_policy",
     "functional",
     "keep_provider",

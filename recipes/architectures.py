@@ -19,7 +19,9 @@ from atlas_blocks import (
     MemoryAsContextConfig,
     MemoryAsGateConfig,
     MemoryAsLayerConfig,
+    MemoryCachingConfig,
     SlidingWindowAttentionConfig,
+    TNTConfig,
 )
 from atlas_blocks.blocks.stacks import BlockConfig
 
@@ -208,6 +210,21 @@ def _titans_mac(size: Size) -> BlockConfig:
     return _as_context(_titans_memory(size), size)
 
 
+def _memory_caching(size: Size) -> BlockConfig:
+    """Memory Caching over Titans' memory (Behrouz et al. 2026), its gated residual memory. Segments
+    are compressed apart, so that all of them run as one batch."""
+    mixer = MemoryCachingConfig(_titans_memory(size), segment=size.reach, reset=True)
+    return AtlasBlockConfig(mixer=mixer)
+
+
+def _tnt(size: Size) -> BlockConfig:
+    """TNT over Titans' memory (Li et al. 2025): global chunks and local spans of the paper's 2048
+    tokens, one local memory."""
+    memory, span = _titans_memory(size), 4 * size.reach
+    local = memory.replace(chunk_size=16)
+    return AtlasBlockConfig(mixer=TNTConfig(memory.replace(chunk_size=span), (local,), span))
+
+
 def _ttt(size: Size) -> BlockConfig:
     """TTT-MLP (Sun et al. 2024): mini-batches of 16, no decay. Its inner LayerNorm is left out;
     errors are online instead of those at the mini-batch's start."""
@@ -299,6 +316,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "titans-mag": _titans_mag,
     "titans-mal": _titans_mal,
     "titans-mac": _titans_mac,
+    "memory-caching": _memory_caching,
+    "tnt": _tnt,
     "ttt": _ttt,
     "gated-deltanet": _gated_deltanet,
     "deltanet": _deltanet,

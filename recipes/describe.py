@@ -22,7 +22,9 @@ from atlas_blocks import (
     MemoryAsContextConfig,
     MemoryAsGateConfig,
     MemoryAsLayerConfig,
+    MemoryCachingConfig,
     SlidingWindowAttentionConfig,
+    TNTConfig,
 )
 from atlas_blocks.blocks.foreign import built, is_foreign
 from atlas_blocks.blocks.settings import changed
@@ -68,6 +70,12 @@ def _part(config: object) -> str:
                 kind.append(config.feature_map)
             kind.append(UPDATE_NAMES.get(config.update, config.update))
             return ", ".join([*kind, f"c={config.window}"])
+        case MemoryCachingConfig():
+            read = "" if config.top_k is None else f", {config.top_k} read"
+            return f"{_part(config.memory)}, kept every {config.segment}{read}"
+        case TNTConfig():
+            chunks = "/".join(str(m.chunk_size) for m in (config.memory, *config.local))
+            return f"TNT: {_part(config.memory)}, chunks {chunks}, span {config.span}"
         case DeepTransformerConfig():
             return f"exact phi*, {config.objective}, c={config.window}"
         case SlidingWindowAttentionConfig():
@@ -156,6 +164,7 @@ def state_bytes(config: LanguageModelConfig, tokens: int) -> int:
     """
 
     def of(layer: BlockConfig) -> int:
+        layer, steps = _one_a_token(layer, tokens)
         block = unfilled_block(least_mlp(layer), config.dim, config.heads)
 
         def after(count: int) -> int:
@@ -164,15 +173,24 @@ def state_bytes(config: LanguageModelConfig, tokens: int) -> int:
             return 0 if state is None else state.nbytes
 
         start = after(0)
-        return start + tokens * (after(1) - start if state_grows(layer) else 0)
+        return start + steps * (after(1) - start if state_grows(layer) else 0)
 
     return sum(count * of(layer) for layer, count in collections.Counter(config.layers).items())
 
 
+def _one_a_token(layer: BlockConfig, tokens: int) -> tuple[BlockConfig, int]:
+    """A layer whose state grows at every token as that of `layer` does at times, and how often it
+    has after so many."""
+    if isinstance(layer, AtlasBlockConfig) and isinstance(layer.mixer, MemoryCachingConfig):
+        segment = layer.mixer.segment
+        return layer.replace(mixer=layer.mixer.replace(segment=1)), tokens // segment
+    return layer, tokens
+
+
 def state_grows(config: object) -> bool:
-    """Whether the state grows with the text: every key is kept, without a window or for phi*. Of a
-    mixer of somebody's it is taken to."""
-    if isinstance(config, DeepTransformerConfig):
+    """Whether the state grows with the text: every key is kept, without a window or for phi*, or
+    every segment's memory. Of a mixer of somebody's it is taken to."""
+    if isinstance(config, (DeepTransformerConfig, MemoryCachingConfig)):
         return True
     if isinstance(config, SlidingWindowAttentionConfig):
         return config.window is None

@@ -23,10 +23,12 @@ from atlas_blocks import (
     MemoryAsContextConfig,
     MemoryAsGateConfig,
     MemoryAsLayerConfig,
+    MemoryCachingConfig,
     ShortConv,
     SlidingWindowAttentionConfig,
     SquaredReLU,
     SwiGLU,
+    TNTConfig,
     functional,
     ops,
 )
@@ -286,6 +288,8 @@ class AverageConfig(Config):
 _MEMORY, _ATTENTION = small_memory(), SlidingWindowAttentionConfig(window=7, sink_tokens=2)
 _PHI_STAR = DeepTransformerConfig(gate_rank=4, chunk_size=8)
 _DESCENT = small_memory(update="gd", feature_map="polynomial")
+SEGMENT = 7  # after so many tokens the state of "caching" grows
+_PLAIN = small_memory(update="gd", feature_map="identity", window=1, chunk_size=4)
 BLOCKS: dict[str, Callable[[int, int], Block]] = {
     **{
         f"memory-{memory}-{update}-{features}": small_memory(
@@ -347,13 +351,25 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
     "as-gate-product": MemoryAsGateConfig(_DESCENT, _ATTENTION, "product").build,
     "as-context": MemoryAsContextConfig(_DESCENT, segment=12).build,
     "as-context-muon": MemoryAsContextConfig(_MEMORY, segment=4, persistent_tokens=0).build,
+    "caching-checkpoints": MemoryCachingConfig(_MEMORY, segment=SEGMENT).build,
+    "caching-reset": MemoryCachingConfig(_PLAIN, segment=SEGMENT, reset=True, top_k=2).build,
+    "tnt": TNTConfig(_DESCENT.replace(chunk_size=16), (_PLAIN, _MEMORY), span=12).build,
+    "tnt-unprojected": TNTConfig(_MEMORY, (_PLAIN,), 12, project_queries=False).build,
     "lstm": LSTMConfig().build,
     "conv": lambda dim, heads: ShortConv(dim),
     "swiglu": lambda dim, heads: SwiGLU(dim),
     "squared-relu": lambda dim, heads: SquaredReLU(dim),
 }
-# Their states hold every key.
-GROWING = ("deep-transformer", "swdt", "dot", "dot-each-token", "attention", "block-phi-star")
+# Their states hold every key, or the memory of every segment.
+GROWING = (
+    "deep-transformer",
+    "swdt",
+    "dot",
+    "dot-each-token",
+    "attention",
+    "block-phi-star",
+    "caching",
+)
 DIM, HEADS = 12, 2
 
 

@@ -19,14 +19,29 @@ from atlas_blocks.blocks.foreign import Builds, built, is_foreign
 from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig
 from atlas_blocks.blocks.memory_as_context import MemoryAsContextConfig
+from atlas_blocks.blocks.memory_caching import MemoryCachingConfig
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.settings import takes
+from atlas_blocks.blocks.tnt import TNTConfig
 from atlas_blocks.config import Config
 from atlas_blocks.state import State
 
-MIXERS = (AtlasMemoryConfig, DeepTransformerConfig, SlidingWindowAttentionConfig, LSTMConfig)
+MIXERS = (
+    AtlasMemoryConfig,
+    MemoryCachingConfig,
+    TNTConfig,
+    DeepTransformerConfig,
+    SlidingWindowAttentionConfig,
+    LSTMConfig,
+)
 Mixer = (
-    AtlasMemoryConfig | DeepTransformerConfig | SlidingWindowAttentionConfig | LSTMConfig | Builds
+    AtlasMemoryConfig
+    | MemoryCachingConfig
+    | TNTConfig
+    | DeepTransformerConfig
+    | SlidingWindowAttentionConfig
+    | LSTMConfig
+    | Builds
 )
 
 

@@ -230,7 +230,9 @@ def test_among_fake_tensors_a_call_gives_shapes(name: str) -> None:
     first = real(x)
     assert all(type(t) is Tensor for t in of_all(first))
     assert shapes((y, state)) == shapes(first)
-    assert shapes(again) == shapes(real(x, first[1]))
+    # How many segments have been read is not known where positions hold nothing.
+    if not name.startswith("caching"):
+        assert shapes(again) == shapes(real(x, first[1]))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own doing
