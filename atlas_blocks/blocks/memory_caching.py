@@ -115,7 +115,7 @@ class MemoryCaching(Block):
     With `reset` all whole segments of a call run as one batch, and a graph is compiled for whole
     segments, one for those with a rest, and one for less than a segment. Without, they run one
     after the other: a graph is compiled for each length, with a node for every segment. It breaks
-    where a state goes in, and at packed documents.
+    where a state goes in, and at packed documents; torch.export is refused a state.
     x [B, T, dim] -> y [B, T, dim]; state CachingState, which grows by a memory every `segment`
     tokens.
     """
@@ -138,6 +138,10 @@ class MemoryCaching(Block):
         if state is None:
             return self.segments(x, None, 0)
         going_on: Any = self.going_on
+        if torch.compiler.is_exporting():
+            check.fail(
+                "state", "none where MemoryCaching is exported: it is read on the host", "one"
+            )
         if torch.compiler.is_compiling():
             going_on = torch.compiler.disable(going_on)
         return going_on(x, state)

@@ -22,7 +22,7 @@ from atlas_blocks.config import Config
 from atlas_blocks.data import numbers
 from atlas_blocks.omega.op import omega_rule
 from atlas_blocks.omega.rule import Rule
-from atlas_blocks.omega.state import OmegaState
+from atlas_blocks.omega.state import OmegaState, initial_state
 from atlas_blocks.state import State
 
 # sum k v^T of the span so far: linear attention.
@@ -104,7 +104,15 @@ class LocalMemory(AtlasMemory):
         """The state before the first token of x [B, T, dim]."""
         memory = super().initial_state(x)
         none = x.new_zeros(len(x), 0, self.heads, self.width)
-        return LocalState(memory.conv, memory.rule, projected(none, none, None)[1])
+        keys = initial_state(none, none, [_no_keys(none)], SUM, momentum=False)
+        return LocalState(memory.conv, memory.rule, keys)
+
+
+def _no_keys(k: Tensor) -> Tensor:
+    """The sum over none, for k [B, T, H, D]: [H, D, D]."""
+    heads, width = k.shape[2:]
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    return k.new_zeros(heads, width, width, dtype=dtype)
 
 
 def projected(
@@ -117,9 +125,8 @@ def projected(
     parallel, streamed and packed as the rule is.
     """
     square = k.square().sum(-1, keepdim=True)
-    batch, length, heads, width = k.shape
-    wide = torch.promote_types(k.dtype, torch.float32)
-    one = k.new_ones(batch, length, heads, dtype=wide)
+    none = _no_keys(k)
+    one = k.new_ones(k.shape[:3], dtype=none.dtype)
     return omega_rule(
         q,
         k,
@@ -128,7 +135,7 @@ def projected(
         eta=one,
         theta=None,
         gamma=one[..., None],
-        weights=[k.new_zeros(heads, width, width, dtype=wide)],
+        weights=[none],
         rule=SUM,
         state=state,
         cu_seqlens=documents and documents.cu_seqlens,
@@ -178,6 +185,8 @@ class TNT(Block):
         if torch.compiler.is_compiling():
             if x.shape[1] == 1:
                 return self.at_place(x, self.begun_anew(x, state), 0)
+            if torch.compiler.is_exporting():
+                check.fail("x", "one token where TNT is exported with a state", x.shape[1])
             going_on = torch.compiler.disable(going_on)
         return going_on(x, state)
 
