@@ -12,7 +12,7 @@ from atlas_blocks.blocks.deep_transformer import (
     DeepTransformerLayer,
     phi_star,
 )
-from atlas_blocks.blocks.feed_forward import SquaredReLU, SwiGLU
+from atlas_blocks.blocks.feed_forward import MixtureOfExpertsConfig, SquaredReLU, SwiGLU
 from atlas_blocks.blocks.lstm import LSTM, LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemory, AtlasMemoryConfig
 from atlas_blocks.blocks.memory_as_context import MemoryAsContext, MemoryAsContextConfig
@@ -55,6 +55,7 @@ __all__ = [
     "MemoryAsLayerConfig",
     "MemoryCaching",
     "MemoryCachingConfig",
+    "MixtureOfExpertsConfig",
     "ProviderWarning",
     "Rule",
     "ShortConv",

@@ -18,7 +18,7 @@ from atlas_blocks.blocks.base import Documents
 from atlas_blocks.blocks.foreign import ForeignBlock, built
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.padding import Padding, checked_mask, run_padded
-from atlas_blocks.blocks.parameters import Linear
+from atlas_blocks.blocks.parameters import GroupedLinear, Linear
 from atlas_blocks.blocks.stacks import BlockConfig
 from atlas_blocks.recipes.architectures import size_of
 from atlas_blocks.recipes.patterns import Layers, turn_of
@@ -150,7 +150,10 @@ def start_widths(model: nn.Module, dim: int) -> None:
         for part in memory.modules()
     }
     for module in model.modules():
-        if isinstance(module, (Linear, TokenEmbedding)) and module not in inside_memory:
+        if (
+            isinstance(module, (Linear, GroupedLinear, TokenEmbedding))
+            and module not in inside_memory
+        ):
             module.std = std
             module.reset_parameters()
 

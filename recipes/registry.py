@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from atlas_blocks import AtlasMemoryConfig, Config, check
-from atlas_blocks.blocks.feed_forward import SquaredReLU, SwiGLU, default_width
+from atlas_blocks.blocks.feed_forward import MixtureOfExperts, SquaredReLU, SwiGLU, default_width
 from atlas_blocks.blocks.stacks import STACKS, BlockConfig
 from atlas_blocks.recipes import describe
 from atlas_blocks.recipes.architectures import ARCHITECTURES, SIZES, Architecture, Size
@@ -166,9 +166,15 @@ def _block_count(block: BlockConfig, dim: int, heads: int) -> int:
 def _least_block(block: BlockConfig, dim: int, heads: int) -> tuple[int, int]:
     """Parameters of a block whose MLPs have one hidden unit, and of those units."""
     built = describe.unfilled_block(block, dim, heads)
-    mlps = [m for m in built.modules() if isinstance(m, (SwiGLU, SquaredReLU))]
+    kinds = (SwiGLU, SquaredReLU, MixtureOfExperts)
     # A mixer of somebody's may have an MLP too, of another width.
-    units = [describe.parameters_in(m) for m in mlps if m.down.in_features == 1]
+    mlps = [m for m in built.modules() if isinstance(m, kinds) and m.width == 1]
+    # A router does not grow.
+    units = [
+        describe.parameters_in(m)
+        - (describe.parameters_in(m.router) if isinstance(m, MixtureOfExperts) else 0)
+        for m in mlps
+    ]
     return describe.parameters_in(built), sum(units)
 
 

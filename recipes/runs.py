@@ -345,6 +345,7 @@ def train(console: Console, keeping: Keeping, run: Training) -> bool:
             tokens=at.step * config.tokens,
             tokens_per_second=at.tokens_per_second,
             skipped=at.skipped,
+            **({} if at.balance is None else {"balance": at.balance}),
         )
 
     def validate(step: int) -> None:

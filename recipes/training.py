@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from atlas_blocks import Config, check
+from atlas_blocks.blocks.feed_forward import balance_loss
 from atlas_blocks.recipes import text
 from atlas_blocks.recipes.data.batches import Batch
 from atlas_blocks.recipes.losses import batch_loss, fresh_state
@@ -116,7 +117,8 @@ class TrainingConfig(Config):
 class Progress:
     """What a callback is told after each step (`step` of `steps` done).
 
-    skipped: why the step left the weights as they were; empty where it did not.
+    skipped: why the step left the weights as they were; empty where it did not. balance: mean
+    balance loss of the mixtures of experts, 1 where all are used alike; None without any.
     """
 
     step: int
@@ -127,6 +129,7 @@ class Progress:
     tokens_per_second: float
     seconds_left: float
     skipped: str = ""
+    balance: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,17 +280,23 @@ def accumulate(
     config: TrainingConfig,
     carried: Sequence[LanguageModelState | None],
     parallel: Parallel | None = None,
+    balanced: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[LanguageModelState | None]]:
     """Add the gradient of the mean loss over micro-batches of equal size to the parameters';
     returns the loss and what each carries on. carried: from the step before; [] for nothing.
-    parallel: batches are this rank's parts; the loss is that of all."""
+    parallel: batches are this rank's parts; the loss is that of all. The loss of mixtures of
+    experts is added for the gradient; balanced: takes its mean of every micro-batch, see
+    `balance_loss`."""
     device = next(model.parameters()).device
     loss_of = batch_loss if parallel is None else parallel.loss
     losses, after = [], []
     for batch, state in itertools.zip_longest(batches, carried):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             loss, state = loss_of(model, batch.to(device), state)
-        (loss / len(batches)).backward()
+        balance = balance_loss(model)
+        ((loss if balance is None else loss + balance[0]) / len(batches)).backward()
+        if balance is not None and balanced is not None:
+            balanced.append(balance[1])
         losses.append(loss.detach())
         after.append(state)
     mean = torch.stack(losses).mean()
@@ -390,7 +399,8 @@ def train(
         while state.step < config.steps and not stopped():
             at = time.perf_counter()
             own = batches(state.step)
-            loss, norm, skipped = _step(model, optimizer, own, config, state, parallel)
+            balanced: list[Tensor] = []
+            loss, norm, skipped = _step(model, optimizer, own, config, state, parallel, balanced)
             if not skipped:
                 losses.append(loss)
             seconds.append(time.perf_counter() - at)
@@ -406,6 +416,7 @@ def train(
                         tokens_per_second=config.tokens / each,
                         seconds_left=each * (config.steps - state.step),
                         skipped=skipped,
+                        balance=torch.stack(balanced).mean().item() if balanced else None,
                     )
                 )
             due = validate_every and state.step % validate_every == 0
@@ -430,14 +441,16 @@ def _step(
     batches: Sequence[Batch],
     config: TrainingConfig,
     state: TrainingState,
-    parallel: Parallel | None = None,
+    parallel: Parallel | None,
+    balanced: list[Tensor],
 ) -> tuple[float, float, str]:
-    """The next step of a run: loss, gradient norm, and why it was skipped or "".
+    """The next step of a run: loss, gradient norm, and why it was skipped or "". balanced: as of
+    `accumulate`.
 
     Raises Diverged.
     """
     optimizer.zero_grad()
-    mean, carried = accumulate(model, batches, config, state.carried, parallel)
+    mean, carried = accumulate(model, batches, config, state.carried, parallel, balanced)
     limit = state.spike_from(config)
     try:
         loss, norm = update(model, optimizer, mean, config, state.step, spike_from=limit)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.attention.definition import rotary
 from atlas_blocks.blocks.base import Block
-from atlas_blocks.blocks.feed_forward import MLPS, check_mlp
+from atlas_blocks.blocks.feed_forward import MLP, build_mlp, checked_mlp
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, FixedMemory, MemoryState
 from atlas_blocks.blocks.memory_as_context_op import build_with, memory_as_context
 from atlas_blocks.blocks.norm import RMSNorm
@@ -40,7 +40,7 @@ class MemoryAsContextConfig(Config):
     persistent_tokens: int = 4
     rope_base: float = 10000.0
     mlp_width: int | None = None
-    mlp: str = "swiglu"
+    mlp: MLP = "swiglu"
 
     def __post_init__(self) -> None:
         if not isinstance(self.memory, AtlasMemoryConfig):
@@ -48,7 +48,7 @@ class MemoryAsContextConfig(Config):
         check.at_least("segment", self.segment, 1)
         check.at_least("persistent_tokens", self.persistent_tokens, 0)
         check.between("rope_base", self.rope_base, 1.0, 1e12)
-        check_mlp(self.mlp_width, self.mlp)
+        object.__setattr__(self, "mlp", checked_mlp(self.mlp_width, self.mlp))
 
     def build(self, dim: int, heads: int) -> MemoryAsContext:
         return MemoryAsContext(dim, heads, self)
@@ -102,7 +102,7 @@ class MemoryAsContext(Block):
         self.attention_norm = RMSNorm(dim)
         self.memory_norm = RMSNorm(dim)
         self.mlp_norm = RMSNorm(dim)
-        self.mlp = MLPS[config.mlp](dim, config.mlp_width)
+        self.mlp = build_mlp(config.mlp, dim, config.mlp_width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

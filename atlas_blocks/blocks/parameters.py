@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
@@ -32,6 +34,47 @@ class Linear(nn.Linear):
         if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
             check.fail("x", f"dtype {own}, that of the weights, or torch.autocast", x.dtype)
         return super().forward(x)
+
+
+class GroupedLinear(nn.Module):
+    """One Linear without bias for each of several groups of rows: weight [groups, out, in].
+
+    std: as of Linear.
+    """
+
+    std: float | None = None
+
+    def __init__(self, groups: int, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, width_out, width_in))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.std is not None:
+            nn.init.normal_(self.weight, std=self.std)
+        else:
+            bound = 1 / math.sqrt(self.weight.shape[2])
+            nn.init.uniform_(self.weight, -bound, bound)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether `forward` computes for an x of this dtype and device: grouped_mm takes rows of
+        whole 16 bytes, no float64, and traced or on a GPU bfloat16 alone (torch 2.13)."""
+        dtype = self._dtype(x)
+        floats = (torch.bfloat16, torch.float32, torch.float16)
+        if x.is_cuda or torch.compiler.is_compiling():
+            floats = (torch.bfloat16,)
+        aligned = all(size * dtype.itemsize % 16 == 0 for size in self.weight.shape[1:])
+        return dtype in floats and aligned
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [R, in], sorted by group; ends int32 [groups], where each ends -> [R, out]."""
+        dtype = self._dtype(rows)
+        return F.grouped_mm(rows.to(dtype), self.weight.to(dtype).mT, offs=ends)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """That of the product, under autocast too."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @torch.no_grad()

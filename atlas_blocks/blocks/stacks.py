@@ -14,7 +14,7 @@ from atlas_blocks import check
 from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.deep_transformer import DeepTransformerConfig
-from atlas_blocks.blocks.feed_forward import MLPS, check_mlp
+from atlas_blocks.blocks.feed_forward import MLP, build_mlp, checked_mlp
 from atlas_blocks.blocks.foreign import Builds, built, is_foreign
 from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig
@@ -60,16 +60,17 @@ class StackState(State):
 
 @dataclass(frozen=True)
 class AtlasBlockConfig(Config):
-    """mixer: the token mixer's config. mlp: "swiglu" or "relu2"; mlp_width: its hidden units, None
-    = 8/3 dim, and half as many again for "relu2"."""
+    """mixer: the token mixer's config. mlp: "swiglu", "relu2", "moe" or a
+    MixtureOfExpertsConfig; mlp_width: its hidden units, or those of one expert, None = 8/3 dim, and
+    half as many again for "relu2"."""
 
     mixer: Mixer = field(default_factory=AtlasMemoryConfig)
     mlp_width: int | None = None
-    mlp: str = "swiglu"
+    mlp: MLP = "swiglu"
 
     def __post_init__(self) -> None:
         _check_mixer("mixer", self.mixer, *MIXERS)
-        check_mlp(self.mlp_width, self.mlp)
+        object.__setattr__(self, "mlp", checked_mlp(self.mlp_width, self.mlp))
 
     def build(self, dim: int, heads: int) -> AtlasBlock:
         return AtlasBlock(dim, heads, self)
@@ -99,7 +100,7 @@ class AtlasBlock(Block):
         self.mixer_norm = RMSNorm(dim)
         self.mixer = built(config.mixer, dim, heads)
         self.mlp_norm = RMSNorm(dim)
-        self.mlp = MLPS[config.mlp](dim, config.mlp_width)
+        self.mlp = build_mlp(config.mlp, dim, config.mlp_width)
 
     def tensor_plan(self) -> dict[str, tuple[int, int]]:
         return {}
@@ -128,12 +129,12 @@ class MemoryAsLayerConfig(Config):
         default_factory=SlidingWindowAttentionConfig
     )
     mlp_width: int | None = None
-    mlp: str = "swiglu"
+    mlp: MLP = "swiglu"
 
     def __post_init__(self) -> None:
         _check_mixer("memory", self.memory, AtlasMemoryConfig)
         _check_mixer("attention", self.attention, SlidingWindowAttentionConfig)
-        check_mlp(self.mlp_width, self.mlp)
+        object.__setattr__(self, "mlp", checked_mlp(self.mlp_width, self.mlp))
 
     def build(self, dim: int, heads: int) -> MemoryAsLayer:
         return MemoryAsLayer(dim, heads, self)
@@ -182,13 +183,13 @@ class MemoryAsGateConfig(Config):
     )
     combine: str = "sum"
     mlp_width: int | None = None
-    mlp: str = "swiglu"
+    mlp: MLP = "swiglu"
 
     def __post_init__(self) -> None:
         _check_mixer("memory", self.memory, AtlasMemoryConfig)
         _check_mixer("attention", self.attention, SlidingWindowAttentionConfig)
         check.choice("combine", self.combine, ("sum", "product"))
-        check_mlp(self.mlp_width, self.mlp)
+        object.__setattr__(self, "mlp", checked_mlp(self.mlp_width, self.mlp))
 
     def build(self, dim: int, heads: int) -> MemoryAsGate:
         return MemoryAsGate(dim, heads, self)
@@ -214,7 +215,7 @@ class MemoryAsGate(Block):
         self.memory_norm = RMSNorm(dim)
         self.attention_norm = RMSNorm(dim)
         self.mlp_norm = RMSNorm(dim)
-        self.mlp = MLPS[config.mlp](dim, config.mlp_width)
+        self.mlp = build_mlp(config.mlp, dim, config.mlp_width)
 
     def tensor_plan(self) -> dict[str, tuple[int, int]]:
         return {}

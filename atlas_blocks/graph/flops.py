@@ -38,6 +38,14 @@ def register_flop_formulas() -> None:
     solve = torch.ops.aten.linalg_solve_triangular
     if solve not in flop_registry:  # torch has none of its own
         register_flop_formula(solve)(_triangular)
+    grouped = torch.ops.aten._grouped_mm
+    if grouped not in flop_registry:
+        register_flop_formula(grouped)(_grouped)
+
+
+def _grouped(a: Shape, b: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    """Of rows in groups times a matrix for each, or of columns in groups times rows in groups."""
+    return 2 * math.prod(a) * b[-1]
 
 
 def _triangular(a: Shape, b: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:

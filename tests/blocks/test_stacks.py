@@ -170,7 +170,7 @@ def test_a_squared_relu_is_its_formula_at_the_parameters_of_swiglu() -> None:
         (lambda: AtlasBlockConfig(mlp_width=0), "mlp_width: expected an int >= 1, got 0"),
         (
             lambda: MemoryAsContextConfig(mlp="gelu"),
-            "mlp: expected one of relu2, swiglu, got 'gelu'",
+            "mlp: expected one of moe, relu2, swiglu, got 'gelu'",
         ),
         (
             lambda: MemoryAsLayerConfig(SlidingWindowAttentionConfig()),
