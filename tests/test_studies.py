@@ -66,6 +66,7 @@ def test_a_study_trains_tests_goes_on_and_reports(
         steps=2,
         batch=4,
         axis="tokens",
+        samples=16,
         equal=False,
     )
     monkeypatch.setitem(studies.STUDIES, "small", small)

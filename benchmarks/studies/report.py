@@ -28,19 +28,28 @@ def groups(study: Study, record: dict[str, Any]) -> Cells:
 def table(study: Study, record: dict[str, Any]) -> str:
     """One row a variant: accuracy and steps seed by seed, and the median time of a step."""
     tests = [str(length) for length in study.tests]
-    head = ["variant", "accuracy", *(f"{int(n):,} tokens" for n in tests), "steps", "ms a step"]
+    nats = ["loss in nats"] if study.fresh else []
+    lengths = [f"{int(n):,} tokens" for n in tests]
+    head = ["variant", "accuracy", *nats, *lengths, "steps", "ms a step"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label, cells in groups(study, record).items():
         tested = [[cell["tests"][n]["accuracy"] for cell in cells] for n in tests]
+        losses = [", ".join(f"{v:.3f}" for v in _of(cells, "loss"))] if nats else []
         times = [1000 * c["seconds"] / c["steps"] for c in cells if c["compiled"]]
         row = [
             label,
-            *(", ".join(f"{v:.1%}" for v in found) for found in [_of(cells, "accuracy"), *tested]),
+            _shares(_of(cells, "accuracy")),
+            *losses,
+            *map(_shares, tested),
             ", ".join(f"{v:,}" for v in _of(cells, "steps")),
             f"{statistics.median(times):.0f}" if times else "",
         ]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def _shares(values: list[float]) -> str:
+    return ", ".join(f"{v:.1%}" for v in values)
 
 
 def _of(cells: list[dict[str, Any]], name: str) -> list[Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from training import Study, Variant
+from training import Crops, Study, Variant
 
+from atlas_blocks import AtlasBlockConfig, MemoryCachingConfig
 from atlas_blocks.recipes.architectures import ARCHITECTURES, Size
 from atlas_blocks.recipes.tasks import MQARTask, NeedleTask, RecallTask
 
@@ -162,5 +163,46 @@ STUDIES["errors"] = Study(
     steps=800,
     batch=8,
     axis="chunk b",
+    equal=False,
+)
+
+TITANS = ARCHITECTURES["titans"](SMALL)
+assert isinstance(TITANS, AtlasBlockConfig)
+
+
+def _cached(**settings: Any) -> AtlasBlockConfig:
+    """Titans with the memories of its segments of 16 tokens."""
+    return TITANS.replace(mixer=MemoryCachingConfig(TITANS.mixer, segment=16, **settings))
+
+
+STUDIES["caching"] = Study(
+    what="Does Memory Caching remember longer: recall at 4 and 16 times the length of training?",
+    task=RECALL,
+    size=SMALL,
+    variants={
+        "titans": Variant("titans"),
+        "segments apart": Variant(_cached(reset=True)),
+        "segments in a row": Variant(_cached()),
+        "segments in a row, 2 read": Variant(_cached(top_k=2)),
+    },
+    tests=(64, 256, 1024),
+    axis="tokens",
+)
+
+STUDIES["tnt"] = Study(
+    what="Does TNT train faster: a byte's loss and the time of a step at T = 2,048, equal bytes",
+    task=Crops(length=2048),
+    fresh=Crops(length=2048, held_out=True),
+    size=dataclasses.replace(_size(256, 64), reach=128),
+    variants={
+        "titans, chunk 16": Variant("titans", {"chunk_size": 16}),
+        "titans, chunk 64": Variant("titans", {"chunk_size": 64}),
+        "tnt": Variant("tnt"),
+    },
+    steps=200,
+    batch=2,
+    every=200,
+    samples=32,
+    axis="seconds",
     equal=False,
 )

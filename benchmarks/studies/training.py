@@ -20,7 +20,7 @@ from atlas_blocks.recipes.data import Tokenizer
 from atlas_blocks.recipes.data.tokenizer import train_tokenizer
 from atlas_blocks.recipes.evaluation import Plan, answered
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelConfig
-from atlas_blocks.recipes.patterns import turn_of
+from atlas_blocks.recipes.patterns import Layers, turn_of
 from atlas_blocks.recipes.reading import Reader
 from atlas_blocks.recipes.registry import fitted, parameter_count, with_memory
 from atlas_blocks.recipes.tasks import (
@@ -34,6 +34,7 @@ from atlas_blocks.recipes.tasks import (
     resized,
     training_rows,
 )
+from atlas_blocks.recipes.text import Corpus, standard_library
 
 # Of a test: samples, and tokens of all of them unless they are too few then.
 FEWEST, MOST, TOKENS, SEGMENT = 5, 100, 2_000_000, 2048
@@ -42,10 +43,11 @@ NAMES = {NeedleTask: "niah-1", RecallTask: "recall", MQARTask: "mqar"}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """layers: a recipe's name or a pattern of them. changes: settings of every memory layer in it.
-    size: where it is not the study's. x: its place on the plot's axis, for one that has numbers."""
+    """layers: a recipe's name, a pattern of them, or block configs. changes: settings of every
+    memory layer in it. size: where it is not the study's. x: its place on the plot's axis, for one
+    that has numbers."""
 
-    layers: str
+    layers: Layers
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     size: Size | None = None
     x: float | None = None
@@ -55,9 +57,10 @@ class Variant:
 class Study:
     """what: the question. lengths: of the steps, drawn for each, with as many tokens in all; none:
     the task's. tests: lengths that are answered after the training too. enough: an accuracy that
-    ends the training. axis: of the plot: what x is, "state" for the numbers in the state, "seconds"
-    for the time of training, "tokens" for the lengths of the tests, or "" for none. equal: MLPs as
-    wide as give every model the parameters of atlas-mag; else the default width."""
+    ends the training; it is that of `samples` of `fresh`, or else of the task. axis: of the plot:
+    what x is, "state" for the numbers in the state, "seconds" for the time of training, "tokens"
+    for the lengths of the tests, or "" for none. equal: MLPs as wide as give every model the
+    parameters of atlas-mag; else the default width."""
 
     what: str
     task: TokenTask | TextTask
@@ -70,6 +73,8 @@ class Study:
     lr: float = 3e-3
     enough: float = 0.99
     every: int = 100
+    samples: int = 512
+    fresh: TokenTask | None = None
     axis: str = ""
     equal: bool = True
 
@@ -78,10 +83,10 @@ def model_config(study: Study, variant: Variant) -> LanguageModelConfig:
     """The variant at its size."""
     size = variant.size or study.size
 
-    def plain(layers: str) -> LanguageModelConfig:
+    def plain(layers: Layers) -> LanguageModelConfig:
         turn = turn_of(layers, size)
         return LanguageModelConfig(
-            name=layers,
+            name=layers if isinstance(layers, str) else "",
             vocab_size=size.vocab_size,
             dim=size.dim,
             heads=size.heads,
@@ -93,6 +98,28 @@ def model_config(study: Study, variant: Variant) -> LanguageModelConfig:
     if study.equal:
         config = fitted(config, parameter_count(plain("atlas-mag")), multiple=size.multiple)
     return with_memory(config, **variant.changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """Bytes of the standard library's sources, each to be predicted from those before it."""
+
+    length: int = 512
+    held_out: bool = False
+    vocab_size: int = 256
+    chance: float = 1 / 256
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See `TokenTask`."""
+        text = corpus().held_out if self.held_out else corpus().train
+        starts = torch.randint(len(text) - self.length, (batch,), generator=generator)
+        crops = torch.stack([text[s : s + self.length + 1] for s in starts.tolist()]).long()
+        return crops[:, :-1], crops[:, 1:]
+
+
+@functools.cache
+def corpus() -> Corpus:
+    return standard_library()
 
 
 @functools.cache
@@ -125,15 +152,17 @@ def rows(task: TokenTask | TextTask, size: Size, batch: int, seed: int) -> tuple
     return task.sample(batch, torch.Generator().manual_seed(seed))
 
 
-def score(model: Any, task: TokenTask | TextTask, size: Size, seed: int, count: int) -> float:
-    """Share of answers; of a task in text, of rows whose every token is right."""
-    tokens, targets = rows(task, size, count, seed)
+def score(model: Any, study: Study, size: Size, seed: int) -> tuple[float, float]:
+    """Of fresh samples the share of answers, of a task in text that of rows whose every token is
+    right; and the loss in nats."""
+    tokens, targets = rows(study.fresh or study.task, size, study.samples, seed)
     with torch.no_grad():
-        logits = torch.cat([model(part).logits for part in tokens.split(128)])
-    if not isinstance(task, TextTask):
-        return accuracy(logits, targets)
+        logits = torch.cat([model(part).logits for part in tokens.split(study.batch)])
+    loss = float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE))
+    if not isinstance(study.task, TextTask):
+        return accuracy(logits, targets), loss
     right = (logits.argmax(-1) == targets) | (targets == IGNORE)
-    return float(right.all(1).float().mean())
+    return float(right.all(1).float().mean()), loss
 
 
 def state_numbers(model: LanguageModel, task: TokenTask | TextTask, size: Size) -> int:
@@ -164,20 +193,23 @@ def run_cell(study: Study, variant: Variant, seed: int, *, compiled: bool = True
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    began, course = time.perf_counter(), []
+    course, loss, seconds = [], 0.0, 0.0
     for step in range(1, study.steps + 1):
+        began = time.perf_counter()
         descend(step)
-        if step == 1:
-            began = time.perf_counter()  # what it takes to compile is no part of it
+        if step > 1:  # the first compiles
+            seconds += time.perf_counter() - began
         if step % study.every == 0 or step == study.steps:
             fresh = 2**40 + seed * 1_000 + step // study.every  # seeds that no step has
-            course.append(round(score(model, study.task, size, fresh, 512), 4))
-            if course[-1] >= study.enough:
+            answered, loss = score(model, study, size, fresh)
+            course.append(round(answered, 4))
+            if answered >= study.enough:
                 break
     found = {
         "accuracy": course[-1],
+        "loss": round(loss, 4),
         "steps": step,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
         "course": course,
         "compiled": compiled,
         "state": numbers,
