@@ -71,7 +71,7 @@ def _atlas_memory(size: Size) -> AtlasMemoryConfig:
     """The paper's Atlas: l2, window, sketched polynomial features, MLP memory, momentum, Muon.
 
     Muon's errors are those at the chunk's start, so its chunks are short; a step at every fourth
-    token learns recall as well and costs a fourth (benchmarks/recall.py)."""
+    token learns recall as well and costs a fourth (benchmarks/studies)."""
     return AtlasMemoryConfig(expansion=size.expansion, chunk_size=16, ns_every=4)
 
 

@@ -32,7 +32,7 @@ class Update:
 UPDATES: dict[str, Update] = {
     "gd": Update(None, eta_init=0.5),
     # Steps of spectral size 1, whatever the error.
-    "muon": Update(orthogonalise, eta_init=0.05),
+    "muon": Update(orthogonalise, eta_init=0.1),
 }
 
 
