@@ -163,6 +163,7 @@ def test_a_wrong_config_or_state_is_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.slow
 def test_compiled_is_eager_and_breaks_where_a_state_goes_in() -> None:
     torch._dynamo.reset()
