@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,8 +55,10 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         fail(name, f"a tensor {axes}", type(value).__name__)
-    if value.is_nested or value.layout != torch.strided:
+    masked = isinstance(value, MaskedTensor)
+    if masked or value.is_nested or value.layout != torch.strided:
         kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        kind = "a masked one" if masked else kind
         fail(name, f"a dense tensor {axes} (cu_seqlens packs rows of unequal length)", kind)
     shape = tuple(value.shape)
     fits = len(shape) == len(sizes) and all(

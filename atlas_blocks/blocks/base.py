@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from atlas_blocks import check
 from atlas_blocks.blocks.padding import Padding, checked_mask, run_padded
 from atlas_blocks.blocks.settings import changed
-from atlas_blocks.blocks.sharded import distributed, together
+from atlas_blocks.blocks.sharded import distributed, of_parameters, together
 from atlas_blocks.config import Config
 from atlas_blocks.documents.definition import check_packed, document_of
 from atlas_blocks.documents.op import checked_bounds
@@ -168,6 +168,8 @@ class Block(nn.Module, abc.ABC):
             y, state = self.mix(x, state)
         else:
             y, state = self.mix_packed(x, state, cu_seqlens)
+        if x.numel() == 0:
+            y = of_parameters(self, y)
         if state is not None and detach_state:
             state = state.detach()
         elif state is not None and distributed():

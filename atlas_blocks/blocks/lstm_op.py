@@ -31,8 +31,8 @@ def lstm(
 def definition(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The op's body: `lstm` of the same tensors in a row."""
     x, hidden, cell, *weights = tensors
-    if x.numel() == 0:  # torch's takes no empty sequence; y is of the weights all the same
-        return [x @ weights[1][: x.shape[-1]].mT, hidden, cell]
+    if x.numel() == 0:  # torch's takes no empty sequence
+        return [x.clone(), hidden, cell]
     before = [hidden[None], cell[None]]
     with no_autocast(x):
         y, hidden, cell = torch.lstm(

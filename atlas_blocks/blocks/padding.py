@@ -72,7 +72,7 @@ def run_padded(call: Any, x: Tensor, state: Any, padding: Padding) -> tuple[Tens
     if none:
         nothing, idle = call(x[none, :0], of(none), None)
         parts.append(idle)
-        y = nothing.new_zeros(1, 0, *nothing.shape[2:]) if y is None else y
+        y = nothing.reshape(1, 0, *nothing.shape[2:]) if y is None else y
     assert y is not None
     whole = padding.padded(y, x.shape[:2])
     if parts[0] is None or not parts[0].tensors():

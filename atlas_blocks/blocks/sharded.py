@@ -1,4 +1,5 @@
-"""What FSDP2 does not see: that a gradient may come into a block through its state alone."""
+"""What data parallelism does not see: that a gradient may come into a block through its state
+alone (FSDP2), and that a batch of no tokens has gradients, of zero (DDP)."""
 
 from __future__ import annotations
 
@@ -61,3 +62,12 @@ class _Together(torch.autograd.Function):
                 "make the block a unit (fully_shard(block)), or detach the state"
             )
         return None, *grads
+
+
+def of_parameters(block: nn.Module, y: Tensor) -> Tensor:
+    """An empty y, of which all parameters have a gradient of zero, as of torch's Linear."""
+    for p in _parameters(block):
+        if p.requires_grad:
+            here: Any = p.to_local() if hasattr(p, "to_local") else p  # type: ignore[operator]
+            y = y + here.flatten()[:0].sum()
+    return y

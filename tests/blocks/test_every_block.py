@@ -18,6 +18,7 @@ from helpers import (
     make_block,
 )
 from torch import Tensor
+from torch.masked import masked_tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from atlas_blocks import Block, State
@@ -255,15 +256,35 @@ def test_no_tokens_and_no_rows_are_legal(name: str) -> None:
 
 @every_block
 def test_a_loss_of_no_tokens_has_a_backward(name: str) -> None:
-    """As a batch sharded over ranks, or cut into pieces, may come to."""
+    """As a batch sharded over ranks, or cut into pieces, may come to: DDP waits for a gradient of
+    every parameter."""
     block = make_block(name)
     _, state = block(draw(2, 9, DIM))
-    for x, before in ((draw(2, 0, DIM), None), (draw(2, 0, DIM), state), (draw(0, 9, DIM), None)):
-        y, _ = block(x, before, detach_state=False)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    for x, before, mask in (
+        (draw(2, 0, DIM), None, None),
+        (draw(2, 0, DIM), state, None),
+        (draw(0, 9, DIM), None, None),
+        (draw(2, 9, DIM), None, padding),
+    ):
+        y, _ = block(x, before, mask=mask, detach_state=False)
         assert y.shape == x.shape
         assert y is not x
         y.sum().backward()
-    assert not any(p.grad.any() for p in block.parameters() if p.grad is not None)
+        for key, p in block.named_parameters():
+            assert p.grad is not None, key
+            assert not p.grad.any(), key
+        block.zero_grad()
+
+
+def test_frozen_parameters_and_compiled_graphs_of_no_tokens() -> None:
+    block, x = make_block("block-memory"), draw(2, 0, DIM)
+    block.mixer.requires_grad_(False)
+    torch.compile(block, backend="aot_eager", fullgraph=True)(x)[0].sum().backward()
+    for key, p in block.named_parameters():
+        assert (p.grad is None) == key.startswith("mixer."), key
+    block.requires_grad_(False)
+    assert not block(x)[0].requires_grad
 
 
 @every_block
@@ -322,7 +343,7 @@ def test_wrong_inputs_are_named(name: str) -> None:
 
 
 @every_block
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested tensors|MaskedTensors)")
 def test_padding_is_refused_in_other_forms(name: str) -> None:
     """Nested tensors, packed sequences, masks by other names than `mask` (test_padding.py)."""
     block, x = make_block(name), draw(2, 9, DIM)
@@ -339,6 +360,8 @@ def test_padding_is_refused_in_other_forms(name: str) -> None:
         nested = torch.nested.nested_tensor(rows, layout=layout)
         with pytest.raises(ValueError, match=r"x: expected a dense tensor .*cu_seqlens.* nested"):
             block(nested)
+    with pytest.raises(ValueError, match=r"x: expected a dense tensor .*cu_seqlens.* a masked one"):
+        block(masked_tensor(x, mask[..., None].expand_as(x)))
     with pytest.raises(ValueError, match=r"x: expected a tensor .*, got PackedSequence"):
         block(pack_sequence(rows, enforce_sorted=False))
 
