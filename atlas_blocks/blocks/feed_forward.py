@@ -93,7 +93,8 @@ class MixtureOfExpertsConfig(Config):
         if self.experts_per_token > self.experts:
             expected = f"at most experts = {self.experts}"
             check.fail("experts_per_token", expected, self.experts_per_token)
-        if not (isinstance(self.balance, (int, float)) and 0 <= self.balance < float("inf")):
+        number = isinstance(self.balance, (int, float)) and not isinstance(self.balance, bool)
+        if not (number and 0 <= self.balance < float("inf")):
             check.fail("balance", "a finite number >= 0", repr(self.balance))
 
 
@@ -121,6 +122,8 @@ class MixtureOfExperts(Block):
         check.at_least("dim", dim, 1)
         width = default_width(dim) if width is None else width
         check.at_least("width", width, 1)
+        if not isinstance(config, MixtureOfExpertsConfig):
+            check.fail("config", "MixtureOfExpertsConfig", f"{type(config).__name__}, {config!r}")
         self.dim, self.width, self.config = dim, width, config
         self.router = Linear(dim, config.experts, bias=False)
         self.gate = GroupedLinear(config.experts, dim, width)
@@ -139,9 +142,11 @@ class MixtureOfExperts(Block):
         probabilities = self.router(rows).softmax(-1, dtype=_at_least_float32(x.dtype))  # [N, E]
         shares, chosen = probabilities.topk(self.config.experts_per_token, sorted=False)  # [N, k]
         shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
-        counts = F.one_hot(chosen, self.config.experts).sum((0, 1))  # [E]
-        if self.training and torch.is_grad_enabled():
-            fractions = counts / max(chosen.numel(), 1)
+        experts = torch.arange(self.config.experts, device=x.device)
+        counts = (chosen[..., None] == experts).sum((0, 1))  # [E]
+        # No tokens (rows that are all padding) have none, and leave that of the others.
+        if self.training and torch.is_grad_enabled() and len(rows):
+            fractions = counts / chosen.numel()
             self.balance = self.config.experts * (fractions * probabilities.mean(0)).sum()
         run = self._grouped if self.gate.serves(x) and self.down.serves(x) else self._dense
         return run(rows, shares, chosen, counts).to(x.dtype).view_as(x), None
@@ -161,9 +166,11 @@ class MixtureOfExperts(Block):
         """The definition."""
         y = torch.zeros_like(rows)
         for e in range(self.config.experts):
-            hidden = F.silu(F.linear(rows, self.gate.weight[e]))
-            hidden = hidden * F.linear(rows, self.up.weight[e])
-            share = (shares * (chosen == e)).sum(-1, keepdim=True)
+            mine = chosen == e
+            share = (shares * mine).sum(-1, keepdim=True)
+            # Of the others it computes zeros, which cannot overflow.
+            own = rows.masked_fill(~mine.any(-1, keepdim=True), 0)
+            hidden = F.silu(F.linear(own, self.gate.weight[e])) * F.linear(own, self.up.weight[e])
             y = y + share * F.linear(hidden, self.down.weight[e])
         return y
 

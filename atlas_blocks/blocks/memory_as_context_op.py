@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas_blocks import check
-from atlas_blocks.autocast import no_autocast
+from atlas_blocks.autocast import autocast_dtype, no_autocast
 from atlas_blocks.blocks import as_built
 from atlas_blocks.derivatives import once_differentiable
 from atlas_blocks.graph import compiled_steps, providers, saved_graphs
@@ -87,8 +87,7 @@ def memory_as_context(block: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         torch._dynamo.graph_break(msg=f"MemoryAsContext runs uncompiled: {reason}")
         return _uncompiled(block, x, state)
     parameters, buffers = tensors_of(block)
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = autocast_dtype(x)
     before = state.tensors()
     # The ops inside are in no graph that could take them in, and choose.
     context = providers.context()

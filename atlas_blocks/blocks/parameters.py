@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas_blocks import check
+from atlas_blocks.autocast import autocast_dtype
+from atlas_blocks.data import there
+from atlas_blocks.derivatives import transformed
 
 
 class Linear(nn.Linear):
@@ -31,7 +34,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Raises ValueError for x of another dtype than the weights', but under autocast."""
         own = self.weight.dtype
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != own and autocast_dtype(x) is None:
             check.fail("x", f"dtype {own}, that of the weights, or torch.autocast", x.dtype)
         return super().forward(x)
 
@@ -58,23 +61,19 @@ class GroupedLinear(nn.Module):
 
     def serves(self, x: Tensor) -> bool:
         """Whether `forward` computes for an x of this dtype and device: grouped_mm takes rows of
-        whole 16 bytes, no float64, and traced or on a GPU bfloat16 alone (torch 2.13)."""
-        dtype = self._dtype(x)
+        whole 16 bytes, no float64, bfloat16 alone on a GPU, traced or for shapes, and no vmap nor
+        forward mode (torch 2.13)."""
+        dtype = autocast_dtype(x) or x.dtype
         floats = (torch.bfloat16, torch.float32, torch.float16)
-        if x.is_cuda or torch.compiler.is_compiling():
+        if x.is_cuda or torch.compiler.is_compiling() or not there(x):
             floats = (torch.bfloat16,)
         aligned = all(size * dtype.itemsize % 16 == 0 for size in self.weight.shape[1:])
-        return dtype in floats and aligned
+        return dtype in floats and aligned and not transformed()
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [R, in], sorted by group; ends int32 [groups], where each ends -> [R, out]."""
-        dtype = self._dtype(rows)
+        dtype = autocast_dtype(rows) or rows.dtype
         return F.grouped_mm(rows.to(dtype), self.weight.to(dtype).mT, offs=ends)
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        """That of the product, under autocast too."""
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @torch.no_grad()

@@ -101,6 +101,8 @@ def test_the_balance_loss_by_hand():
         (lambda: MixtureOfExpertsConfig(2, 3), "experts_per_token: expected at most experts = 2"),
         (lambda: MixtureOfExpertsConfig(2, 0), "experts_per_token: expected an int >= 1, got 0"),
         (lambda: MixtureOfExpertsConfig(balance=-1), "balance: expected a finite number >= 0"),
+        (lambda: MixtureOfExpertsConfig(balance=True), "balance: expected a finite number >= 0"),
+        (lambda: MixtureOfExperts(4, 4, {}), "config: expected MixtureOfExpertsConfig, got dict"),
         (lambda: MixtureOfExperts(0), "dim: expected an int >= 1"),
         (lambda: MixtureOfExperts(4, 0), "width: expected an int >= 1"),
         (lambda: AtlasBlockConfig(mlp="mo"), "mlp: expected one of moe, relu2, swiglu, got 'mo'"),
@@ -109,6 +111,54 @@ def test_the_balance_loss_by_hand():
 def test_bad_settings_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_padding_has_no_part_in_the_balance():
+    """Rows without a token run as a call of none."""
+    built, tokens = model(), torch.randint(256, (3, 9))
+    built(tokens[:2])
+    wanted = balance_loss(built)[1]
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[2] = False
+    built(tokens, mask=mask)
+    torch.testing.assert_close(balance_loss(built)[1], wanted)
+    built(tokens[:, :0])
+    assert balance_loss(built) is None
+
+
+def test_an_expert_overflows_for_its_own_tokens_alone():
+    block = made(4, 4, MixtureOfExpertsConfig(experts=2, experts_per_token=1))
+    block.router.weight.data = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]).double()
+    block.gate.weight.data[0] = 1e300
+    x = torch.tensor([[[0, 1e9, 1e9, 0]]]).double().requires_grad_()
+    y = block(x)[0]
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert y.any()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_func_and_shapes(dtype):
+    block = made(width=16, dtype=dtype)
+    parameters = dict(block.named_parameters())
+    x = torch.randn(3, 1, 9, 16, dtype=dtype)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(block, parameters, (x,))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(3):
+        wanted = torch.autograd.grad(block(x[i])[0].square().sum(), list(parameters.values()))
+        torch.testing.assert_close([g[i] for g in found.values()], list(wanted))
+    _, slope = torch.func.jvp(lambda x: block(x)[0], (x[0],), (x[1],))
+    step = 1e-3 if dtype == torch.float32 else 1e-6
+    ends = [block(x[0] + sign * step * x[1])[0] for sign in (1, -1)]
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-3, atol=1e-4)
+    with torch.device("meta"):
+        shapes = MixtureOfExperts(16, 16, SMALL).to(dtype)
+        assert shapes(torch.zeros(1, 9, 16, dtype=dtype))[0].shape == (1, 9, 16)
 
 
 # --- in the stacks and in models ------------------------------------------------------------------
