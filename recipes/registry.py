@@ -193,6 +193,9 @@ def with_memory(config: C, **settings: Any) -> C:
 
     Raises ValueError for a name that is none of its fields, and for a value out of range.
     """
+    known = [field.name for field in dataclasses.fields(AtlasMemoryConfig)]
+    for name in settings:
+        check.choice("AtlasMemoryConfig field", name, known)
 
     def changed(value: Any) -> Any:
         if isinstance(value, tuple):
