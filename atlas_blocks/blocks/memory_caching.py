@@ -197,7 +197,8 @@ class MemoryCaching(Block):
         past = 0 if state is None else state.means.shape[1]
         sums = self.running_sums(x, state, place, count)
         places = torch.arange(place, place + length, device=x.device)
-        own = sums.flatten(1, 2)[:, place : place + length] / (places % segment + 1)[:, None]
+        running = sums.flatten(1, 2)[:, place : place + length]
+        own = running / (places % segment + 1)[:, None]
         means = sums[:, :, -1] / segment  # [B, count, dim]
         if state is not None:
             means = torch.cat([state.means, means], 1)
@@ -232,8 +233,7 @@ class MemoryCaching(Block):
         else:
             y, ends = self.memory(x, state and state.memory, read=read)
             memory = ends
-        total = sums.flatten(1, 2)[:, place + length - 1]
-        total = torch.where(places[-1] % segment == segment - 1, 0, total)
+        total = torch.where(places[-1] % segment == segment - 1, 0, running[:, -1])
         seen = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
         finished = past + (place + length) // segment
         if state is not None and finished == past:
