@@ -207,3 +207,12 @@ def test_wheel_works_away_from_the_checkout(tmp_path):
     }
     table = run(home / "venv" / "bin" / "atlas-blocks", "recipes", cwd=home, COLUMNS="160")
     assert "atlas-mag-tiny" in table
+
+
+def test_no_file_is_unpickled() -> None:
+    """What somebody sends must not run: safetensors and JSON hold everything that is loaded."""
+    for folder in ("atlas_blocks", "kernels", "compile_passes", "recipes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
+            found = {ast.unparse(call.func) for call in calls}
+            assert not found & {"torch.load", "pickle.load", "pickle.loads"}, file
