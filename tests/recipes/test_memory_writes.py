@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from atlas_blocks import State
+from atlas_blocks.blocks.memory_caching import CachingState
 from atlas_blocks.functional import KernelState, OmegaState
 from atlas_blocks.recipes import build, names
 
@@ -20,6 +21,9 @@ def memories(state: State) -> list[torch.Tensor]:
             found.append(torch.cat([w.flatten() for w in value.weights]))
         elif isinstance(value, KernelState):
             found.append(value.coefficients.flatten())
+        elif isinstance(value, CachingState):
+            # Of whole segments every memory is kept, and the next begins anew.
+            found.append(torch.cat([w.flatten() for w in value.weights]))
         elif isinstance(value, State):
             for part in vars(value).values():
                 visit(part)
