@@ -12,7 +12,10 @@ an axis of their own there, so that a rank's heads are one part of it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -37,7 +40,7 @@ from atlas_blocks.recipes.training import TrainingConfig, make_optimizer
 if TYPE_CHECKING:
     from atlas_blocks.recipes.distributed.parallel import Parallel
 
-RECORD, PARTIAL = "run.json", ".partial"
+RECORD, PARTIAL, METADATA = "run.json", ".partial", ".metadata"
 FORMAT = "atlas-blocks run of several ranks"
 # What of a run has a row for each crop, and so is of the rank that has the crop.
 CARRIED = "carried."
@@ -77,7 +80,8 @@ def save(folder: Path, model: LanguageModel, run: Run, parallel: Parallel | None
 
     def named() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        files.write_json(partial / RECORD, record | {"files": sizes})
+        whole = record | {"files": sizes}
+        files.write_json(partial / RECORD, whole | {"checksum": _checksum(partial, whole)})
         # On the disk before the folder has its name.
         for file in [*partial.iterdir(), partial]:
             files.sync(file)
@@ -113,11 +117,20 @@ def load(
         check.fail(f"{where}: step", f"an integer from 0 to {config.steps}", repr(step))
     if parallel is not None:
         parallel.layout.check(found, config)
+
+    def check_sum() -> None:
+        told = record.get("checksum")  # older folders have none
+        if told is not None and told != _checksum(folder, record):
+            wanted = "a folder as it was saved"
+            check.fail(where, wanted, "one whose checksum is another: it is damaged")
+
+    check_sum() if parallel is None else parallel.at_first(check_sum)
     model = found.build().to(device)
     if parallel is not None:
         parallel.shard(model)
     optimizer = make_optimizer(model, config)
     try:
+        _check_metadata(where, folder / METADATA)
         reader = FileSystemReader(folder)
         there: dict[str, Any] = reader.read_metadata().state_dict_metadata
         if any(name.startswith(OPTIMIZER) for name in there):
@@ -217,3 +230,48 @@ def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _checksum(folder: Path, record: dict[str, Any]) -> str:
+    """SHA-256 of the record without its checksum and of all the files that it names."""
+    told = {name: value for name, value in record.items() if name != "checksum"}
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name in sorted(record.get("files") or ()):
+        with (folder / name).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+class _Metadata(pickle.Unpickler):
+    """Of what torch writes into a folder beside the tensors."""
+
+    KNOWN = {  # noqa: RUF012
+        "torch": ("Size",),
+        "torch.serialization": ("_get_layout",),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.distributed.checkpoint.metadata": (
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        "pathlib": ("PosixPath", "WindowsPath"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in self.KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is none of what torch writes")
+        return super().find_class(module, name)
+
+
+def _check_metadata(where: str, file: Path) -> None:
+    """torch unpickles the file as it is, and would run what somebody has put into it."""
+    try:
+        with file.open("rb") as opened:
+            _Metadata(opened).load()
+    except Exception as error:  # of damaged bytes any
+        raise ValueError(f"{where}: cannot be read: {METADATA}: {error}") from error

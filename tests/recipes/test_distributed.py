@@ -4,6 +4,7 @@ again. Processes are of one machine, by gloo."""
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -268,6 +269,22 @@ def test_a_run_goes_on_in_another_number_of_processes(run, tmp_path, data):
     assert printed.startswith("line")
 
 
+class Evil:
+    """What makes a folder where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def flipped(content):
+    """With one bit in the middle another."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 def test_a_damaged_folder_is_named(run, tmp_path, data):
     """Whatever of it is not what was written."""
     out = tmp_path / "run"
@@ -277,6 +294,9 @@ def test_a_damaged_folder_is_named(run, tmp_path, data):
     runs.newest(out).unlink()
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     record = json.loads(whole["run.json"])
+    evil = pickle.dumps(Evil(folder / "executed"))
+    sizes = record["files"] | {".metadata": len(evil)}
+    evil = {"files": sizes, "checksum": None}, evil
     damages = [
         ({"__0_0.distcp": whole["__0_0.distcp"][:-9]}, "bytes in __0_0.distcp, got"),
         ({".metadata": None}, "bytes in .metadata, got none"),
@@ -291,6 +311,9 @@ def test_a_damaged_folder_is_named(run, tmp_path, data):
             "step: expected an integer from",
         ),
         ({"run.json": json.dumps(record | {"config": "{}"}).encode()}, "config: "),
+        ({"run.json": json.dumps(record | {"step": 1}).encode()}, "it is damaged"),
+        ({"__0_0.distcp": flipped(whole["__0_0.distcp"])}, "it is damaged"),
+        ({"run.json": json.dumps({**record, **evil[0]}).encode(), ".metadata": evil[1]}, "none of"),
         ({}, ""),
     ]
     for changes, words in damages:
@@ -301,6 +324,7 @@ def test_a_damaged_folder_is_named(run, tmp_path, data):
         code, _, err = run(*command(NAME, data, out, 4, "--resume")[2:])
         assert (code, words in err) == (2 if words else 0, True), (words, err)
         assert len(err.splitlines()) == (1 if words else 0), err
+    assert not (folder / "executed").exists()
 
 
 @pytest.mark.slow
