@@ -193,6 +193,8 @@ def with_memory(config: C, **settings: Any) -> C:
 
     Raises ValueError for a name that is none of its fields, and for a value out of range.
     """
+    if not isinstance(config, Config):
+        check.fail("config", "a config, such as registry.config(name)", repr(config))
     known = [field.name for field in dataclasses.fields(AtlasMemoryConfig)]
     for name in settings:
         check.choice("AtlasMemoryConfig field", name, known)

@@ -128,6 +128,8 @@ def test_settings_reach_every_memory_layer_and_nothing_else() -> None:
     )
     inside = registry.with_memory(registry.config("atlas-mac-tiny"), window=3)
     assert all(block.memory.window == 3 for block in inside.layers)
+    with pytest.raises(ValueError, match=r"config: expected a config, .*, got 'titans-tiny'"):
+        registry.with_memory("titans-tiny", window=3)
     for config in (before, registry.config("transformer-tiny")):
         with pytest.raises(ValueError, match=r"AtlasMemoryConfig field: expected .*, got 'windw'"):
             registry.with_memory(config, windw=3)
