@@ -58,7 +58,8 @@ def from_attention(
 
     module: torch.nn.MultiheadAttention (its causal use, batch first, without dropout), the
     attention of a model of Hugging Face transformers (MODELS; rotary positions unscaled, as its
-    config says, and no sliding window), or a SlidingWindowAttention with window=None.
+    config says, and no sliding window), or a SlidingWindowAttention with window=None. The rotary
+    embedding lies in the model, where `replace_attention` alone sees what was edited.
     window, gate_rank: of the gates that the layer has beyond it. They start at exactly 1 (older
     lags of the window at 0), where they change nothing and still receive a gradient.
     block: None is a DeepTransformerLayer of that window. Or a config of one whose objective is
