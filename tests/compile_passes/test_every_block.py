@@ -18,11 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 
 # Their graphs break where a state goes in; of "tnt" they take one token.
 BREAKING = ("caching", "tnt")
+# Settings of theirs that are compiled in test_memory_caching.py and test_tnt.py alone: it takes
+# minutes, and "caching-checkpoints" has a graph for each length.
+ELSEWHERE = ("caching-checkpoints", "tnt-unprojected")
 
 
 def every_block(*quick: str, but: tuple[str, ...] = ()):
     """All blocks, `but` those; those not named here only with the slow tests."""
-    names = [n for n in BLOCKS if not n.startswith(but)]
+    names = [n for n in BLOCKS if not n.startswith((*but, *ELSEWHERE))]
     marked = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
     return pytest.mark.parametrize("name", marked)
 
@@ -39,8 +42,7 @@ def gradients(y: Tensor, state: State | None, leaves: list[Tensor]) -> list[Tens
     return list(torch.autograd.grad(outputs, leaves, weights, materialize_grads=True))
 
 
-# "caching-checkpoints" has a graph for each length: see test_memory_caching.py.
-@every_block("memory-mlp-gd-sketch", "as-context", "conv", "swiglu", but=("caching-checkpoints",))
+@every_block("memory-mlp-gd-sketch", "as-context", "conv", "swiglu")
 def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
     """Outputs, the state, and gradients of input, state and parameters; then on from a state."""
     block, backend = make_block(name), Recorder()
@@ -136,7 +138,8 @@ def test_every_tiny_recipe_is_one_graph(name: str) -> None:
         largest = max(g.abs().max() for g in true_gradients)
         for g, h in zip(our_gradients, true_gradients, strict=True):
             assert (g - h).abs().max() <= 1e-6 * h.abs().max() + 1e-13 * largest
-    assert backend.compiles <= 2, "more than one recompile"
+    # Of TNT the rest of a span has a graph of its own where it is one chunk, of either memory.
+    assert backend.compiles <= 2 + (name == "tnt-tiny"), "more than one recompile"
 
 
 @every_block("as-context", "conv")
