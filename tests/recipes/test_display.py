@@ -59,7 +59,7 @@ def timed():
         ratio=(10.23, 11.24, 12.25),
         peak_bytes=123456789,
     )
-    return report.model_table([row], "x")
+    return report.model_table([row], "x", "speed")
 
 
 def kernels():
