@@ -109,6 +109,24 @@ def test_a_chunk_s_step_is_compiled_once_for_all_lengths(monkeypatch):
     assert 1 <= counter.frame_count <= 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
+def test_inductor_compiles_a_node_by_default(nodes_compile, monkeypatch):
+    """As it does for users: the one such test of the default run."""
+    monkeypatch.setattr(compiled_steps, "BACKEND", "inductor")
+    compiled_chunk._whole_chunk.cache_clear()
+    inputs = leaves(rule_inputs("matrix", length=17, window=2, update="muon"))
+    settings = SETTINGS | {"ns_steps": 1}
+    made, once = [], compiled_steps.once
+    monkeypatch.setattr(compiled_steps, "once", lambda fn: made.append(fn) or once(fn))
+    run = torch.compile(lambda x: omega_rule_op(**x, **settings)[0], backend="aot_eager")
+    found = [run(inputs), omega_rule(**inputs, **settings)[0]]
+    assert made
+    assert difference(found[:1], found[1:]) < 1e-9
+    grads = [torch.autograd.grad(y.square().sum(), inputs["v"])[0] for y in found]
+    assert difference(grads[:1], grads[1:]) < 1e-6
+    compiled_chunk._whole_chunk.cache_clear()
+
+
 def test_without_a_cpp_compiler_nodes_run_uncompiled(monkeypatch):
     def missing() -> str:
         raise InvalidCxxCompiler
