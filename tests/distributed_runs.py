@@ -28,10 +28,17 @@ def packed() -> Packed:
     return Packed(Split([tokens], [np.cumsum([len(d) for d in documents])]), 4, 16)
 
 
-def losses(recipe: str, steps: int, parallel=None) -> tuple[list[float], dict[str, int]]:
-    """Of every step; and how many numbers of each parameter are here."""
+def losses(
+    recipe: str, steps: int, parallel=None, *, rounded: bool = False
+) -> tuple[list[float], dict[str, int]]:
+    """Of every step; and how many numbers of each parameter are here. rounded: every weight begins
+    a rounding away."""
     torch.manual_seed(0)
     model = build(recipe)
+    if rounded:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + 2**-23 * (torch.rand_like(p) - 0.5).sign())
     batches = packed()
     if parallel is not None:
         parallel.shard(model)
