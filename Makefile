@@ -1,6 +1,9 @@
 # make demo and make test do all of their own set-up: Python 3.11 and the package index suffice.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
+# TORCH=2.14.1: another release than that of constraints.txt, with its CUDA, in a place of its own.
+TORCH ?=
+VENV := $(if $(TORCH),build/torch-$(TORCH),.venv)
+OTHER := $(if $(TORCH),/^(triton|torchao)==/d; s/^torch==.*/torch==$(TORCH)/; s/^(setuptools)==.*/\1==80.9.0/)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
@@ -17,8 +20,9 @@ setup: $(STAMP)  ## create .venv and install everything (done by the others as n
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,plot,docs]'
+	sed -E '$(OTHER)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e '.[test,plot,docs]'
 	touch $@
 
 demo: $(STAMP)  ## train a tiny hybrid and a Transformer on real text
@@ -28,7 +32,7 @@ test: lint types  ## format, lint, types and the default tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --durations 40 --durations-min 10 $(TEST_ARGS)
 
 docs: $(STAMP)  ## build the pages of docs/ into build/docs, links checked, without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

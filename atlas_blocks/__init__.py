@@ -22,6 +22,8 @@ from atlas_blocks.blocks.stacks import (
     AtlasBlockConfig,
     MemoryAsGate,
     MemoryAsGateConfig,
+    MemoryAsGateMixer,
+    MemoryAsGateMixerConfig,
     MemoryAsLayer,
     MemoryAsLayerConfig,
 )
@@ -51,6 +53,8 @@ __all__ = [
     "MemoryAsContextConfig",
     "MemoryAsGate",
     "MemoryAsGateConfig",
+    "MemoryAsGateMixer",
+    "MemoryAsGateMixerConfig",
     "MemoryAsLayer",
     "MemoryAsLayerConfig",
     "MemoryCaching",

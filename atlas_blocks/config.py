@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -181,7 +182,12 @@ def _class(name: object) -> type[Config]:
 
 def _check_field(cls: type[Config], name: str) -> None:
     """The constructor may take more than there are fields: what older files have."""
-    check.choice(f"{cls.__name__} field", name, list(inspect.signature(cls).parameters))
+    check.choice(f"{cls.__name__} field", name, _parameters(cls))
+
+
+@functools.cache
+def _parameters(cls: type[Config]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls).parameters)
 
 
 def _fitted(cls: type[Config], fields: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,11 @@ joined, split, and saved; torch's pytrees walk it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
+import types
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -94,6 +97,57 @@ _copied._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
 def _spelt(name: str) -> str:
     """ "rule.weights.0" as people write it."""
     return "state." + re.sub(r"\.(\d+)", r"[\1]", name)
+
+
+@functools.cache
+def _kinds(cls: type[State]) -> dict[str, Any]:
+    """The annotations of the fields; {} where a name in them cannot be found."""
+    try:
+        found = typing.get_type_hints(cls)
+    except NameError:
+        return {}
+    return {name: found[name] for name in cls.field_names}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a field's value is what its annotation says, as far as states are made of it."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if origin is tuple:
+        each = isinstance(value, tuple) and len(parts) == 2 and parts[1] is Ellipsis
+        return all(_is(v, parts[0]) for v in value) if each else isinstance(value, tuple)
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _called(kind: Any) -> str:
+    """An annotation for people."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_called(part) for part in parts)
+    if origin is tuple:
+        return f"a tuple of {_called(parts[0])}"
+    name = getattr(kind, "__name__", str(kind))
+    return {"Tensor": "a tensor", "NoneType": "None"}.get(name, name)
+
+
+def _check(value: Any, batch: int, name: str = "", exact: bool = False) -> None:
+    """Raise ValueError for the first part that is of another kind, dtype or batch than it must."""
+    if isinstance(value, State):
+        kinds = _kinds(type(value))
+        for key, part in zip(value.field_names, value._values(), strict=True):
+            path = f"{name}.{key}" if name else key
+            if key in kinds and not _is(part, kinds[key]):
+                check.fail(_spelt(path), _called(kinds[key]), type(part).__name__)
+            _check(part, batch, path, key in value.EXACT)
+    elif isinstance(value, tuple):
+        for i, part in enumerate(value):
+            _check(part, batch, f"{name}.{i}", exact)
+    elif isinstance(value, Tensor):
+        if value.ndim == 0 or value.shape[0] != batch:
+            check.fail(_spelt(name), f"a batch of {batch} as its first axis", list(value.shape))
+        if exact and not value.is_floating_point():
+            check.fail(_spelt(name), "a floating dtype", value.dtype)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
@@ -219,6 +273,13 @@ class State:
             return t.cpu() if place is not None and place.type == "cpu" else t
 
         return _map_exact(moved, self)
+
+    def check(self) -> None:
+        """Raise ValueError for the first field that is not what its annotation says, of another
+        batch than the rest, or EXACT and not floating. Other sizes are for blocks to check."""
+        tensors = self.tensors()
+        first = next((t.shape[0] for t in tensors if t.ndim), 0)
+        _check(self, first)
 
     def fitted(self: S, *inputs: Tensor) -> S:
         """What a call with these inputs goes on from: in float64 where one is, and with copies of

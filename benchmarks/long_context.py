@@ -44,6 +44,7 @@ from atlas_blocks import (
 from atlas_blocks.recipes import build
 from atlas_blocks.recipes.bench.measure import Meter, interleave, quartiles
 from atlas_blocks.recipes.bench.report import stamp
+from atlas_blocks.recipes.counts import at_least
 from atlas_blocks.recipes.files import replacing, write_json
 
 MILLION = 1_000_000
@@ -263,18 +264,18 @@ def main() -> None:
         if kind != "decode":
             p.add_argument("--compile", action="store_true", help='by backend="atlas"')
         if kind == "stream":
-            p.add_argument("--tokens", type=int, default=10 * MILLION)
+            p.add_argument("--tokens", type=at_least(1), default=10 * MILLION)
             p.add_argument("--seconds", type=float, default=540)
         else:
-            p.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-            p.add_argument("--rounds", type=int, default=25)
+            p.add_argument("--lengths", type=at_least(1), nargs="+", default=LENGTHS)
+            p.add_argument("--rounds", type=at_least(1), default=25)
         if kind == "train":
-            p.add_argument("--dim", type=int, default=1024)
-            p.add_argument("--heads", type=int, default=16)
+            p.add_argument("--dim", type=at_least(1), default=1024)
+            p.add_argument("--heads", type=at_least(1), default=16)
             p.add_argument("--memory", nargs="*", default=["update=gd"], metavar="FIELD=VALUE")
         else:
             p.add_argument("recipe")
-            p.add_argument("--piece", type=int, default=8192)
+            p.add_argument("--piece", type=at_least(1), default=8192)
     a = parser.parse_args()
     device = torch.device(a.device)
     limits = ("kind", "json", "device", "seconds", "tokens", "lengths")  # more may be asked later

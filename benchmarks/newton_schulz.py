@@ -23,6 +23,7 @@ from torch import Tensor
 
 from atlas_blocks.functional import newton_schulz
 from atlas_blocks.newton_schulz.definition import EPS, backward_flops, forward_flops, triples
+from atlas_blocks.recipes.counts import at_least
 from atlas_blocks.recipes.demo import hardware
 
 STEPS = 5
@@ -84,8 +85,8 @@ def measure(m: int, n: int, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=at_least(1), default=9)
+    parser.add_argument("--threads", type=at_least(1), default=2)
     parser.add_argument("--json", help="write the figures here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

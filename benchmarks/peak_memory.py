@@ -18,6 +18,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+from atlas_blocks.recipes.counts import at_least
 from atlas_blocks.recipes.demo import hardware
 
 LENGTHS = (1024, 4096, 16384)
@@ -51,8 +52,8 @@ def measure(layer: str, dim: int, heads: int, length: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dim", type=at_least(1), default=64)
+    parser.add_argument("--heads", type=at_least(1), default=4)
     parser.add_argument("--json", help="write the figures here too")
     parser.add_argument("--one", nargs=2, metavar=("LAYER", "LENGTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -36,6 +36,7 @@ import torch
 
 from atlas_blocks.recipes import build, checkpoint
 from atlas_blocks.recipes.bench.report import stamp
+from atlas_blocks.recipes.counts import at_least
 from atlas_blocks.recipes.files import write_json
 
 RECIPES = ["atlas-tiny", "atlas-mag-tiny", "gated-deltanet-tiny", "omeganet-tiny"]
@@ -188,14 +189,14 @@ def main() -> None:
         p.add_argument("recipes", nargs="*")
         p.add_argument("--json", type=Path, required=True)
         if kind == "throughput":
-            p.add_argument("--batch", type=int, default=16)
-            p.add_argument("--prompt", type=int, default=32, help="tokens of each")
-            p.add_argument("--tokens", type=int, default=128, help="of each answer")
-            p.add_argument("--rounds", type=int, default=5)
+            p.add_argument("--batch", type=at_least(1), default=16)
+            p.add_argument("--prompt", type=at_least(1), default=32, help="tokens of each")
+            p.add_argument("--tokens", type=at_least(1), default=128, help="of each answer")
+            p.add_argument("--rounds", type=at_least(1), default=5)
         else:
-            p.add_argument("--tokens", type=int, default=1_000_000)
-            p.add_argument("--part", type=int, default=100_000, help="tokens of a request")
-            p.add_argument("--piece", type=int, default=2048)
+            p.add_argument("--tokens", type=at_least(1), default=1_000_000)
+            p.add_argument("--part", type=at_least(1), default=100_000, help="tokens of a request")
+            p.add_argument("--piece", type=at_least(1), default=2048)
     a = parser.parse_args()
     what = {name: value for name, value in vars(a).items() if name not in ("kind", "json")}
     record = {

@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from atlas_blocks.recipes import names
+from atlas_blocks.recipes.counts import at_least
 from atlas_blocks.recipes.demo import hardware
 from atlas_blocks.recipes.files import write_json
 
@@ -92,10 +93,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     tiny = [name for name in names() if name.endswith("-tiny")]
     parser.add_argument("recipes", nargs="*", default=tiny)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--batch", type=at_least(1), default=1)
+    parser.add_argument("--length", type=at_least(1), default=512)
+    parser.add_argument("--threads", type=at_least(1), default=2)
+    parser.add_argument("--rounds", type=at_least(1), default=25)
     parser.add_argument("--json", type=Path, help="keep the figures here")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()

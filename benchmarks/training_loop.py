@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from atlas_blocks.recipes import registry, runs, training
 from atlas_blocks.recipes.bench.report import stamp
+from atlas_blocks.recipes.counts import at_least
 from atlas_blocks.recipes.data import Batch, Source, Tokenizer, prepare
 from atlas_blocks.recipes.files import write_json
 from atlas_blocks.recipes.model import LanguageModel
@@ -84,10 +85,10 @@ class InTurn:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", nargs="?", default="linear-attention-tiny")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--every", type=int, default=100, help="steps between saves")
+    parser.add_argument("--steps", type=at_least(1), default=300)
+    parser.add_argument("--batch", type=at_least(1), default=8)
+    parser.add_argument("--length", type=at_least(1), default=128)
+    parser.add_argument("--every", type=at_least(1), default=100, help="steps between saves")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cpu-time", action="store_true", help="of the process, not the wall's")
     parser.add_argument("--json", type=Path, help="keep the figures here")

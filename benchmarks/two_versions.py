@@ -153,6 +153,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    # Of no version, so by hand.
+    if min(args.rounds, args.threads) < 1:
+        parser.error("--rounds, --threads: expected an int >= 1")
     if args.worker:
         return worker(args.threads)
     if args.before is None:

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule
-from torch._inductor.compile_fx import compile_fx
 
 from atlas_blocks import Block, check
 from atlas_blocks.compile_passes.clean_up import CleanUp
 from atlas_blocks.compile_passes.graph_pass import GraphPass, Passes, PassRun
 from atlas_blocks.compile_passes.lower_ops import LowerOps
 from atlas_blocks.compile_passes.select_attention import SelectAttention
+from atlas_blocks.graph import one_program
 from atlas_blocks.graph.providers import drop_provider, keep_provider, use_provider
 
 M = TypeVar("M", bound="nn.Module | Callable[..., Any]")
@@ -174,7 +174,7 @@ def compile_graph(
     Passes(early, number, record)(graph.graph)
     graph.recompile()
     settings["post_grad_custom_pre_pass"] = Passes(late, number, record, (*theirs, *survey))
-    return compile_fx(graph, list(inputs), config_patches=settings)  # type: ignore[return-value]
+    return one_program.inductor(graph, inputs, settings)
 
 
 def make_passes(options: Mapping[str, Any]) -> list[GraphPass]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def compile_cache(folder: Path | None) -> Iterator[None]:
     files.check_folder("cache", folder)
     known: set[str] = set()
     for path in sorted(folder.glob(f"graphs-{key()}-*.bin")):
-        known |= _graphs(torch.compiler.load_cache_artifacts(path.read_bytes()))
+        known |= _loaded(path)
     try:
         yield
     finally:
@@ -41,7 +42,20 @@ def compile_cache(folder: Path | None) -> Iterator[None]:
         if saved is not None and not found <= known:
             digest = hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
             with files.replacing(folder / f"graphs-{key()}-{digest}.bin") as partial:
-                partial.write_bytes(saved[0])
+                partial.write_bytes(hashlib.sha256(saved[0]).digest() + saved[0])
+
+
+def _loaded(path: Path) -> set[str]:
+    """What the artifacts of a file are of. One that is damaged is said to be, and taken away."""
+    checksum, saved = (content := path.read_bytes())[:32], content[32:]
+    # Looked at first: of what it cannot read torch logs a traceback, and a graph may load damaged.
+    whole = hashlib.sha256(saved).digest() == checksum
+    info = torch.compiler.load_cache_artifacts(saved) if whole else None
+    if info is None:
+        words = "the file of compiled graphs is damaged; it is removed, and they are compiled anew"
+        print(f"{path}: {words}", file=sys.stderr)
+        path.unlink(missing_ok=True)
+    return _graphs(info)
 
 
 def _graphs(info: Any) -> set[str]:

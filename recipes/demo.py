@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import platform
 import time
@@ -41,14 +42,16 @@ class Learnt:
     losses: list[float]
     seconds: float
     bits_per_byte: float
+    compiled: bool = False
 
 
 def run(
     console: Console, *, out: Path, steps: int, seed: int, compiled: bool
 ) -> dict[str, Learnt] | None:
-    """Train both, compare, time a step, sample; write the results into the folder `out`.
+    """Time a step of both, train both, compare, sample; write the results into the folder `out`.
 
-    Returns None where Ctrl-C ended it: the hybrid as far as it was trained is saved.
+    compiled: they train compiled, unless that fails. Returns None where Ctrl-C ended it: the hybrid
+    as far as it was trained is saved.
     """
     training.check_one_process()
     began = time.perf_counter()
@@ -59,13 +62,19 @@ def run(
     _introduce(console, settings, corpus)
 
     learnt: dict[str, Learnt] = {}
+    timings = _timed(console, settings, corpus) if compiled else {}
+    for name, timing in timings.items():
+        console.print(_timing_line(name, timing))
     saved = False
     try:
         with display.TrainingView(console, dict.fromkeys((HYBRID, BASELINE), steps)) as view:
             for name in (HYBRID, BASELINE):
                 torch.manual_seed(seed)
                 model = registry.build(name)
-                result = training.train(model, corpus.train, settings, on_step=view.callback(name))
+                fast = name in timings and not timings[name].problem
+                own = dataclasses.replace(settings, compile=fast)
+                result = training.train(model, corpus.train, own, on_step=view.callback(name))
+                model = copy.deepcopy(model)  # what is compiled is compiled for training
                 if name == HYBRID:
                     checkpoint.save(weights, model)
                     saved = True
@@ -74,18 +83,10 @@ def run(
                 view.note(name, "reading held-out text")
                 bits = losses.bits_per_byte(model, corpus.held_out, length=settings.length)
                 view.note(name, f"held out {bits:.3f}")
-                learnt[name] = Learnt(model, result.losses, result.seconds, bits)
+                learnt[name] = Learnt(model, result.losses, result.seconds, bits, fast)
         console.print(_comparison(learnt, settings, corpus))
-        hybrid = learnt[HYBRID].model
-        rows = text.random_batch(corpus.train, settings.batch, settings.length, seed, steps)
-        # Most of the wait is the C++ compiler, the first time: later runs find its cache.
-        words = (
-            "compiling, minutes the first time, then timing a step" if compiled else "timing a step"
-        )
-        with display.working(console, words):
-            timing = time_step(hybrid, rows, settings, repeats=7, compiled=compiled)
-        console.print(_timing_line(timing, compiled))
-        sample = Syntax(sample_text(hybrid, seed).rstrip(), "python", word_wrap=True)
+        sample = sample_text(learnt[HYBRID].model, seed).rstrip()
+        sample = Syntax(sample, "python", word_wrap=True)
         console.print(Panel(sample, title=f"{HYBRID} writes"))
     except KeyboardInterrupt:
         if not saved:
@@ -93,7 +94,7 @@ def run(
         console.print(f"interrupted; the hybrid so far is saved: [bold]{weights}[/]")
         return None
 
-    figures = _figures(learnt, settings, corpus, timing)
+    figures = _figures(learnt, settings, corpus, timings)
     figures["seconds_in_all"] = time.perf_counter() - began
     files.write_json(out / "figures.json", figures)
     written = [weights.name, "figures.json", *_plot(console, out / "loss.png", learnt, settings)]
@@ -147,15 +148,28 @@ def _comparison(
             f"{one.model.parameter_count():,}",
             f"[{style}]{one.bits_per_byte:.3f}[/]" if style else f"{one.bits_per_byte:.3f}",
             display.duration(one.seconds),
-            f"{tokens / one.seconds:,.0f}",
+            f"{tokens / one.seconds:,.0f}{'' if one.compiled else ' (eager)'}",
         )
     return display.Whole(table)
 
 
-def _timing_line(timing: StepTiming, asked: bool) -> str:
-    line = f"one training step of {HYBRID}: eager [bold]{timing.eager_ms:.0f} ms[/]"
-    if not asked:
-        return line + ", compiled not asked for"
+def _timed(
+    console: Console, settings: training.TrainingConfig, corpus: text.Corpus
+) -> dict[str, StepTiming]:
+    """A training step of both; what is compiled for it, training finds compiled."""
+    found = {}
+    rows = text.random_batch(corpus.train, settings.batch, settings.length, settings.seed, 0)
+    for name in (HYBRID, BASELINE):
+        torch.manual_seed(settings.seed)
+        # Most of the wait is the C++ compiler, the first time: later runs find its cache.
+        words = f"{name}: compiling, up to two minutes the first time, then timing a step"
+        with display.working(console, words):
+            found[name] = time_step(registry.build(name), rows, settings, repeats=7)
+    return found
+
+
+def _timing_line(name: str, timing: StepTiming) -> str:
+    line = f"one training step of {name}: eager [bold]{timing.eager_ms:.0f} ms[/]"
     if timing.compiled_ms is None or timing.ratio is None:
         return line + f"; compiling failed: {timing.problem}"
     low, middle, high = timing.ratio
@@ -183,7 +197,7 @@ def _figures(
     learnt: dict[str, Learnt],
     settings: training.TrainingConfig,
     corpus: text.Corpus,
-    timing: StepTiming,
+    timings: dict[str, StepTiming],
 ) -> dict[str, Any]:
     return {
         "versions": {
@@ -204,11 +218,12 @@ def _figures(
                 "parameters": one.model.parameter_count(),
                 "held_out_bits_per_byte": one.bits_per_byte,
                 "training_seconds": one.seconds,
+                "compiled": one.compiled,
                 "losses": [round(loss, 4) for loss in one.losses],
             }
             for name, one in learnt.items()
         },
-        "training_step": dataclasses.asdict(timing),
+        "training_step": {name: dataclasses.asdict(one) for name, one in timings.items()},
     }
 
 

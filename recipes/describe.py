@@ -21,6 +21,7 @@ from atlas_blocks import (
     LSTMConfig,
     MemoryAsContextConfig,
     MemoryAsGateConfig,
+    MemoryAsGateMixerConfig,
     MemoryAsLayerConfig,
     MemoryCachingConfig,
     SlidingWindowAttentionConfig,
@@ -80,21 +81,28 @@ def _part(config: object) -> str:
             return f"exact phi*, {config.objective}, c={config.window}"
         case SlidingWindowAttentionConfig():
             reach = "full attention" if config.window is None else f"window {config.window}"
-            return reach + (f", {config.kv_heads} kv heads" if config.kv_heads else "")
+            return reach + _kv_heads(config.kv_heads)
         case LSTMConfig():
             return "LSTM"
         case AtlasBlockConfig():
             return f"({_part(config.mixer)})"
         case MemoryAsGateConfig():
             return f"MAG({_part(config.memory)} | {_part(config.attention)})"
+        case MemoryAsGateMixerConfig():
+            return f"{_part(config.memory)} | {_part(config.attention)}"
         case MemoryAsLayerConfig():
             return f"MAL({_part(config.memory)}, {_part(config.attention)})"
         case MemoryAsContextConfig():
-            return f"MAC({_part(config.memory)}, segment {config.segment})"
+            heads = _kv_heads(config.kv_heads)
+            return f"MAC({_part(config.memory)}, segment {config.segment}{heads})"
         case Config():
             return f"{type(config).__name__}({changed(config)})"
         case _:
             return type(config).__name__
+
+
+def _kv_heads(count: int | None) -> str:
+    return f", {count} kv heads" if count else ""
 
 
 def parts_of(config: Config) -> list[Config]:
@@ -134,10 +142,10 @@ class _ShapesOnly(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else kwargs.get("tensor")
-        name = getattr(func, "__name__", "")
-        changes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if changes and isinstance(first, nn.Parameter):
-            return first
+        if isinstance(first, nn.Parameter):
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+                return first
         return (self.instead.get(func) or func)(*args, **kwargs)
 
 

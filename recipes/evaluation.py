@@ -12,7 +12,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from atlas_blocks import check
 from atlas_blocks.recipes import display, files
 from atlas_blocks.recipes.bench.report import commit, machine, versions
+from atlas_blocks.recipes.data.sources import is_binary
 from atlas_blocks.recipes.describe import human
 from atlas_blocks.recipes.reading import Peak, Reader, even, file_digest, written
 from atlas_blocks.recipes.tasks import (
@@ -154,6 +155,8 @@ def text_of(plan: Plan, reader: Reader) -> Tensor:
 def file_tokens(path: Path, reader: Reader) -> np.ndarray:
     """The tokens [N] of a file, of bytes without a copy of it. Raises ValueError."""
     try:
+        if is_binary(path):
+            raise ValueError("binary data, no text")
         if reader.coder.json is None:
             return np.memmap(path, np.uint8, mode="r")
         return reader.coder.encode([path.read_text(encoding="utf-8")])[0]
@@ -293,6 +296,15 @@ def _batches(given: TokenTask, plan: Plan, length: int) -> Iterator[tuple[Tensor
         yield torch.cat([t for t, _ in drawn]), torch.cat([t for _, t in drawn])
 
 
+def perplexity_interval(losses: Sequence[float]) -> tuple[float | None, float | None]:
+    """Of the mean loss in nats of samples, at 95 %, as perplexities; none of a single sample."""
+    if len(losses) < 2:
+        return None, None
+    mean, error = statistics.fmean(losses), statistics.stdev(losses) / math.sqrt(len(losses))
+    # No loss is below 0, and no perplexity below 1.
+    return math.exp(max(0.0, mean - 1.96 * error)), math.exp(mean + 1.96 * error)
+
+
 def predicted(reader: Reader, text: Tensor, plan: Plan, length: int) -> dict[str, Any]:
     """The cell of one length of a file: the loss of the last SCORED tokens of texts [L].
 
@@ -313,14 +325,14 @@ def predicted(reader: Reader, text: Tensor, plan: Plan, length: int) -> dict[str
         losses.append(float(F.cross_entropy(logits[0].float(), scored)))
         seconds += time.perf_counter() - start
     mean = statistics.fmean(losses)
-    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.inf
+    low, high = perplexity_interval(losses)
     cell = {
         "samples": plan.samples,
         "scored": plan.samples * SCORED,
         "nats": mean,
         "perplexity": math.exp(mean),
-        "low": math.exp(mean - 1.96 * error),
-        "high": math.exp(mean + 1.96 * error) if math.isfinite(error) else None,
+        "low": low,
+        "high": high,
     }
     return cell | _cost(peak, plan.samples * length, seconds, began)
 
@@ -380,8 +392,10 @@ def plot(console: Console, path: Path, record: dict[str, Any]) -> list[str]:
     settings = record["settings"]
     score = "accuracy" if "task" in settings else "perplexity"
     lengths, values = [n for n, _ in cells], [cell[score] for _, cell in cells]
-    # Of one sample there is no interval of a perplexity.
-    ends = [(cell["low"], cell["high"] or cell[score]) for _, cell in cells]
+    ends = [
+        (cell[score], cell[score]) if cell["low"] is None else (cell["low"], cell["high"])
+        for _, cell in cells
+    ]
     figure = Figure(figsize=(6, 3.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -410,11 +424,11 @@ def table(record: dict[str, Any]) -> display.Whole:
             numbers = [f"{100 * cell[name]:.1f} %" for name in ("accuracy", "low", "high")]
             chance = f"{100 * cell['chance']:.1f} %"
         else:
-            numbers = [f"{cell[name]:.3f}" for name in ("perplexity", "low")]
-            numbers.append("" if cell["high"] is None else f"{cell['high']:.3f}")
+            parts = ("perplexity", "low", "high")
+            numbers = ["" if cell[n] is None else f"{cell[n]:.3f}" for n in parts]
             chance = ""
         peak = human(cell["peak_bytes"], "B")
         speed = f"{cell['tokens_per_second']:,.0f}"
-        interval = f"{numbers[1]} to {numbers[2]}"
+        interval = f"{numbers[1]} to {numbers[2]}" if numbers[1] else ""
         found.add_row(f"{int(length):,}", numbers[0], interval, chance, speed, peak)
     return display.Whole(found)

@@ -212,5 +212,9 @@ def with_memory(config: C, **settings: Any) -> C:
 
 def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
     """All of its MLPs of this width."""
-    layers = (b.replace(mlp_width=width) if isinstance(b, STACKS) else b for b in config.layers)
-    return config.replace(layers=tuple(layers))
+
+    def changed(block: BlockConfig) -> BlockConfig:
+        return block.replace(mlp_width=width) if isinstance(block, STACKS) else block
+
+    made = {id(block): changed(block) for block in {id(b): b for b in config.layers}.values()}
+    return config.replace(layers=tuple(made[id(block)] for block in config.layers))

@@ -16,16 +16,20 @@ B rows, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from atlas_blocks import State, use_provider
+from atlas_blocks.blocks.attention import AttentionState
+from atlas_blocks.blocks.memory_as_context import ContextState
+from atlas_blocks.kernel_attention.definition import KernelState
 from atlas_blocks.recipes.model import LanguageModel, LanguageModelState
 
 TILE = 4
+ATTENTIONS = (AttentionState, KernelState, ContextState)
 KEYS = ".keys"
 
 
@@ -61,10 +65,12 @@ class Rows:
             return
         state = _cut(state[rows], self._growing)
         missing = -len(rows) % TILE
-        if any(bool((t == t[0]).all()) for t in state.tensors() if _is_position(t)):
+        positions: list[Tensor] = []
+        _map_positions(lambda t: positions.append(t) or t, state)
+        if any(bool((t == t[0]).all()) for t in positions):
             missing = missing or TILE
         if missing:
-            copies = state[missing * [0]].map(lambda t: t + 1 if _is_position(t) else t)
+            copies = _map_positions(lambda t: t + 1, state[missing * [0]])
             state = State.cat([state, copies])
         self._state = state
 
@@ -109,9 +115,18 @@ def _cut(state: LanguageModelState, growing: Iterable[str]) -> LanguageModelStat
     return state.map(shorter) if sizes else state
 
 
-def _is_position(t: Tensor) -> bool:
-    """As states have them: int64 [B]."""
-    return t.ndim == 1 and t.dtype == torch.int64
+def _map_positions(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A state with `fn` applied to the position of every attention in it, int64 [B]. A memory's
+    agrees with what else it holds, and somebody's own state may too."""
+    if isinstance(value, tuple):
+        return tuple(_map_positions(fn, part) for part in value)
+    if not isinstance(value, State):
+        return value
+    fields = {name: getattr(value, name) for name in value.field_names}
+    moved = {name: _map_positions(fn, part) for name, part in fields.items()}
+    if isinstance(value, ATTENTIONS):
+        moved["position"] = fn(value.position)
+    return value.replace(**moved)
 
 
 def one_token_at_a_time(device: torch.device) -> contextlib.AbstractContextManager[Any]:

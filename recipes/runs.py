@@ -398,7 +398,8 @@ def train(console: Console, keeping: Keeping, run: Training) -> bool:
         )
         return False
     console.print(
-        f"held out: on {held_out.tokens:,} of {run.shards.held_out.token_count:,} tokens; "
+        f"held out: on {held_out.tokens:,} of {run.shards.held_out.token_count:,} tokens, "
+        f"{held_out.size:,} bytes of text; "
         f"saved [bold]{newest(out)}[/]"
     )
     return True

@@ -6,11 +6,17 @@ import copy
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 
 from torch import Tensor
 
 from atlas_blocks.recipes.model import LanguageModel
-from atlas_blocks.recipes.training import TrainingConfig, make_optimizer, train_step
+from atlas_blocks.recipes.training import (
+    TrainingConfig,
+    compiled_blocks,
+    make_optimizer,
+    train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,35 +35,34 @@ class StepTiming:
 
 
 def time_step(
-    model: LanguageModel, rows: Tensor, config: TrainingConfig, *, repeats: int, compiled: bool
+    model: LanguageModel, rows: Tensor, config: TrainingConfig, *, repeats: int
 ) -> StepTiming:
-    """Time one training step on rows [B, L + 1]; the model itself is left as it is."""
+    """Time one training step on rows [B, L + 1], eager and with every block compiled; the model
+    itself is left as it is."""
 
-    def stepper(fast: bool):
+    def stepper(config: TrainingConfig) -> tuple[LanguageModel, Callable[[], object]]:
         subject = copy.deepcopy(model)
         optimizer = make_optimizer(subject, config)
-        if fast:
-            subject.compile()
-        return lambda: train_step(subject, optimizer, rows, config, 0)
+        return subject, lambda: train_step(subject, optimizer, rows, config, 0)
 
-    def seconds(step) -> float:
+    def seconds(step: Callable[[], object]) -> float:
         began = time.perf_counter()
         step()
         return time.perf_counter() - began
 
-    eager = stepper(fast=False)
+    _, eager = stepper(config)
     seconds(eager)
-    if not compiled:
-        return StepTiming(1e3 * statistics.median(seconds(eager) for _ in range(repeats)))
-    fast = stepper(fast=True)
-    try:
-        compile_seconds = seconds(fast)
-        seconds(fast)
-    except Exception as error:  # Any failure of the compiler is a result to report, not to hide.
-        eager_ms = 1e3 * statistics.median(seconds(eager) for _ in range(repeats))
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        return StepTiming(eager_ms, problem=f"{type(error).__name__}: {first_line}")
-    pairs = [(seconds(eager), seconds(fast)) for _ in range(repeats)]
+    compiling = dataclasses.replace(config, compile=True)
+    subject, fast = stepper(compiling)
+    with compiled_blocks(subject, compiling):
+        try:
+            compile_seconds = seconds(fast)
+            seconds(fast)
+        except Exception as error:  # Any failure of the compiler is a result to report.
+            eager_ms = 1e3 * statistics.median(seconds(eager) for _ in range(repeats))
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            return StepTiming(eager_ms, problem=f"{type(error).__name__}: {first_line}")
+        pairs = [(seconds(eager), seconds(fast)) for _ in range(repeats)]
     ratios = [slow / quick for slow, quick in pairs]
     return StepTiming(
         eager_ms=1e3 * statistics.median(slow for slow, _ in pairs),

@@ -389,7 +389,7 @@ def train(
     losses: list[float] = []
     seconds: collections.deque[float] = collections.deque(maxlen=20)
     began, saved, validated = time.perf_counter(), state.step, -1
-    with graceful_interrupt() as interrupted, _compiled(model, config, parallel):
+    with graceful_interrupt() as interrupted, compiled_blocks(model, config, parallel):
 
         def stopped() -> bool:
             # Ranks stop after the same step, whichever of them was told.
@@ -476,8 +476,8 @@ def _set_generators(rng: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _compiled(
-    model: LanguageModel, config: TrainingConfig, parallel: Parallel | None
+def compiled_blocks(
+    model: LanguageModel, config: TrainingConfig, parallel: Parallel | None = None
 ) -> Iterator[None]:
     """Every block compiled, where the config wants it, and room for the graphs of all kinds."""
     if not config.compile or not (parallel is None or parallel.layout.compiles):

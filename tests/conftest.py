@@ -40,7 +40,8 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _quick_compiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes compile nothing for themselves but in slow tests and those that ask for it."""
-    if request.node.get_closest_marker("slow") is None:
+    slow = request.node.get_closest_marker("slow")
+    if slow is None or not slow.kwargs.get("compile_nodes", True):
         monkeypatch.setattr(compiled_steps, "BACKEND", None)
 
 

@@ -22,6 +22,7 @@ from atlas_blocks import (
     LSTMConfig,
     MemoryAsContextConfig,
     MemoryAsGateConfig,
+    MemoryAsGateMixerConfig,
     MemoryAsLayerConfig,
     MemoryCachingConfig,
     ShortConv,
@@ -348,9 +349,11 @@ BLOCKS: dict[str, Callable[[int, int], Block]] = {
     "block-foreign": AtlasBlockConfig(AverageConfig(), mlp_width=10).build,
     "as-layer": MemoryAsLayerConfig(_MEMORY, _ATTENTION).build,
     "as-gate-sum": MemoryAsGateConfig(_MEMORY, _ATTENTION).build,
-    "as-gate-product": MemoryAsGateConfig(_DESCENT, _ATTENTION, "product").build,
+    "gate-mixer": MemoryAsGateMixerConfig(_DESCENT, _ATTENTION, "product").build,
     "as-context": MemoryAsContextConfig(_DESCENT, segment=12).build,
-    "as-context-muon": MemoryAsContextConfig(_MEMORY, segment=4, persistent_tokens=0).build,
+    "as-context-muon": MemoryAsContextConfig(
+        _MEMORY, segment=4, persistent_tokens=0, kv_heads=1
+    ).build,
     "caching-checkpoints": MemoryCachingConfig(_MEMORY, segment=SEGMENT).build,
     "caching-reset": MemoryCachingConfig(_PLAIN, segment=SEGMENT, reset=True, top_k=2).build,
     "tnt": TNTConfig(_DESCENT.replace(chunk_size=16), (_PLAIN, _MEMORY), span=12).build,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,33 @@ def test_every_variant_has_a_model_that_the_task_fits(scripts: Any) -> None:
                 assert config.vocab_size >= one.task.vocab_size, (name, label)
             for setting, value in variant.changes.items():
                 assert f"{setting}={value!r}" in repr(config), (name, label)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "maps.py --seeds 0",
+        "maps.py --dim -2",
+        "maps.py --length 1",
+        "study.py switches --threads 0",
+        "study.py switches --seeds 0 -1",
+    ],
+)
+def test_counts_are_refused_before_anything_runs(
+    scripts: Any, arguments: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, *rest = arguments.split()
+    monkeypatch.setattr(sys, "argv", [script, *rest])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert left.value.code == 2
+    assert ": expected an int >= " in capsys.readouterr().err
+
+
+def test_every_script_checks_its_counts() -> None:
+    for file in FOLDER.parent.rglob("*.py"):
+        if file.name != "two_versions.py":  # it serves versions that have no such check
+            assert "type=int" not in file.read_text(), file.name
 
 
 def test_no_two_variants_of_a_study_are_the_same_model(scripts: Any) -> None:

@@ -21,6 +21,7 @@ from atlas_blocks.attention.definition import (
     sliding_window_attention,
 )
 from atlas_blocks.blocks.base import Block, Documents
+from atlas_blocks.blocks.grouped_query import for_every_query, kv_head_count
 from atlas_blocks.blocks.norm import rms_norm
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.settings import takes
@@ -112,9 +113,7 @@ class SlidingWindowAttention(Block):
         check.at_least("dim", dim, 1)
         if dim % (2 * heads):
             check.fail("dim", f"a multiple of 2 * heads = {2 * heads}", dim)
-        kv_heads = config.kv_heads or heads
-        if heads % kv_heads:
-            check.fail("kv_heads", f"a divisor of heads = {heads}", kv_heads)
+        kv_heads = kv_head_count(config.kv_heads, heads)
         self.dim, self.heads, self.kv_heads, self.config = dim, heads, kv_heads, config
         self.width = width = dim // heads
         sinks = config.sink_tokens
@@ -151,9 +150,7 @@ class SlidingWindowAttention(Block):
     ) -> tuple[Tensor, AttentionState]:
         """x [B, T, dim] -> y [B, T, dim], state after token T. Raises ValueError: see Block."""
         (q, k, v), options, position = self._inputs(x, state, documents)
-        y = sliding_window_attention(
-            q, self._shared(k), self._shared(v), **options, backend=self.config.backend
-        )
+        y = sliding_window_attention(q, *self._shared(k, v), **options, backend=self.config.backend)
         bounds = None
         if documents is not None:
             cached = 0 if state is None else state.keys.shape[1]
@@ -177,14 +174,10 @@ class SlidingWindowAttention(Block):
         """
         check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
         (q, k, v), options, _ = self._inputs(x, state)
-        shared = self._shared(k), self._shared(v)
-        return choose_backend(q, *shared, **options, backend=self.config.backend)
+        return choose_backend(q, *self._shared(k, v), **options, backend=self.config.backend)
 
-    def _shared(self, t: Tensor, axis: int = 2) -> Tensor:
-        """Of G heads of keys or values on this axis: one for each head of queries."""
-        if self.kv_heads == self.heads:
-            return t
-        return t.repeat_interleave(self.heads // self.kv_heads, axis)
+    def _shared(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return for_every_query(k, self.heads, 2), for_every_query(v, self.heads, 2)
 
     def _inputs(
         self, x: Tensor, state: AttentionState | None, documents: Documents | None = None
@@ -197,7 +190,7 @@ class SlidingWindowAttention(Block):
             q, k = rms_norm(q, self.q_scale), rms_norm(k, self.k_scale)
         options: dict[str, Any] = {"window": self.config.window}
         if self.sink_k is not None and self.sink_v is not None:
-            sinks = (self._shared(t.to(q.dtype), 0) for t in (self.sink_k, self.sink_v))
+            sinks = (for_every_query(t.to(q.dtype), H, 0) for t in (self.sink_k, self.sink_v))
             options |= {"sink_q": q, **dict(zip(("sink_k", "sink_v"), sinks, strict=True))}
         if documents is not None:
             return self._packed_inputs(q, k, v, state, documents, options)

@@ -145,16 +145,18 @@ class Block(nn.Module, abc.ABC):
         Returns y [B, T, dim] and the state. Raises ValueError on a wrong shape, dtype or state.
         """
         check.tensor("x", x, "[B, T, dim]", (None, None, self.dim))
-        if mask is not None:
-            if cu_seqlens is not None:
-                check.fail("mask", "none beside cu_seqlens", "both")
-            if checked_mask(mask, x):
-                return self._masked(x, state, Padding.of(mask), detach_state)
         if state is not None and (
             self.state_type is None or not isinstance(state, self.state_type)
         ):
             kind = "" if self.state_type is None else f"{self.state_type.__name__} or "
             check.fail("state", f"{kind}None", type(state).__name__)
+        if state is not None and not torch.compiler.is_compiling():
+            state.check()
+        if mask is not None:
+            if cu_seqlens is not None:
+                check.fail("mask", "none beside cu_seqlens", "both")
+            if checked_mask(mask, x):
+                return self._masked(x, state, Padding.of(mask), detach_state)
         if state is not None:
             state = state.fitted(x)
         if cu_seqlens is not None and not isinstance(cu_seqlens, Documents):
@@ -168,7 +170,7 @@ class Block(nn.Module, abc.ABC):
             y, state = self.mix(x, state)
         else:
             y, state = self.mix_packed(x, state, cu_seqlens)
-        if x.numel() == 0:
+        if x.numel() == 0 and torch.is_grad_enabled():
             y = of_parameters(self, y)
         if state is not None and detach_state:
             state = state.detach()

@@ -17,6 +17,7 @@ from atlas_blocks.attention.definition import rotary
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.conv import ConvState, ShortConv
 from atlas_blocks.blocks.gates import Gate, GateLogits
+from atlas_blocks.blocks.grouped_query import for_every_query, kv_head_count
 from atlas_blocks.blocks.memory import AtlasMemoryConfig
 from atlas_blocks.blocks.norm import RMSNorm, rms_norm, unit_length
 from atlas_blocks.blocks.parameters import Linear
@@ -235,9 +236,7 @@ class DeepTransformerLayer(Block):
         if c.head_width is None and dim % heads:
             check.fail("heads", f"a divisor of dim = {dim}", heads)
         width = c.head_width or dim // heads
-        kv_heads = c.kv_heads or heads
-        if heads % kv_heads:
-            check.fail("kv_heads", f"a divisor of heads = {heads}", kv_heads)
+        kv_heads = kv_head_count(c.kv_heads, heads)
         if c.rope_base is not None and c.rope_width is None and width % 2:
             check.fail("head width", "an even number with rope_base", width)
         if c.rope_width is not None and c.rope_width > width:
@@ -279,6 +278,9 @@ class DeepTransformerLayer(Block):
         self, x: Tensor, state: DeepTransformerState | None
     ) -> tuple[Tensor, DeepTransformerState]:
         c, H, G = self.config, self.heads, self.kv_heads
+        if state is not None and (state.conv is None) != (self.conv is None):
+            wanted = "None, as conv_width is" if self.conv is None else "ConvState"
+            check.fail("state.conv", wanted, type(state.conv).__name__)
         qkv, conv = check.whole("qkv", self.qkv(x), (H + 2 * G) * self.width), None
         if self.conv is not None:
             qkv, conv = self.conv(qkv, state and state.conv, detach_state=False)
@@ -288,10 +290,11 @@ class DeepTransformerLayer(Block):
         if c.rope_base is not None:
             steps = torch.arange(x.shape[1], device=x.device)
             if state is not None:
-                steps = state.kernel.position.to(x.device)[:, None] + steps
+                position = state.kernel.position
+                check.tensor("state.position", position, "[B]", (len(x),), (torch.int64,))
+                steps = position.to(x.device)[:, None] + steps
             q, k = (_turned(t, steps, c.rope_base, c.rope_width) for t in (q, k))
-        if G != H:
-            k, v = (t.repeat_interleave(H // G, -2) for t in (k, v))
+        k, v = (for_every_query(t, H, -2) for t in (k, v))
         alpha = eta = gamma = None
         if self.gates is not None:
             alpha, eta, gamma = self.gates(x)

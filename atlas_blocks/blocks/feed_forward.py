@@ -147,7 +147,10 @@ class MixtureOfExperts(Block):
         # No tokens (rows that are all padding) have none, and leave that of the others.
         if self.training and torch.is_grad_enabled() and len(rows):
             fractions = counts / chosen.numel()
-            self.balance = self.config.experts * (fractions * probabilities.mean(0)).sum()
+            balance = self.config.experts * (fractions * probabilities.mean(0)).sum()
+            # Of a checkpoint that computes again in a backward it is nobody's loss.
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+                self.balance = balance
         run = self._grouped if self.gate.serves(x) and self.down.serves(x) else self._dense
         return run(rows, shares, chosen, counts).to(x.dtype).view_as(x), None
 

@@ -479,12 +479,19 @@ class AtlasMemory(Block):
         start = initial_state(none, none, weights, self.config.rule, self.theta is not None)
         return MemoryState(ConvState(x.new_zeros(len(x), past, self.conv.dim)), start)
 
+    def check_weights(self, name: str, weights: Sequence[Tensor], *rows: int) -> None:
+        """Raise ValueError where they are not of this layer's shapes, [*rows, H, dout, din]."""
+        wanted = [(*rows, self.heads, *shape) for shape in self.shapes]
+        if [tuple(w.shape) for w in weights] != wanted:
+            check.fail(name, f"shapes {wanted}", [list(w.shape) for w in weights])
+
     def recall(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read a fixed memory: queries [B, T, dim], weights of an OmegaState -> [B, T, dim].
 
         `layer(queries, FixedMemory(weights))` is the same, and is seen by what hooks the layer's
         forward to bring its parameters (FSDP, offloading).
         """
+        self.check_weights("state.weights", weights, len(queries))
         found = FixedMemory(weights).fitted(queries).weights
         assert found is not None
         q = unit_length(queries.unflatten(-1, (self.heads, -1)))

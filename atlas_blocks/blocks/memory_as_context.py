@@ -6,7 +6,6 @@ B batch, T tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,9 @@ from atlas_blocks import check
 from atlas_blocks.attention.definition import rotary
 from atlas_blocks.blocks.base import Block
 from atlas_blocks.blocks.feed_forward import MLP, build_mlp, checked_mlp
+from atlas_blocks.blocks.grouped_query import for_every_query, kv_head_count
 from atlas_blocks.blocks.memory import AtlasMemoryConfig, FixedMemory, MemoryState
-from atlas_blocks.blocks.memory_as_context_op import build_with, memory_as_context
+from atlas_blocks.blocks.memory_as_context_op import build_with, memory_as_context, read, written
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.settings import takes
@@ -32,8 +32,8 @@ from atlas_blocks.state import State
 @dataclass(frozen=True)
 class MemoryAsContextConfig(Config):
     """memory: its config; segment: tokens that share one read of the memory; persistent_tokens:
-    learned tokens at the front of every segment's context; mlp, mlp_width: as in
-    AtlasBlockConfig."""
+    learned tokens at the front of every segment's context; kv_heads: as in
+    SlidingWindowAttentionConfig; mlp, mlp_width: as in AtlasBlockConfig."""
 
     memory: AtlasMemoryConfig = field(default_factory=AtlasMemoryConfig)
     segment: int = 256
@@ -41,6 +41,7 @@ class MemoryAsContextConfig(Config):
     rope_base: float = 10000.0
     mlp_width: int | None = None
     mlp: MLP = "swiglu"
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.memory, AtlasMemoryConfig):
@@ -48,6 +49,8 @@ class MemoryAsContextConfig(Config):
         check.at_least("segment", self.segment, 1)
         check.at_least("persistent_tokens", self.persistent_tokens, 0)
         check.between("rope_base", self.rope_base, 1.0, 1e12)
+        if self.kv_heads is not None:
+            check.at_least("kv_heads", self.kv_heads, 1)
         object.__setattr__(self, "mlp", checked_mlp(self.mlp_width, self.mlp))
 
     def build(self, dim: int, heads: int) -> MemoryAsContext:
@@ -56,8 +59,8 @@ class MemoryAsContextConfig(Config):
 
 class ContextState(State):
     """memory: of the layer; read: its weights at the segment's start; keys, values: of the
-    segment so far, reads then tokens, [B, 2, segment, dim], zero where not yet written;
-    position: int64 [B]."""
+    segment so far, reads then tokens, [B, 2, segment, G D] of G kv_heads, zero where not yet
+    written; position: int64 [B]."""
 
     EXACT = ("read",)
 
@@ -89,15 +92,18 @@ class MemoryAsContext(Block):
         self.dim, self.heads, self.config = dim, heads, config
         parts = {"dim": dim, "heads": heads, "config": config.to_dict()}
         # Made here: a compiled graph can read them, not write them.
-        self.descriptions = tuple(json.dumps({**parts, "own_tables": n}) for n in (False, True))
+        self.descriptions = tuple(written({**parts, "own_tables": n}) for n in (False, True))
         self.mixer_norm = RMSNorm(dim)
         self.memory = config.memory.build(dim, heads)
         if dim // heads % 2:
             check.fail("heads", f"an even head width for rotary positions, dim = {dim}", heads)
+        kv_heads = kv_head_count(config.kv_heads, heads)
+        self.width = dim // heads
+        self.kv_width = kv_heads * self.width
         self.recall_query = Linear(dim, dim, bias=False)
         tokens = config.persistent_tokens
         self.persistent = nn.Parameter(torch.empty(tokens, dim)) if tokens else None
-        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, dim + 2 * self.kv_width, bias=False)
         self.attention_out = Linear(dim, dim, bias=False)
         self.attention_norm = RMSNorm(dim)
         self.memory_norm = RMSNorm(dim)
@@ -119,13 +125,16 @@ class MemoryAsContext(Block):
     @property
     def description(self) -> str:
         """From which the op of a compiled graph builds it again."""
-        return self.descriptions[self.memory.buckets is not None]
+        return self.descriptions[int(self.memory.buckets is not None)]
 
     def mix(self, x: Tensor, state: ContextState | None) -> tuple[Tensor, ContextState]:
         h = self.mixer_norm(x)
         if state is not None:
-            size = (len(x), 2, self.config.segment, self.dim)
-            check.tensor("state.keys", state.keys, "[B, 2, segment, dim]", size)
+            size = (len(x), 2, self.config.segment, self.kv_width)
+            check.tensor("state.keys", state.keys, "[B, 2, segment, G D]", size)
+            check.tensor("state.values", state.values, "[B, 2, segment, G D]", size)
+            check.tensor("state.position", state.position, "[B]", size[:1], (torch.int64,))
+            self.memory.check_weights("state.read", state.read, len(x))
         if not torch.compiler.is_compiling():
             mixed, after = self._rows(h, state)
         elif h.shape[1] == 1:
@@ -140,7 +149,7 @@ class MemoryAsContext(Block):
     def initial_state(self, h: Tensor) -> ContextState:
         """The state before the first token of h [B, T, dim]."""
         _, memory = self.memory(h[:, :0], detach_state=False)
-        size = (h.shape[0], 2, self.config.segment, self.dim)
+        size = (h.shape[0], 2, self.config.segment, self.kv_width)
         return ContextState(
             memory,
             tuple(w.clone() for w in memory.rule.weights),
@@ -250,42 +259,46 @@ class MemoryAsContext(Block):
     def _projected(
         self, x: Tensor, read: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Queries of x [B, L, dim], keys and values [B, 2, L, dim] of what it reads and of it, and
+        """Queries of x [B, L, dim], keys and values [B, 2, L, G D] of what it reads and of it, and
         the weights read; read: None is M_0."""
         h, fixed = self.memory(self.recall_query(x), FixedMemory(read))
         h = h.to(x.dtype)
-        q, k, v = check.whole("qkv", self.qkv(x), 3 * self.dim).chunk(3, -1)
-        _, hk, hv = self.qkv(h).chunk(3, -1)
+        q, k, v = self._split(check.whole("qkv", self.qkv(x), self.dim + 2 * self.kv_width))
+        _, hk, hv = self._split(self.qkv(h))
         return q, torch.stack([hk, k], 1), torch.stack([hv, v], 1), fixed.weights
 
     def _attention(
         self, q: Tensor, keys: Tensor, values: Tensor, at: Tensor, places: Tensor
     ) -> Tensor:
-        """Of q [B, L, dim] at [L] or [B, L] over keys [B, 2, n, dim] in these places [n]: a token
+        """Of q [B, L, dim] at [L] or [B, L] over keys [B, 2, n, G D] in these places [n]: a token
         sees every persistent one, and reads and tokens up to its own."""
         seen = places <= at[..., None]
         seen, k = [seen, seen], [self._rotated(k, places) for k in keys.unbind(1)]
         v = list(values.unbind(1))
         if self.persistent is not None:
             tokens = self.persistent.to(q.dtype).expand(len(q), -1, -1)
-            _, pk, pv = self.qkv(tokens).chunk(3, -1)
+            _, pk, pv = self._split(self.qkv(tokens))
             always = seen[0].new_ones(*seen[0].shape[:-1], pk.shape[1])
             seen, k, v = [always, *seen], [self._heads(pk), *k], [pv, *v]
         seen = torch.cat(seen, -1)
         a = F.scaled_dot_product_attention(
             self._rotated(q, at),
-            torch.cat(k, 2),
-            self._heads(torch.cat(v, 1)),
+            for_every_query(torch.cat(k, 2), self.heads, 1),
+            for_every_query(self._heads(torch.cat(v, 1)), self.heads, 1),
             attn_mask=seen if at.ndim == 1 else seen[:, None],
         )
         return self.attention_out(a.transpose(1, 2).flatten(-2))
 
+    def _split(self, qkv: Tensor) -> list[Tensor]:
+        """Queries [..., dim], keys and values [..., G D]."""
+        return list(qkv.split([self.dim, self.kv_width, self.kv_width], -1))
+
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, H, T, D]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """[B, T, H D] -> [B, H, T, D]."""
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
     def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
-        rows = x.unflatten(-1, (self.heads, -1))
+        rows = x.unflatten(-1, (-1, self.width))
         return rotary(rows, places, base=self.config.rope_base).transpose(1, 2)
 
 
@@ -296,7 +309,7 @@ def _position(state: ContextState | None) -> int:
 
 def _described(description: str) -> MemoryAsContext:
     """The block whose `description` this is, freshly initialised."""
-    parts = json.loads(description)
+    parts = read(description)
     block = MemoryAsContext(parts["dim"], parts["heads"], Config.from_dict(parts["config"]))
     if parts["own_tables"]:
         block.memory.use_own_tables(True)

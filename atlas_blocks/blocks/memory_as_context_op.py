@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,17 @@ PARTS = (
     "recall_query",
 )
 _build: list[Callable[[str], Any]] = []
+
+
+def written(parts: dict[str, Any]) -> str:
+    """A dict as an argument of the op: JSON without the quotes and backslashes that a compiler of
+    C++ would stumble on."""
+    return quote(json.dumps(parts), safe=" {}[]:,'.+-_")
+
+
+def read(description: str) -> dict[str, Any]:
+    """What was `written`."""
+    return json.loads(unquote(description))
 
 
 def build_with(build: Callable[[str], Any]) -> None:
@@ -280,7 +292,7 @@ def _forward(
 def _starts_like(x: Tensor, state: list[Tensor], description: str) -> list[Tensor]:
     """Zeros for the memory's state before every segment."""
     # Read off the description: nothing can be built where every tensor is fake.
-    config = json.loads(description)["config"]
+    config = read(description)["config"]
     reads = MEMORIES[config["memory"]["memory"]].weights
     memory = state[: len(state) - 3 - reads]
     count = chunk_count(x.shape[1], config["segment"], True)

@@ -22,7 +22,7 @@ from atlas_blocks.blocks.parameters import Linear
 from atlas_blocks.blocks.rows_alike import rows_alike
 from atlas_blocks.blocks.settings import takes
 from atlas_blocks.config import Config
-from atlas_blocks.data import numbers
+from atlas_blocks.data import numbers, there
 from atlas_blocks.omega.state import OmegaState, state_dtype
 from atlas_blocks.state import State
 
@@ -62,8 +62,9 @@ class MemoryCachingConfig(Config):
 class CachingState(State):
     """memory: of the layer; weights: the memory at every segment's end, [B, N, H, dout, din] each,
     and means [B, N, dim] of the segments' inputs, the oldest first, in front of them zeros in rows
-    that have fewer; total [B, dim]: the sum of the inputs of the segment that is begun; position:
-    int64 [B]."""
+    that have fewer; total [B, dim]: the sum of the inputs of the segment that is begun; position,
+    segment: int64 [B], tokens read, and the config's segment, without which neither N nor total
+    can be read."""
 
     EXACT = ("weights", "means", "total")
 
@@ -72,6 +73,7 @@ class CachingState(State):
     means: Tensor
     total: Tensor
     position: Tensor
+    segment: Tensor
 
     @classmethod
     def aligned(cls, states: Sequence[CachingState]) -> Sequence[CachingState]:
@@ -88,6 +90,7 @@ class CachingState(State):
                 weights=tuple(map(longer, s.weights)),
                 means=longer(s.means),
                 position=s.position.to(device),
+                segment=s.segment.to(device),
             )
             for s in states
         ]
@@ -133,6 +136,8 @@ class MemoryCaching(Block):
 
     def mix(self, x: Tensor, state: CachingState | None) -> tuple[Tensor, CachingState]:
         if 0 in x.shape[:2]:
+            if state is not None and not torch.compiler.is_compiling():
+                self.check_state(x, state)
             y, memory = self.memory(x, state and state.memory, detach_state=False)
             return y, self.initial_state(memory, x) if state is None else state
         if state is None:
@@ -155,17 +160,41 @@ class MemoryCaching(Block):
             x.new_zeros(len(x), 0, self.dim, dtype=dtype),
             x.new_zeros(len(x), self.dim, dtype=dtype),
             torch.zeros(len(x), dtype=torch.int64),
+            torch.full((len(x),), self.config.segment),
         )
+
+    def check_state(self, x: Tensor, state: CachingState) -> None:
+        """Raise ValueError where it is not one of this config's for x [B, T, dim]."""
+        batch, c = len(x), self.config
+        inner = state.memory.rule.position
+        counts = (
+            ("position", state.position),
+            ("segment", state.segment),
+            ("memory.rule.position", inner),
+        )
+        for name, t in counts:
+            check.tensor(f"state.{name}", t, "[B]", (batch,), (torch.int64,))
+        found = numbers(state.segment)
+        if there(state.segment) and any(n != c.segment for n in found):
+            check.fail("state.segment", f"{c.segment}, that of the config, in every row", found)
+        positions = numbers(state.position)
+        # With `reset` a memory knows the tokens of its own segment alone.
+        read = [(n - 1) % c.segment + 1 if n and c.reset else n for n in positions]
+        if there(inner) and there(state.position) and (found := numbers(inner)) != read:
+            wanted = f"{read}, as reset={c.reset} has it after {positions} tokens"
+            check.fail("state.memory.rule.position", wanted, found)
+        check.tensor("state.means", state.means, "[B, N, dim]", (batch, None, self.dim))
+        check.tensor("state.total", state.total, "[B, dim]", (batch, self.dim))
+        kept, needed = state.means.shape[1], max(positions, default=0) // c.segment
+        if kept < needed:
+            wanted = f"at least {needed} segments of {c.segment} tokens"
+            check.fail("state.means", wanted, kept)
+        self.memory.check_weights("state.weights", state.weights, batch, kept)
 
     def going_on(self, x: Tensor, state: CachingState) -> tuple[Tensor, CachingState]:
         """Rows that have read as many tokens run together."""
-        check.tensor("state.means", state.means, "[B, N, dim]", (len(x), None, self.dim))
-        positions = numbers(state.position)
-        needed = max(positions) // self.config.segment
-        if (n := state.means.shape[1]) < needed:
-            wanted = f"{needed} memories, one of every segment of {self.config.segment} tokens"
-            check.fail("state.weights", wanted, n)
-        return rows_alike(self.segments, x, state, positions)
+        self.check_state(x, state)
+        return rows_alike(self.segments, x, state, numbers(state.position))
 
     def segments(
         self, x: Tensor, state: CachingState | None, position: int
@@ -235,11 +264,12 @@ class MemoryCaching(Block):
             memory = ends
         total = torch.where(places[-1] % segment == segment - 1, 0, running[:, -1])
         seen = torch.zeros(batch, dtype=torch.int64) if state is None else state.position
+        counts = seen + length, torch.full((batch,), segment)
         finished = past + (place + length) // segment
         if state is not None and finished == past:
-            return y, CachingState(memory, state.weights, state.means, total, seen + length)
+            return y, CachingState(memory, state.weights, state.means, total, *counts)
         weights = tuple(w[:, :finished].clone() for w in parts(ends.rule))
-        return y, CachingState(memory, weights, means[:, :finished].clone(), total, seen + length)
+        return y, CachingState(memory, weights, means[:, :finished].clone(), total, *counts)
 
     def running_sums(self, x: Tensor, state: CachingState | None, place: int, count: int) -> Tensor:
         """Of the inputs of every segment, up to each of its tokens: [B, count, L, dim]; x begins at

@@ -1,6 +1,7 @@
 """The stacks: one block of a model each (specification section 9; ATLAS Fig. 3, Titans section 4).
 
-B batch, T tokens. Every sublayer is pre-norm and residual.
+B batch, T tokens. Every sublayer is pre-norm and residual. A mixer is what stands in one, and may
+be memory and attention together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from atlas_blocks.blocks.attention import SlidingWindowAttentionConfig
 from atlas_blocks.blocks.base import Block, Documents
 from atlas_blocks.blocks.deep_transformer import DeepTransformerConfig
 from atlas_blocks.blocks.feed_forward import MLP, build_mlp, checked_mlp
-from atlas_blocks.blocks.foreign import Builds, built, is_foreign
+from atlas_blocks.blocks.foreign import Builds, ForeignBlock, built, is_foreign
 from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.blocks.memory import AtlasMemoryConfig
 from atlas_blocks.blocks.memory_as_context import MemoryAsContextConfig
@@ -25,24 +26,6 @@ from atlas_blocks.blocks.settings import takes
 from atlas_blocks.blocks.tnt import TNTConfig
 from atlas_blocks.config import Config
 from atlas_blocks.state import State
-
-MIXERS = (
-    AtlasMemoryConfig,
-    MemoryCachingConfig,
-    TNTConfig,
-    DeepTransformerConfig,
-    SlidingWindowAttentionConfig,
-    LSTMConfig,
-)
-Mixer = (
-    AtlasMemoryConfig
-    | MemoryCachingConfig
-    | TNTConfig
-    | DeepTransformerConfig
-    | SlidingWindowAttentionConfig
-    | LSTMConfig
-    | Builds
-)
 
 
 def _check_mixer(name: str, value: object, *types: type) -> None:
@@ -55,7 +38,113 @@ def _check_mixer(name: str, value: object, *types: type) -> None:
 class StackState(State):
     """The states of a stack's sublayers, in the order they run."""
 
-    parts: tuple[State, ...]
+    parts: tuple[State | None, ...]
+
+
+def _parts(state: StackState | None, *layers: Block) -> tuple[Any, ...]:
+    """The sublayers' states, or as many None."""
+    if state is None:
+        return (None,) * len(layers)
+    if len(state.parts) != len(layers):
+        check.fail("state", f"a StackState of {len(layers)} parts", f"{len(state.parts)} parts")
+    for i, (part, layer) in enumerate(zip(state.parts, layers, strict=True)):
+        kind = layer.state_type
+        # A module of somebody's may have none.
+        if part is None and kind is not None and not isinstance(layer, ForeignBlock):
+            check.fail(f"state.parts[{i}]", kind.__name__, None)
+    return state.parts
+
+
+@dataclass(frozen=True)
+class MemoryAsGateMixerConfig(Config):
+    """memory, attention: the branches; combine: "sum" (ATLAS Fig. 3) or "product" (Titans)."""
+
+    memory: AtlasMemoryConfig | Builds = field(default_factory=AtlasMemoryConfig)
+    attention: SlidingWindowAttentionConfig | Builds = field(
+        default_factory=SlidingWindowAttentionConfig
+    )
+    combine: str = "sum"
+
+    def __post_init__(self) -> None:
+        _check_branches(self)
+
+    def build(self, dim: int, heads: int) -> MemoryAsGateMixer:
+        return MemoryAsGateMixer(dim, heads, self)
+
+
+def _check_branches(config: MemoryAsGateMixerConfig | MemoryAsGateConfig) -> None:
+    _check_mixer("memory", config.memory, AtlasMemoryConfig)
+    _check_mixer("attention", config.attention, SlidingWindowAttentionConfig)
+    check.choice("combine", config.combine, ("sum", "product"))
+
+
+class _Branches(Block):
+    """A memory and an attention of the same input, whose normed outputs are combined."""
+
+    state_type = StackState
+    config: MemoryAsGateMixerConfig | MemoryAsGateConfig
+
+    def _add_branches(self, dim: int, heads: int) -> None:
+        self.memory = built(self.config.memory, dim, heads)
+        self.attention = built(self.config.attention, dim, heads)
+        self.memory_norm = RMSNorm(dim)
+        self.attention_norm = RMSNorm(dim)
+
+    def tensor_plan(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+    def _combined(
+        self, h: Tensor, state: StackState | None, documents: Documents | None
+    ) -> tuple[Tensor, StackState]:
+        memory, attention = _parts(state, self.memory, self.attention)
+        m, memory = self.memory(h, memory, cu_seqlens=documents, detach_state=False)
+        a, attention = self.attention(h, attention, cu_seqlens=documents, detach_state=False)
+        m, a = self.memory_norm(m), self.attention_norm(a)
+        return m + a if self.config.combine == "sum" else m * a, StackState((memory, attention))
+
+
+class MemoryAsGateMixer(_Branches):
+    """MAG in the place of an attention: Norm(memory(x)) combined with Norm(attention(x)), without
+    the residual, the norm of x and the MLP that `MemoryAsGate` has.
+
+    x [B, T, dim] -> y [B, T, dim]; state StackState (memory, attention).
+    """
+
+    @takes(MemoryAsGateMixerConfig)
+    def __init__(
+        self, dim: int, heads: int, config: MemoryAsGateMixerConfig = MemoryAsGateMixerConfig()
+    ) -> None:
+        super().__init__()
+        self.dim, self.config = dim, config
+        self._add_branches(dim, heads)
+
+    def mix(
+        self, x: Tensor, state: StackState | None, documents: Documents | None = None
+    ) -> tuple[Tensor, StackState]:
+        return self._combined(x, state, documents)
+
+    mix_packed = mix
+
+
+MIXERS = (
+    AtlasMemoryConfig,
+    MemoryCachingConfig,
+    TNTConfig,
+    DeepTransformerConfig,
+    SlidingWindowAttentionConfig,
+    LSTMConfig,
+    MemoryAsGateMixerConfig,
+)
+Mixer = (
+    AtlasMemoryConfig
+    | MemoryCachingConfig
+    | TNTConfig
+    | DeepTransformerConfig
+    | SlidingWindowAttentionConfig
+    | LSTMConfig
+    | MemoryAsGateMixerConfig
+    | Builds
+)
 
 
 @dataclass(frozen=True)
@@ -74,15 +163,6 @@ class AtlasBlockConfig(Config):
 
     def build(self, dim: int, heads: int) -> AtlasBlock:
         return AtlasBlock(dim, heads, self)
-
-
-def _parts(state: StackState | None, count: int) -> tuple[Any, ...]:
-    """The sublayers' states, or as many None."""
-    if state is None:
-        return (None,) * count
-    if len(state.parts) != count:
-        check.fail("state", f"a StackState of {count} parts", f"{len(state.parts)} parts")
-    return state.parts
 
 
 class AtlasBlock(Block):
@@ -108,7 +188,7 @@ class AtlasBlock(Block):
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
     ) -> tuple[Tensor, StackState]:
-        (before,) = _parts(state, 1)
+        (before,) = _parts(state, self.mixer)
         mixed, after = self.mixer(
             self.mixer_norm(x), before, cu_seqlens=documents, detach_state=False
         )
@@ -164,7 +244,7 @@ class MemoryAsLayer(Block):
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
     ) -> tuple[Tensor, StackState]:
-        memory, attention = _parts(state, 2)
+        memory, attention = _parts(state, self.memory, self.attention)
         x, memory = self.memory(x, memory, cu_seqlens=documents, detach_state=False)
         x, attention = self.attention(x, attention, cu_seqlens=documents, detach_state=False)
         return x, StackState((memory, attention))
@@ -186,22 +266,18 @@ class MemoryAsGateConfig(Config):
     mlp: MLP = "swiglu"
 
     def __post_init__(self) -> None:
-        _check_mixer("memory", self.memory, AtlasMemoryConfig)
-        _check_mixer("attention", self.attention, SlidingWindowAttentionConfig)
-        check.choice("combine", self.combine, ("sum", "product"))
+        _check_branches(self)
         object.__setattr__(self, "mlp", checked_mlp(self.mlp_width, self.mlp))
 
     def build(self, dim: int, heads: int) -> MemoryAsGate:
         return MemoryAsGate(dim, heads, self)
 
 
-class MemoryAsGate(Block):
+class MemoryAsGate(_Branches):
     """MAG: x + Norm(memory(norm x)) combined with Norm(attention(norm x)); x + MLP(norm x).
 
     x [B, T, dim] -> y [B, T, dim]; state StackState (memory, attention).
     """
-
-    state_type = StackState
 
     @takes(MemoryAsGateConfig)
     def __init__(
@@ -210,27 +286,17 @@ class MemoryAsGate(Block):
         super().__init__()
         self.dim, self.config = dim, config
         self.mixer_norm = RMSNorm(dim)
-        self.memory = built(config.memory, dim, heads)
-        self.attention = built(config.attention, dim, heads)
-        self.memory_norm = RMSNorm(dim)
-        self.attention_norm = RMSNorm(dim)
+        self._add_branches(dim, heads)
         self.mlp_norm = RMSNorm(dim)
         self.mlp = build_mlp(config.mlp, dim, config.mlp_width)
-
-    def tensor_plan(self) -> dict[str, tuple[int, int]]:
-        return {}
 
     def mix(
         self, x: Tensor, state: StackState | None, documents: Documents | None = None
     ) -> tuple[Tensor, StackState]:
-        memory, attention = _parts(state, 2)
-        h = self.mixer_norm(x)
-        m, memory = self.memory(h, memory, cu_seqlens=documents, detach_state=False)
-        a, attention = self.attention(h, attention, cu_seqlens=documents, detach_state=False)
-        m, a = self.memory_norm(m), self.attention_norm(a)
-        x = x + (m + a if self.config.combine == "sum" else m * a)
+        mixed, state = self._combined(self.mixer_norm(x), state, documents)
+        x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))[0]
-        return x, StackState((memory, attention))
+        return x, state
 
     mix_packed = mix
 

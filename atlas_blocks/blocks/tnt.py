@@ -181,6 +181,10 @@ class TNT(Block):
         if len(state.local) != len(self.local):
             count = f"{len(self.local)} states, as the config has local memories"
             check.fail("state.local", count, len(state.local))
+        kind = LocalState if self.config.project_queries else MemoryState
+        for i, local in enumerate(state.local):
+            if not isinstance(local, kind):
+                check.fail(f"state.local[{i}]", kind.__name__, type(local).__name__)
         going_on: Any = self.going_on
         if torch.compiler.is_compiling():
             if x.shape[1] == 1:
@@ -192,8 +196,21 @@ class TNT(Block):
 
     def going_on(self, x: Tensor, state: TNTState) -> tuple[Tensor, TNTState]:
         """Rows that are at one place of their spans run together."""
-        places = numbers(state.local[0].rule.position)
+        read = self._read("state.memory", state.memory, len(x))
+        # As many of the span that the last token read is in.
+        places = [(n - 1) % self.config.span + 1 if n else 0 for n in read]
+        for i, local in enumerate(state.local):
+            name = f"state.local[{i}]"
+            if (found := self._read(name, local, len(x))) != places:
+                wanted = f"{places}, as spans of {self.config.span} tokens have it after {read}"
+                check.fail(f"{name}.rule.position", wanted, found)
         return rows_alike(self.at_place, x, state, places)
+
+    def _read(self, name: str, state: MemoryState | LocalState, batch: int) -> list[int]:
+        """How many tokens the memory of every row has read."""
+        position = state.rule.position
+        check.tensor(f"{name}.rule.position", position, "[B]", (batch,), (torch.int64,))
+        return numbers(position)
 
     def at_place(self, x: Tensor, state: TNTState | None, place: int) -> tuple[Tensor, TNTState]:
         """x [B, T, dim] of rows of which `place` tokens of a span have been read."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atlas_blocks.graph.contract import recording
+from atlas_blocks.graph.one_program import inductor
 
 # Of torch.compile, whatever the graph around it is compiled by; None leaves everything as it is.
 BACKEND: str | None = "inductor"
@@ -68,7 +69,8 @@ def once(fn: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., A
     files.add(fn.__code__.co_filename)
     # Dynamo keeps what it compiled by code object, and not much for each.
     fn.__code__ = fn.__code__.replace()
-    run = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=backend)
+    compiler: Any = inductor if backend == "inductor" else backend
+    run = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=compiler)
 
     def call(*arguments: Any) -> Any:
         # Under one set of dispatch keys, whether a forward or a backward calls: they are guarded.

@@ -31,7 +31,7 @@ class OmegaState(State):
     REST: ClassVar[tuple[str, ...]] = (
         "keys", "values", "alpha", "eta", "theta", "gamma", "scale", "position",
     )  # fmt: skip
-    EXACT = ("weights", "momentum", "chunk_start", "momentum_start", *REST)
+    EXACT = ("weights", "momentum", "chunk_start", "momentum_start", *REST[:-1])
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]

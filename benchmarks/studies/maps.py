@@ -3,8 +3,9 @@
     python benchmarks/studies/maps.py [--length 2048] [--dim 64] [--seeds 5]
 
 Of every output the memory is asked before it sees it. Nothing is trained but the memory, by its
-own rule; the write strength is the best of six, over the whole sequence. The figure is the mean of
-|y - o|^2 / |o|^2 over the last quarter; a memory that answers with zero has 1.
+own rule; the write strength is the best of eight, over the whole sequence. The figure is the mean
+of |y - o|^2 / |o|^2 over the last quarter. An answer of zero has 1. Deep memories begin with the
+question for an answer, about 2, as they add their input.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from atlas_blocks.functional import PolynomialMap, omega_rule, taylor_coefficien
 from atlas_blocks.omega.memories import weight_shapes
 from atlas_blocks.omega.rule import Rule
 from atlas_blocks.recipes.bench.report import commit, machine, versions
+from atlas_blocks.recipes.counts import at_least
 from atlas_blocks.recipes.tasks import MapTask
 from atlas_blocks.recipes.tasks.maps import KINDS, error
 
 RESULTS = Path(__file__).parent / "results"
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # memory, degree of its features (0: the input itself), update, window
 LEARNERS: dict[str, tuple[str, int, str, int]] = {
     "matrix, delta rule": ("matrix", 0, "gd", 1),
@@ -40,7 +42,7 @@ LEARNERS: dict[str, tuple[str, int, str, int]] = {
 
 
 def start(shapes: list[tuple[int, int]], memory: str) -> list[Tensor]:
-    """M_0 [H, dout, din] of all strengths: answers zero, so that the error begins at 1."""
+    """M_0 [H, dout, din] of all strengths: it adds nothing to its residual."""
     generator = torch.Generator().manual_seed(0)
     weights = []
     for i, shape in enumerate(shapes):
@@ -122,9 +124,9 @@ def plot(record: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--length", type=at_least(2), default=2048)
+    parser.add_argument("--dim", type=at_least(1), default=64)
+    parser.add_argument("--seeds", type=at_least(1), default=5)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

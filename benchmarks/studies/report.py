@@ -35,7 +35,7 @@ def table(study: Study, record: dict[str, Any]) -> str:
     for label, cells in groups(study, record).items():
         tested = [[cell["tests"][n]["accuracy"] for cell in cells] for n in tests]
         losses = [", ".join(f"{v:.3f}" for v in _of(cells, "loss"))] if nats else []
-        times = [1000 * c["seconds"] / c["steps"] for c in cells if c["compiled"]]
+        times = [1000 * c["seconds"] / max(1, c["steps"] - 1) for c in cells if c["compiled"]]
         row = [
             label,
             _shares(_of(cells, "accuracy")),

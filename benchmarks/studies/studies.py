@@ -9,7 +9,7 @@ from training import Crops, Study, Variant
 
 from atlas_blocks import AtlasBlockConfig, MemoryCachingConfig
 from atlas_blocks.recipes.architectures import ARCHITECTURES, Size
-from atlas_blocks.recipes.tasks import MQARTask, NeedleTask, RecallTask
+from atlas_blocks.recipes.tasks import MQARTask, NeedleTask, OverwriteTask, RecallTask
 
 
 def _size(vocab_size: int, dim: int = 32) -> Size:
@@ -26,6 +26,10 @@ def _changed(layers: str, *changes: tuple[str, dict[str, Any]]) -> dict[str, Var
     found = {layers: Variant(layers)}
     return found | {f"{layers}, {label}": Variant(layers, given) for label, given in changes}
 
+
+# For questions of many variants.
+FEW = RecallTask(length=64, pairs=4, keys=12)
+FEW_SIZE = _size(FEW.vocab_size)
 
 STUDIES: dict[str, Study] = {}
 
@@ -65,7 +69,7 @@ STUDIES["state"] = Study(
     size=_size(MQAR.vocab_size),
     variants={
         f"{name}, dim {dim}": Variant(name, size=_size(MQAR.vocab_size, dim))
-        for dim in (16, 32, 64)
+        for dim in (16, 32)
         for name in (
             "gated-deltanet",
             "omeganet",
@@ -78,6 +82,7 @@ STUDIES["state"] = Study(
         )
     },
     steps=1000,
+    batch=16,
     enough=0.995,
     axis="state",
     equal=False,
@@ -100,8 +105,8 @@ STUDIES["needle"] = Study(
 
 STUDIES["window"] = Study(
     what="What do the window c and the degree p of the features bring, where keys are many?",
-    task=RecallTask(length=96, pairs=16, keys=32),
-    size=_size(65),
+    task=RecallTask(length=48, pairs=8, keys=16),
+    size=_size(33),
     variants={
         f"c = {c}, {label}": Variant("omeganet", {"window": c, **features}, x=c)
         for label, features in (
@@ -112,14 +117,15 @@ STUDIES["window"] = Study(
         for c in (1, 4, 16)
     },
     steps=1000,
+    batch=16,
     axis="window c",
     equal=False,
 )
 
 STUDIES["muon"] = Study(
     what="What does Muon cost and bring: at every token, at some, and gradient descent?",
-    task=RECALL,
-    size=SMALL,
+    task=FEW,
+    size=FEW_SIZE,
     variants={
         **{
             f"Muon at every {n}": Variant("atlas", {"ns_every": n, "chunk_size": max(16, n)})
@@ -130,13 +136,14 @@ STUDIES["muon"] = Study(
             "atlas", {"update": "gd", "ns_every": 1, "chunk_size": 64}
         ),
     },
+    batch=16,
     axis="seconds",
 )
 
 STUDIES["switches"] = Study(
     what="The switches of the paper's Table 6, one at a time, where they matter for recall",
-    task=RECALL,
-    size=SMALL,
+    task=FEW,
+    size=FEW_SIZE,
     variants={
         **_changed(
             "atlas",
@@ -149,24 +156,27 @@ STUDIES["switches"] = Study(
         "atlas-mag": Variant("atlas-mag"),
         "atlas-mal": Variant("atlas-mal"),
     },
+    batch=16,
 )
 
+OVERWRITE = OverwriteTask(writes=112, queries=32, keys=8, values=16)
 STUDIES["errors"] = Study(
-    what="Are online errors needed, as chunks get longer: 16 pairs in 256 tokens?",
-    task=RecallTask(length=256, pairs=16, keys=32),
-    size=_size(65),
+    what="Are online errors needed, as chunks get longer: 8 keys written anew for 256 tokens?",
+    task=OVERWRITE,
+    size=_size(OVERWRITE.vocab_size),
     variants={
         f"{errors}, b = {b}": Variant("omeganet", {"errors": errors, "chunk_size": b}, x=b)
         for errors in ("online", "chunk")
         for b in (16, 64, 256)
     },
-    steps=800,
+    lengths=(64, 128, 256),
+    steps=1000,
     batch=8,
     axis="chunk b",
     equal=False,
 )
 
-TITANS = ARCHITECTURES["titans"](SMALL)
+TITANS = ARCHITECTURES["titans"](FEW_SIZE)
 assert isinstance(TITANS, AtlasBlockConfig)
 
 
@@ -177,8 +187,8 @@ def _cached(**settings: Any) -> AtlasBlockConfig:
 
 STUDIES["caching"] = Study(
     what="Does Memory Caching remember longer: recall at 4 and 16 times the length of training?",
-    task=RECALL,
-    size=SMALL,
+    task=FEW,
+    size=FEW_SIZE,
     variants={
         "titans": Variant("titans"),
         "segments apart": Variant(_cached(reset=True)),
@@ -186,6 +196,7 @@ STUDIES["caching"] = Study(
         "segments in a row, 2 read": Variant(_cached(top_k=2)),
     },
     tests=(64, 256, 1024),
+    batch=16,
     axis="tokens",
 )
 

@@ -24,6 +24,7 @@ from studies import STUDIES
 from training import run_cell
 
 from atlas_blocks.recipes.bench.report import commit, machine, versions
+from atlas_blocks.recipes.counts import at_least
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("study", nargs="?", choices=STUDIES, metavar="STUDY")
     parser.add_argument("variants", nargs="*", help="some of its variants; none: all of them")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--eager", action="store_true", help="nothing compiled")
     parser.add_argument("--report", action="store_true", help="tables and plots, no training")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

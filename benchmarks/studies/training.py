@@ -173,8 +173,9 @@ def state_numbers(model: LanguageModel, task: TokenTask | TextTask, size: Size) 
 
 
 def run_cell(study: Study, variant: Variant, seed: int, *, compiled: bool = True) -> dict[str, Any]:
-    """Train it; accuracy on fresh sequences, the steps and seconds it took, the accuracies on the
-    way, and those on the study's tests."""
+    """Train it; accuracy on fresh sequences, the steps and the seconds of processor time it took
+    (what else the machine does counts little in them), the accuracies on the way, and those on the
+    study's tests."""
     size = variant.size or study.size
     torch.manual_seed(seed)
     model = model_config(study, variant).build()
@@ -195,10 +196,10 @@ def run_cell(study: Study, variant: Variant, seed: int, *, compiled: bool = True
 
     course, loss, seconds = [], 0.0, 0.0
     for step in range(1, study.steps + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         descend(step)
         if step > 1:  # the first compiles
-            seconds += time.perf_counter() - began
+            seconds += time.process_time() - began
         if step % study.every == 0 or step == study.steps:
             fresh = 2**40 + seed * 1_000 + step // study.every  # seeds that no step has
             answered, loss = score(model, study, size, fresh)

@@ -154,11 +154,15 @@ class Subject:
         return y.square().mean()
 
     def results(self) -> dict[str, dict[str, Tensor]]:
-        """What equality is judged by: outputs and state, gradients, or the loss of a step."""
+        """What equality is judged by: outputs and state, gradients, or both loss and gradients of a
+        step."""
         if self.mode == BOTH:
             return {"gradients": self.backward()}
         if self.mode == TRAINING:
-            return {"loss": {"loss": torch.tensor(self.train(), dtype=torch.float64)}}
+            loss = torch.tensor(self.train(), dtype=torch.float64)
+            named = self.model.named_parameters()
+            gradients = {n: p.grad for n, p in named if p.grad is not None}
+            return {"loss": {"loss": loss}, "gradients": gradients}
         y, state = self.outputs()
         tensors = [] if state is None else [t for t in state.tensors() if t.is_floating_point()]
         return {"outputs": {"y": y}, "state": {f"state[{i}]": t for i, t in enumerate(tensors)}}

@@ -121,11 +121,13 @@ def needed(module: str, what: str, extra: str = "train") -> Any:
 
 
 def _text(file: Path) -> Document | None:
-    """None where the file is no text, by a NUL in its first piece."""
+    return None if is_binary(file) else _pieces(file)
+
+
+def is_binary(file: Path) -> bool:
+    """Whether the file is no text, by a NUL in its first piece."""
     with file.open("rb") as opened:
-        if b"\0" in opened.read(PIECE):
-            return None
-    return _pieces(file)
+        return b"\0" in opened.read(PIECE)
 
 
 def _pieces(file: Path) -> Iterator[str]:

@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from atlas_blocks import Config, check
 from atlas_blocks.blocks.base import Block, Documents
+from atlas_blocks.blocks.feed_forward import MixtureOfExperts, balance_loss
 from atlas_blocks.blocks.foreign import built
 from atlas_blocks.blocks.norm import RMSNorm
 from atlas_blocks.blocks.parameters import Linear
@@ -283,8 +284,14 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AtlasModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        start_widths(self, config.hidden_size)
+        start_widths(self.lm_head, config.hidden_size)
         self.post_init()
+
+    def init_continuous_batching(self, *unused: Any, **unused_too: Any) -> Any:
+        """Raises ValueError: the pages of `generate_batch` hold keys and values."""
+        check.fail(
+            "generate_batch", "a model of keys and values (generate takes batches)", "states"
+        )
 
     @can_return_tuple
     def forward(
@@ -302,10 +309,13 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As AtlasModel; logits [B, T, V] of the token after each.
 
-        labels: int [B, T], the same tokens (-100: none): the loss is of every next one.
+        labels: int [B, T], the same tokens (-100: none): the loss is of every next one, and in
+        training the balance loss of mixtures of experts is added to it.
         logits_to_keep: only of so many last tokens. options: of transformers' loss
         (num_items_in_batch).
         """
+        if self.training:
+            balance_loss(self)  # that of a forward whose loss nobody asked for
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -322,12 +332,29 @@ class AtlasForCausalLM(AtlasPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options
             )
+            if self.training and torch.is_grad_enabled():
+                loss = self._balanced(loss, labels, options.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _balanced(self, loss: Tensor, labels: Tensor, items: Any) -> Tensor:
+        """The loss with that of mixtures of experts; items: tokens of all micro-batches, of which
+        the loss is a share, or None."""
+        found = balance_loss(self)
+        if found is None:
+            weighed = any(
+                isinstance(m, MixtureOfExperts) and m.config.balance for m in self.modules()
+            )
+            if weighed and bool((labels != -100).any()):
+                wanted = "use_reentrant=False with gradient checkpointing, or balance=0"
+                check.fail("balance", wanted, "experts whose forward recorded no gradient")
+            return loss
+        share = 1 if items is None else (labels[:, 1:] != -100).sum() / items
+        return loss + share * found[0].to(loss.device)
 
 
 AutoConfig.register("atlas", AtlasConfig, exist_ok=True)

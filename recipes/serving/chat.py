@@ -82,8 +82,8 @@ def _read(file: Path) -> tuple[Any, dict[str, str]]:
         found = config["chat_template"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"chat-template: cannot read {file}: {error}") from error
-    if not isinstance(found, str):
-        check.fail("chat-template", 'a string as "chat_template"', type(found).__name__)
+    if not (isinstance(found, str) and found.strip()):
+        check.fail("chat-template", 'a string as "chat_template"', repr(found))
     words = {}
     for name in ("bos_token", "eos_token"):
         token = config.get(name)

@@ -187,6 +187,7 @@ def test_flex_visits_the_tiles_with_a_visible_pair_and_no_other(T, P, C, window)
 
 # Inductor itself warns when it is imported.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 def test_flex_equals_the_definition() -> None:
     tensors, sinks = make(300, 150, P=3, D=16, dtype=torch.float32)

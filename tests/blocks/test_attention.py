@@ -251,6 +251,7 @@ def test_backend_can_be_asked_for() -> None:
             call(x)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     block = build(7)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -147,8 +147,16 @@ def test_a_second_derivative_is_the_difference_of_first_ones(name: str) -> None:
     leaf = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(loss(block, leaf), leaf, create_graph=True)
     torch.testing.assert_close(first, gradient(block, x), rtol=1e-8, atol=1e-8)
-    (found,) = torch.autograd.grad((first * t).sum(), leaf)
+    found, *second = torch.autograd.grad(
+        (first * t).sum(), [leaf, *block.parameters()], allow_unused=True, materialize_grads=True
+    )
     assert (found - true).norm() < 1e-5 * true.norm()
+    # The gradient by a parameter of (gradient by x) . t is the derivative along t of its gradient.
+    ahead, behind = (of_parameters(block, x + s * t).values() for s in (STEP, -STEP))
+    true = [(a - b) / (2 * STEP) for a, b in zip(ahead, behind, strict=True)]
+    size = max(one.norm() for one in true)
+    for one, other in zip(second, true, strict=True):
+        assert (one - other).norm() < 1e-5 * size
 
 
 def test_a_provider_has_no_second_derivative_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,9 @@ GATES = ("extreme", "moderate", "drawn")
 SIZES = ("one", "thousand", "million", "spikes")
 VARIANTS = [
     dict(zip(("objective", "window", "momentum", "feature_map"), values, strict=True))
-    for values in itertools.product(OBJECTIVES, (1, 16), (True, False), ("identity", "sketch"))
+    for values in itertools.product(
+        OBJECTIVES, (1, 16), (True, False), ("identity", "sketch", "polynomial", "taylor_exp")
+    )
 ]
 CASES = list(itertools.product(MEMORIES, GATES, SIZES))
 
@@ -35,9 +37,9 @@ def dtype_of(case: tuple[str, str, str]) -> torch.dtype:
 
 
 def variants(case: tuple[str, str, str]) -> list[dict[str, Any]]:
-    """Two of the sixteen that differ in everything; over the cases each comes several times."""
-    i = 3 * CASES.index(case)
-    return [VARIANTS[i % 16], VARIANTS[15 - i % 16]]
+    """Two of them all that differ in everything; over the cases each comes at least twice."""
+    i = 3 * CASES.index(case) % len(VARIANTS)
+    return [VARIANTS[i], VARIANTS[-1 - i]]
 
 
 def layer(memory: str, gates: str, seed: int = 0, **settings: Any) -> AtlasMemory:

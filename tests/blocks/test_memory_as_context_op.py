@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DIM, assert_close, difference, draw, everything, make_block
+from marks import slow_as_it_is
 
 from atlas_blocks import MemoryAsContext, State
 from atlas_blocks.blocks.memory_as_context_op import memory_as_context, tensors_of
@@ -81,7 +82,9 @@ def test_it_is_the_eager_block_in_values_and_gradients(
     assert difference(our_gradients, true_gradients) < 1e-8
 
 
-@pytest.mark.parametrize(("name", "segment"), [("as-context", 4), ("as-context-muon", 5)])
+@pytest.mark.parametrize(
+    ("name", "segment"), [slow_as_it_is("as-context", 4), ("as-context-muon", 5)]
+)
 @pytest.mark.usefixtures("nodes_compile")
 def test_segments_are_compiled_once(
     name: str, segment: int, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +110,7 @@ def test_segments_are_compiled_once(
     assert made.count("piece") == 2 * (2 if 8 % segment == 0 else 1)
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.usefixtures("nodes_compile")
 def test_any_number_of_batch_sizes() -> None:
     """Dynamo gives up on a function after a few: each size has its own."""

@@ -155,11 +155,32 @@ def test_a_wrong_config_or_state_is_named() -> None:
         MemoryCachingConfig(top_k=0)
     with pytest.raises(ValueError, match="memory: expected AtlasMemoryConfig, got int"):
         MemoryCachingConfig(memory=3)  # type: ignore[arg-type]
-    block, x = make_block("caching-reset"), draw(1, 3 * SEGMENT, DIM)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("segment", [2, 8, 11, 100])
+def test_a_state_of_other_segments_is_refused(reset: bool, segment: int) -> None:
+    """Longer ones too, whose sums and memories would be read as others than they are."""
+    block, x = linear(reset=reset), draw(1, 3 * SEGMENT, DIM)
+    other = linear(reset=reset, segment=segment)
+    for length in (2, SEGMENT, 3 * SEGMENT):
+        _, state = block(x[:, :length])
+        for tokens in (0, 1, 5):
+            with pytest.raises(ValueError, match=rf"state\.segment: expected {segment}, .*\[7\]"):
+                other(x[:, :tokens], state)
     _, state = block(x)
-    finer = block.config.replace(segment=2).build(DIM, 2).double()
-    with pytest.raises(ValueError, match=r"state\.weights: expected 10 memories.*got 3"):
-        finer(x, state)
+    with pytest.raises(ValueError, match=r"state\.memory\.rule\.position: .*, as reset"):
+        linear(reset=not reset)(x, state)
+    few = state.replace(means=state.means[:, 1:])
+    with pytest.raises(ValueError, match=r"state\.means: expected at least 3 segments.*got 2"):
+        block(x, few)
+
+
+def test_a_saved_state_that_does_not_know_its_segment_is_refused_by_name() -> None:
+    _, state = linear()(draw(1, 9, DIM))
+    old = {name: part for name, part in state.to_dict().items() if name != "segment"}
+    with pytest.raises(ValueError, match=r"CachingState: expected the fields .*'segment'.*, got"):
+        State.from_dict(old)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")

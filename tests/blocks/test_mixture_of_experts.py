@@ -1,10 +1,12 @@
 """The mixture of experts against a loop over tokens, and as the MLP of the stacks."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from atlas_blocks import AtlasBlockConfig, Config, MixtureOfExpertsConfig, with_settings
 from atlas_blocks.blocks.feed_forward import MixtureOfExperts, SwiGLU, balance_loss
@@ -111,6 +113,21 @@ def test_the_balance_loss_by_hand():
 def test_bad_settings_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_what_a_checkpoint_computes_again_leaves_no_balance():
+    block = made(4, 4, MixtureOfExpertsConfig(experts=2, balance=0.5))
+    gradients = []
+    for run in (block, functools.partial(recomputed, block, use_reentrant=False)):
+        y, _ = run(
+            torch.randn(
+                1, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            ).requires_grad_()
+        )
+        loss = y.sum() + balance_loss(block)[0]
+        gradients.append(torch.autograd.grad(loss, list(block.parameters())))
+        assert balance_loss(block) is None
+    torch.testing.assert_close(*gradients)
 
 
 def test_padding_has_no_part_in_the_balance():

@@ -55,11 +55,16 @@ def test_a_setting_belongs_into_the_config_of_the_class(block, config, field: st
 @pytest.mark.parametrize("name", BLOCKS)
 def test_an_input_of_another_dtype_is_named_or_taken(name: str) -> None:
     block, x = make_block(name, torch.float32), draw(1, 9, DIM, dtype=torch.bfloat16)
+    true = block(x.float())[0]
+
+    def off(y: torch.Tensor) -> torch.Tensor:
+        return (y.float() - true).norm() / true.norm()
+
     message = "x: expected dtype torch.float32, that of the weights, or torch.autocast, got .*16"
     if name.startswith(("block", "as", "lstm", "conv")):  # begin with what casts
-        assert block(x)[0].isfinite().all()
+        assert off(block(x)[0]) < 0.01
     else:
         with pytest.raises(ValueError, match=message):
             block(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert block(x)[0].isfinite().all()
+        assert off(block(x)[0]) < 0.05

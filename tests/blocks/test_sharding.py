@@ -163,10 +163,20 @@ def test_a_sharded_block_built_on_meta_is_whole_after_reset(name: str) -> None:
         block = BLOCKS[name](DIM, HEADS)
     fully_shard(block)
     block.to_empty(device="cpu")
+    with torch.no_grad():
+        for t in (*block.parameters(), *block.buffers()):
+            if t.is_floating_point():
+                t.fill_(float("nan"))  # as raw memory may be
+    assert all(full(p).isnan().all() for p in block.parameters() if p.numel())
     for module in reversed(list(block.modules())):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    built = BLOCKS[name](DIM, HEADS)
+    built, other = (BLOCKS[name](DIM, HEADS) for _ in range(2))
+    for (key, p), a, b in zip(
+        block.named_parameters(), built.parameters(), other.parameters(), strict=True
+    ):
+        assert full(p).isfinite().all(), key
+        assert torch.equal(a, b) == torch.equal(a, full(p)), key
     built.load_state_dict({n: full(t) for n, t in block.state_dict().items()})
     x = draw(1, 20, DIM, dtype=torch.float32)
     assert torch.equal(block(x)[0], built(x)[0])

@@ -113,11 +113,11 @@ def test_every_feature_map_is_bounded(memory: str, features: str, gates: str) ->
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_every_feature_map_is_bounded_over_twenty_thousand_tokens(
+def test_every_feature_map_is_bounded_over_five_thousand_tokens(
     memory: str, update: str, features: str, gates: str
 ) -> None:
     block = layer(memory, update, features, SETTINGS[gates])
-    assert_bounded(largest_along_the_stream(block, 20_000, 10), memory, update)
+    assert_bounded(largest_along_the_stream(block, 5_000, 10), memory, update)
 
 
 def test_a_write_is_limited_by_everything_it_writes() -> None:

@@ -14,6 +14,7 @@ from atlas_blocks import (
     MemoryAsContextConfig,
     MemoryAsGate,
     MemoryAsGateConfig,
+    MemoryAsGateMixerConfig,
     MemoryAsLayer,
     MemoryAsLayerConfig,
     SlidingWindowAttentionConfig,
@@ -21,6 +22,8 @@ from atlas_blocks import (
     State,
     SwiGLU,
 )
+
+SIDES = ("memory", "attention")
 
 
 def rms(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -54,16 +57,36 @@ def test_memory_as_layer_is_memory_mlp_attention_mlp() -> None:
     assert difference([block(x)[0]], [true]) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["as-gate-sum", "as-gate-product"])
-def test_memory_as_gate_combines_two_normed_branches(name: str) -> None:
-    block, x = make_block(name), draw(2, 20, DIM)
+@pytest.mark.parametrize("combine", ["sum", "product"])
+def test_memory_as_gate_combines_two_normed_branches(combine: str) -> None:
+    parts = (small_memory(), SlidingWindowAttentionConfig(window=5), combine)
+    block, x = MemoryAsGateConfig(*parts).build(DIM, HEADS).double(), draw(2, 20, DIM)
     randomise(block)
     h = rms(block.mixer_norm, x)
-    m = rms(block.memory_norm, block.memory(h)[0])
-    a = rms(block.attention_norm, block.attention(h)[0])
-    y = x + (m + a if name.endswith("sum") else m * a)
+    m, a = (rms(getattr(block, f"{n}_norm"), getattr(block, n)(h)[0]) for n in SIDES)
+    y = x + (m + a if combine == "sum" else m * a)
     y = y + block.mlp(rms(block.mlp_norm, y))[0]
     assert difference([block(x)[0]], [y]) < 1e-10
+
+
+@pytest.mark.parametrize("combine", ["sum", "product"])
+def test_the_mixer_in_a_block_is_memory_as_gate(combine: str) -> None:
+    """And by itself neither adds its input, nor norms it, nor has an MLP."""
+    parts = (small_memory(), SlidingWindowAttentionConfig(window=5), combine)
+    gate = MemoryAsGateConfig(*parts, mlp_width=7).build(DIM, HEADS).double()
+    block = AtlasBlockConfig(MemoryAsGateMixerConfig(*parts), 7).build(DIM, HEADS).double()
+    randomise(gate)
+    of_mixer = ("memory.", "attention.", "memory_norm.", "attention_norm.")
+    weights = gate.state_dict()
+    renamed = {("mixer." + n if n.startswith(of_mixer) else n): w for n, w in weights.items()}
+    block.load_state_dict(renamed)
+    mixer, x = block.mixer, draw(2, 20, DIM)
+    m, a = (rms(getattr(mixer, f"{n}_norm"), getattr(mixer, n)(x)[0]) for n in SIDES)
+    assert difference([mixer(x)[0]], [m + a if combine == "sum" else m * a]) < 1e-10
+    (y, state), (true, before) = block(x), gate(x)
+    more, _ = block(x, state)
+    assert_close((y, state.parts[0]), (true, before), 1e-12)
+    assert difference([more], [gate(x, before)[0]]) < 1e-12
 
 
 def rotated(x: Tensor, place: int, base: float) -> Tensor:
@@ -81,7 +104,8 @@ def context_by_hand(block: MemoryAsContext, x: Tensor) -> Tensor:
     # All a_t of a segment come from the memory before it; then the segment is written.
     memory = block.memory(h[None, :0])[1]
     mixed = []
-    wq, wk, wv = block.qkv.weight.split(DIM)
+    groups = c.kv_heads or HEADS
+    wq, wk, wv = block.qkv.weight.split([DIM, groups * width, groups * width])
     for start in range(0, len(x), c.segment):
         part = h[start : start + c.segment]
         reads = block.memory.recall((part @ block.recall_query.weight.T)[None], memory.rule.weights)
@@ -95,14 +119,16 @@ def context_by_hand(block: MemoryAsContext, x: Tensor) -> Tensor:
             heads = []
             for n in range(HEADS):
                 rows = slice(n * width, (n + 1) * width)
+                group = n * groups // HEADS
+                shared = slice(group * width, (group + 1) * width)
                 q = rotated(part[t] @ wq[rows].T, t, c.rope_base)
-                keys = [z @ wk[rows].T for z, _ in seen]
+                keys = [z @ wk[shared].T for z, _ in seen]
                 keys = [
                     key if place is None else rotated(key, place, c.rope_base)
                     for key, (_, place) in zip(keys, seen, strict=True)
                 ]
                 scores = torch.stack([q @ key for key in keys]) / width**0.5
-                heads.append(scores.softmax(0) @ torch.stack([z @ wv[rows].T for z, _ in seen]))
+                heads.append(scores.softmax(0) @ torch.stack([z @ wv[shared].T for z, _ in seen]))
             a.append(block.attention_out.weight @ torch.cat(heads))
         a = torch.stack(a)
         m, memory = block.memory(a[None], memory)
@@ -164,7 +190,7 @@ def test_a_squared_relu_is_its_formula_at_the_parameters_of_swiglu() -> None:
     [
         (
             lambda: AtlasBlockConfig("memory"),
-            "mixer: expected AtlasMemoryConfig, .*LSTMConfig or a config of your own .*, got str",
+            "mixer: expected AtlasMemoryConfig, .*MemoryAsGateMixerConfig or a .*, got str",
         ),
         (lambda: AtlasBlockConfig(mlp_width=0), "mlp_width: expected an int >= 1, got 0"),
         (
@@ -193,6 +219,10 @@ def test_a_squared_relu_is_its_formula_at_the_parameters_of_swiglu() -> None:
         (lambda: MemoryAsLayer(12, 5), "heads: expected a divisor of dim = 12, got 5"),
         (lambda: MemoryAsGate(12, 5), "heads: expected a divisor of dim = 12, got 5"),
         (lambda: MemoryAsContext(12, 5), "heads: expected a divisor of dim = 12, got 5"),
+        (
+            lambda: MemoryAsContext(12, 3, MemoryAsContextConfig(small_memory(), kv_heads=2)),
+            "kv_heads: expected a divisor of heads = 3, got 2",
+        ),
         (
             lambda: MemoryAsContext(9, 1, MemoryAsContextConfig(small_memory(sketch_width=20))),
             "heads: expected an even head width for rotary positions, dim = 9, got 1",

@@ -1,5 +1,8 @@
 """States of every block: whose memory they are, and what a call may be given to go on from."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from helpers import BLOCKS, DIM, cast, draw, make_block, omega_rule, omega_rule_op, rule_inputs
@@ -116,6 +119,59 @@ def test_nested_states_are_named_as_they_are_reached() -> None:
     memory = memory.replace(parts=(memory.parts[0].replace(rule=low),))
     with pytest.raises(ValueError, match=r"state\.parts\[0\]\.parts\[0\]\.rule\.momentum\[0\]: "):
         block(x, state.replace(parts=(memory, attention)))
+
+
+def parts_of(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All that a state holds, each with the way to it."""
+    if path:
+        yield path, value
+    if isinstance(value, State):
+        for name in value.field_names:
+            yield from parts_of(getattr(value, name), (*path, name))
+    elif isinstance(value, tuple):
+        for i, part in enumerate(value):
+            yield from parts_of(part, (*path, str(i)))
+
+
+def with_part(value: Any, path: tuple[str, ...], part: Any) -> Any:
+    """The state with another part there."""
+    if not path:
+        return part
+    key, *rest = path
+    if isinstance(value, State):
+        return value.replace(**{key: with_part(getattr(value, key), tuple(rest), part)})
+    parts = list(value)
+    parts[int(key)] = with_part(parts[int(key)], tuple(rest), part)
+    return tuple(parts)
+
+
+def others(part: Any) -> dict[str, Any]:
+    """What no block can go on from in the place of this part."""
+    if part is None:
+        return {}
+    if isinstance(part, Tensor):
+        other = part.double() if part.dtype == torch.int64 else part.bool()
+        wider = torch.cat([part, part[..., :1]], -1) if part.ndim > 1 else part[:, None]
+        return {"kind": None, "dtype": other, "axes": part.sum(), "rows": part[:1], "size": wider}
+    if isinstance(part, tuple):
+        return {"kind": list(part), "length": part[:-1]} if part else {"length": (torch.ones(2),)}
+    return {"kind": torch.ones(2)}
+
+
+@every_block
+def test_a_part_of_another_kind_or_size_is_refused_by_name(name: str) -> None:
+    block, x = make_block(name, torch.float32), draw(2, 21, DIM, dtype=torch.float32)
+    _, state = block(x[:, :16])
+    if state is None:
+        return
+    for path, part in parts_of(state):
+        # Values in a module of somebody's are its own business, but for the batch.
+        foreign, empty = "value" in path, isinstance(part, Tensor) and part.shape == (2, 0)
+        for what, other in others(part).items():
+            if (what == "size" and empty) or (foreign and what != "rows"):
+                continue
+            with pytest.raises(ValueError, match=r"^state[.:]"):
+                block(x[:, 16:], with_part(state, path, other))
 
 
 @pytest.mark.parametrize("rule", [omega_rule, omega_rule_op])

@@ -127,6 +127,25 @@ def test_a_wrong_config_or_state_is_named() -> None:
     _, state = block(x)
     with pytest.raises(ValueError, match=r"state\.local: expected 2 states.*got 1"):
         block(x, state.replace(local=state.local[:1]))
+    _, state = make_block("tnt-unprojected")(x)
+    with pytest.raises(
+        ValueError, match=r"state\.local\[0\]: expected LocalState, got MemoryState"
+    ):
+        make_block("tnt", local=block.config.local[:1])(x, state)
+
+
+@pytest.mark.parametrize("span", [4, 5, 13, 100])
+def test_a_state_of_other_spans_is_refused(span: int) -> None:
+    block, x = make_block("tnt"), draw(2, 2 * SPAN, DIM)
+    _, state = block(x[:, : SPAN + 6])
+    other = make_block("tnt", span=span)
+    other.load_state_dict(block.state_dict())
+    for tokens in (0, 1, 5):
+        with pytest.raises(ValueError, match=r"state\.local\[0\]\.rule\.position: .*got \[6, 6\]"):
+            other(x[:, :tokens], state)
+    # Within both first spans the local memories are the same.
+    _, state = block(x[:, :4])
+    assert_close(other(x[:, 4:], state), other(x[:, 4:], other(x[:, :4])[1]))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import Recorder, difference, make_block
 from helpers import omega_rule_op as omega_rule
+from marks import slow_as_it_is
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
@@ -21,6 +22,7 @@ from torch._inductor import config as inductor
 import atlas_blocks
 from atlas_blocks.compile_passes import backend
 from atlas_blocks.compile_passes.graph_pass import GraphPass
+from atlas_blocks.graph import one_program
 from atlas_blocks.ops import use_provider
 from atlas_blocks.recipes import build
 
@@ -194,7 +196,7 @@ def test_compile_asks_for_its_provider_while_the_model_is_traced(monkeypatch):
     for function in (model, lambda *x: model(*x)):
         for provider, op in (("inline", "omega_walk"), ("definition", "omega_rule")):
             recorder = Recorder()
-            monkeypatch.setattr(backend, "compile_fx", lambda g, x, r=recorder, **_: r(g, x))
+            monkeypatch.setattr(one_program, "inductor", lambda g, x, _, r=recorder: r(g, x))
             torch._dynamo.reset()
             compiled = atlas_blocks.compile(function, provider=provider, fullgraph=True)
             with use_provider("auto"):
@@ -204,13 +206,15 @@ def test_compile_asks_for_its_provider_while_the_model_is_traced(monkeypatch):
         atlas_blocks.compile(model.double(), provider="triton")(*(t.double() for t in arguments))
 
 
-@pytest.mark.parametrize("name", ["omeganet-tiny", "atlas-mag-tiny", "titans-mac-tiny"])
+@pytest.mark.parametrize(
+    "name", ["omeganet-tiny", *map(slow_as_it_is, ("atlas-mag-tiny", "titans-mac-tiny"))]
+)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_blocks_of_one_kind_are_compiled_once(monkeypatch, name):
     """In each direction, and once more at a second length; not at a third, whatever the depth.
     Outputs and gradients are those of the model."""
     recorder = Recorder()
-    monkeypatch.setattr(backend, "compile_fx", lambda g, x, **_: recorder(g, x))
+    monkeypatch.setattr(one_program, "inductor", lambda g, x, *_: recorder(g, x))
     torch._dynamo.reset()
     model = build(name, depth=5).double()
     compiled = atlas_blocks.compile_blocks(copy.deepcopy(model), provider="definition")
@@ -230,7 +234,7 @@ def test_blocks_of_one_kind_are_compiled_once(monkeypatch, name):
 
 def test_blocks_of_two_kinds_are_compiled_twice(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(backend, "compile_fx", lambda g, x, **_: recorder(g, x))
+    monkeypatch.setattr(one_program, "inductor", lambda g, x, *_: recorder(g, x))
     torch._dynamo.reset()
     model = atlas_blocks.compile_blocks(build("2*gated-deltanet+sliding-window-tiny", depth=6))
     with torch.no_grad():
@@ -249,7 +253,7 @@ def test_a_copy_asks_for_the_provider_as_the_model_does(monkeypatch):
     """For an average of the weights, or the best so far: on a GPU another provider rounds
     otherwise."""
     recorder = Recorder()
-    monkeypatch.setattr(backend, "compile_fx", lambda g, x, **_: recorder(g, x))
+    monkeypatch.setattr(one_program, "inductor", lambda g, x, *_: recorder(g, x))
     model, arguments = Model(), inputs()
     compiled = atlas_blocks.compile(model, provider="definition", fullgraph=True)
     copies = [copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))]

@@ -1,11 +1,14 @@
 """torch.compile of every block and every tiny recipe: one graph, any length, equal to eager."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BLOCKS, DIM, Recorder, difference, draw, everything, make_block
+from marks import slow_as_it_is
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -24,9 +27,10 @@ ELSEWHERE = ("caching-checkpoints", "tnt-unprojected")
 
 
 def every_block(*quick: str, but: tuple[str, ...] = ()):
-    """All blocks, `but` those; those not named here only with the slow tests."""
+    """All blocks, `but` those; those not named here only with the slow tests. What nodes compile
+    for themselves is tested by node."""
     names = [n for n in BLOCKS if not n.startswith((*but, *ELSEWHERE))]
-    marked = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    marked = [n if n in quick else slow_as_it_is(n) for n in names]
     return pytest.mark.parametrize("name", marked)
 
 
@@ -116,10 +120,8 @@ def test_a_backward_compiled_for_two_threads_is_eager_s() -> None:
 TINY = [name for name in names() if name.endswith("-tiny")]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "atlas-mag-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY],
-)
+@pytest.mark.slow(compile_nodes=False)
+@pytest.mark.parametrize("name", TINY)
 def test_every_tiny_recipe_is_one_graph(name: str) -> None:
     model, backend = build(name).double(), Recorder()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -161,11 +163,22 @@ def test_autocast_gives_the_types_and_values_of_eager(name: str) -> None:
     assert (our_gradient - true_gradient).norm() <= 0.1 * true_gradient.norm()
 
 
+# A tensor of inference mode is one to every block alike: one of each kind of state.
+INFERENCE = ("memory-mlp-gd-sketch", "block-attention", "dot", "as-context", "lstm")
+
+
 @every_block("memory-mlp-gd-sketch", "conv", but=BREAKING)
-@pytest.mark.parametrize(
-    "mode", [torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow)]
-)
-def test_without_autograd(name: str, mode) -> None:
+def test_without_autograd(name: str) -> None:
+    compiled_is_eager(name, torch.no_grad)
+
+
+@pytest.mark.parametrize("name", [slow_as_it_is(name) for name in INFERENCE])
+def test_in_inference_mode(name: str) -> None:
+    compiled_is_eager(name, torch.inference_mode)
+
+
+def compiled_is_eager(name: str, mode: Callable[[], Any]) -> None:
+    """A call, and another from its state."""
     block, x = make_block(name), draw(2, 70, DIM)
     compiled = torch.compile(block, backend=Recorder(), fullgraph=True)
     with mode():
@@ -178,7 +191,7 @@ def test_without_autograd(name: str, mode) -> None:
 @pytest.mark.parametrize(
     ("name", "op"),
     [
-        ("memory-mlp-gd-sketch", "omega_walk"),
+        slow_as_it_is("memory-mlp-gd-sketch", "omega_walk"),
         pytest.param("as-gate-sum", "omega_rule", marks=pytest.mark.slow),
         pytest.param("as-context", "memory_as_context", marks=pytest.mark.slow),
     ],

@@ -76,6 +76,7 @@ def test_a_graph_break_is_named_by_file_and_line(capsys):
     assert Path(__file__).name in text
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_recompiles_are_found_though_torch_forgets_old_compiles():
     """It keeps the last 64, here 8: later reports begin with as many as there may be."""
     dynamo.set_compilation_metrics_limit(8)
@@ -190,6 +191,7 @@ def test_an_op_without_a_flop_formula_is_not_given_a_side():
     assert by_name["aten.mm"].flops
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.usefixtures("nodes_compile")
 def test_what_nodes_compile_for_themselves_is_not_the_model_s():
     report = explain(make_block("memory-mlp-muon-sketch"), draw(1, 20, DIM), draw(2, 20, DIM))

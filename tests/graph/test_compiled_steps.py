@@ -16,6 +16,7 @@ from helpers import (
     omega_rule_op,
     rule_inputs,
 )
+from marks import slow_as_it_is
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
@@ -33,7 +34,11 @@ SETTINGS = {"update": "muon", "chunk_size": 8}
 
 @pytest.mark.usefixtures("nodes_compile")
 @pytest.mark.parametrize(
-    "memory", [m if m == "matrix" else pytest.param(m, marks=pytest.mark.slow) for m in MEMORIES]
+    "memory",
+    [
+        slow_as_it_is(m) if m == "matrix" else pytest.param(m, marks=pytest.mark.slow)
+        for m in MEMORIES
+    ],
 )
 def test_muon_chunks(memory, monkeypatch):
     """Whole ones, of any batch and length, from one compiled in each direction, where a backward
@@ -71,7 +76,7 @@ MUON = AtlasMemoryConfig(
     [
         (MUON, 1),
         (MUON.replace(memory="mlp", update="gd"), 1),  # the walk's step
-        (MemoryAsContextConfig(MUON, segment=4, persistent_tokens=0), 1),
+        slow_as_it_is(MemoryAsContextConfig(MUON, segment=4, persistent_tokens=0), 1),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")

@@ -16,6 +16,7 @@ def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_on_hopper() -> None:
     done = check("--quick", "--chip", "sm_90")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,9 +18,12 @@ from atlas_blocks import (
     DeepTransformerConfig,
     MemoryAsContext,
     MemoryAsGate,
+    MemoryAsGateMixerConfig,
     MemoryAsLayer,
+    MemoryCachingConfig,
     SlidingWindowAttentionConfig,
     SwiGLU,
+    TNTConfig,
 )
 from atlas_blocks.blocks.lstm import LSTMConfig
 from atlas_blocks.recipes.surgery import load_converted, replace_attention
@@ -243,6 +246,11 @@ BLOCKS = {
     "swdt": lambda: DeepTransformerConfig(window=3, gate_rank=4).build(32, 4),
     "dot": lambda: DeepTransformerConfig(objective="l2", window=3, gate_rank=4).build(32, 4),
     "lstm": lambda: LSTMConfig().build(32, 4),
+    "caching": lambda: MemoryCachingConfig(small_memory(update="gd"), segment=5).build(32, 4),
+    "gate-mixer": lambda: MemoryAsGateMixerConfig(
+        small_memory(), SlidingWindowAttentionConfig(window=4)
+    ).build(32, 4),
+    "tnt": lambda: TNTConfig(small_memory(), (small_memory(),), span=8).build(32, 4),
 }
 
 

@@ -5,7 +5,10 @@ import json
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, nop
+from marks import slow_as_it_is
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from atlas_blocks.recipes.bench import against, cold, model, subjects
 from atlas_blocks.recipes.bench.subjects import MODES, Size
@@ -33,7 +36,12 @@ def run(capsys, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
 @pytest.mark.parametrize(
-    ("name", "modes"), [("AtlasMemory", MODES), ("transformer-tiny", ("training step",))]
+    ("name", "modes"),
+    [
+        slow_as_it_is("AtlasMemory", MODES),
+        slow_as_it_is("deltanet+sliding-window-tiny", ("training step", "decode")),
+        ("transformer-tiny", ("training step",)),
+    ],
 )
 def test_a_run_writes_every_figure(run, tmp_path, name, modes):
     code, out, err = run(name, *TINY, "--modes", ",".join(modes), "--out", tmp_path)
@@ -62,18 +70,40 @@ def test_a_run_writes_every_figure(run, tmp_path, name, modes):
             assert atlas["median_ms"] is None
 
 
+def refused(run, tmp_path, contender, mode):
+    """What is said of a contender that is not timed, and its errors."""
+    model.CONTENDERS = (subjects.EAGER, contender)
+    code, _, err = run("SwiGLU", *TINY, "--modes", mode, "--out", tmp_path)
+    row = json.loads((tmp_path / "SwiGLU.json").read_text())["rows"][1]
+    assert (code, row["median_ms"]) == (1, None)
+    return err, row["errors"]
+
+
 def test_a_wrong_backend_is_not_timed(run, tmp_path):
     def wrong(graph, inputs):
         return lambda *arguments: [1.01 * t for t in graph(*arguments)]
 
     torch._dynamo.register_backend(wrong, name="wrong_by_a_hundredth")
-    model.CONTENDERS = (subjects.EAGER, "wrong_by_a_hundredth")
-    code, _, err = run("SwiGLU", *TINY, "--modes", "forward", "--out", tmp_path)
-    assert code == 1
+    err, errors = refused(run, tmp_path, "wrong_by_a_hundredth", "forward")
     assert "wrong_by_a_hundredth is wrong (forward): the error of its outputs" in err
-    row = json.loads((tmp_path / "SwiGLU.json").read_text())["rows"][1]
-    assert row["median_ms"] is None
-    assert row["errors"]["outputs"] == pytest.approx(0.01, rel=1e-3)
+    assert errors["outputs"] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
+def test_a_step_of_wrong_gradients_is_not_timed(run, tmp_path):
+    """Its loss is right: it is that of the weights before the step."""
+
+    def wrong(graph, inputs):
+        def scaled(*arguments):
+            return [None if t is None else 1.01 * t for t in graph(*arguments)]
+
+        return make_boxed_func(scaled)
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=wrong)
+    torch._dynamo.register_backend(backend, name="wrong_backwards")
+    err, errors = refused(run, tmp_path, "wrong_backwards", "training step")
+    assert "wrong_backwards is wrong (training step): the error of its gradients" in err
+    assert errors["gradients"] > 1e-3
 
 
 def record(**changes):

@@ -64,6 +64,7 @@ def run(capsys, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler and the other library warn of their own parts
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.usefixtures("titans")
 def test_a_run_writes_every_figure(run, tmp_path):
     options = (*TINY, "--modes", "forward", "--rounds", 2, "--out", tmp_path)

@@ -8,9 +8,10 @@ import warnings
 import pytest
 import torch
 
-from atlas_blocks.recipes import build, checkpoint, display, names, training
+from atlas_blocks.recipes import build, checkpoint, demo, display, names, training
 from atlas_blocks.recipes.command_line import main as cli
 from atlas_blocks.recipes.command_line import using
+from atlas_blocks.recipes.timing import StepTiming
 
 
 def test_recipes_lists_every_name(run):
@@ -98,18 +99,44 @@ def test_demo_writes_its_results(run, tmp_path):
     code, out, _ = run("demo", "--steps", 2, "--out", tmp_path / "demo", "--no-compiled")
     assert code == 0
     assert "bits per byte" in out
-    assert "compiled not asked for" in out
     figures = json.loads((tmp_path / "demo" / "figures.json").read_text())
     assert figures["versions"]["torch"] == torch.__version__
     assert set(figures["models"]) == {"atlas-mag-tiny", "transformer-tiny"}
+    assert figures["training_step"] == {}
     assert (tmp_path / "demo" / "loss.png").stat().st_size > 1000
     assert run("generate", tmp_path / "demo" / "atlas-mag-tiny.safetensors", "--tokens", 2)[0] == 0
+
+
+def test_where_compiling_fails_the_demo_says_so_and_trains_eager(run, tmp_path, monkeypatch):
+    failed = StepTiming(12.0, problem="InvalidCxxCompiler: none")
+    monkeypatch.setattr(demo, "time_step", lambda *_, **__: failed)
+    code, out, _ = run("demo", "--steps", 1, "--out", tmp_path)
+    assert code == 0
+    assert "compiling failed: InvalidCxxCompiler: none" in " ".join(out.split())
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert not any(model["compiled"] for model in figures["models"].values())
+
+
+@pytest.mark.slow
+def test_the_demo_trains_compiled_as_it_would_eager(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "HYBRID", "linear-attention-tiny")
+    monkeypatch.setitem(demo.COLOURS, "linear-attention-tiny", "tab:blue")
+    found = {}
+    for how in ((), ("--no-compiled",)):
+        out = tmp_path / str(len(how))
+        assert run("demo", "--steps", 3, "--out", out, *how)[0] == 0
+        found[how] = json.loads((out / "figures.json").read_text())
+    compiled, eager = found.values()
+    assert all(timing["ratio"] for timing in compiled["training_step"].values())
+    for name, model in compiled["models"].items():
+        assert model["compiled"]
+        assert model["losses"] == pytest.approx(eager["models"][name]["losses"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("command", "file"),
     [
-        (("demo", "--out"), "atlas-mag-tiny.safetensors"),
+        (("demo", "--no-compiled", "--out"), "atlas-mag-tiny.safetensors"),
         (("train", "atlas-mag-tiny", "--batch", 1, "--no-compile", "--out"), "model"),
     ],
 )
@@ -157,12 +184,25 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arg
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
 def test_explain_prints_the_report(run):
     code, out, _ = run("explain", "omeganet-tiny", "--lengths", "40", "--batch", 1)
     assert code == 0
     for words in ("one graph a call, no breaks", "omega_rule", "inline", "lower_ops", "GFLOP"):
+        assert words in out
+
+
+@pytest.mark.slow(compile_nodes=False)
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
+def test_explain_takes_the_file_of_a_hybrid(run, tmp_path):
+    code, shown, _ = run("show", "linear-attention+sliding-window-tiny", "--json")
+    assert code == 0
+    file = tmp_path / "mine.json"
+    file.write_text(shown)
+    code, out, _ = run("explain", file, "--lengths", "40", "--batch", 1)
+    assert code == 0
+    for words in ("one graph a call, no breaks", "omega_rule", "GFLOP"):
         assert words in out
 
 

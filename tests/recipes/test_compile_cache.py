@@ -82,6 +82,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         raise AssertionError("it is checked first")
 
 
+@pytest.mark.parametrize("content", [b"", b"no graphs", b"\x80\x04" * 40])
+def test_a_damaged_file_is_a_line_and_the_run_goes_on(
+    content: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"graphs-{compile_cache.key()}-0.bin"
+    file.write_bytes(content)
+    with compile_cache.compile_cache(tmp_path):
+        pass
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{file}: the file of compiled graphs is damaged" in said
+    assert not file.exists()
+
+
 # --- of commands --------------------------------------------------------------------------------
 
 

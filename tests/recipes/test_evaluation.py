@@ -159,6 +159,14 @@ def test_perplexity_is_that_of_the_same_tokens(trained, tmp_path):
         assert cell["low"] < cell["perplexity"] < cell["high"]
 
 
+def test_no_interval_of_a_perplexity_begins_below_one() -> None:
+    low, high = evaluation.perplexity_interval([0.01, 3.0])
+    assert low == 1.0
+    assert high is not None
+    assert high > math.exp(1.505)
+    assert evaluation.perplexity_interval([1.0]) == (None, None)
+
+
 # --- the folder -----------------------------------------------------------------------------------
 
 
@@ -250,6 +258,18 @@ def test_errors_come_before_anything_is_read(run, trained, monkeypatch, argument
     assert (code, out) == (2, "")
     assert err.startswith(f"atlas-blocks: {words}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(bytes(range(256)) * 8, "binary data, no text"), (b"", "empty file")],
+)
+def test_a_file_that_is_no_text_is_named(run, trained, tmp_path, content, words):
+    (tmp_path / "text").write_bytes(content)
+    for command in (("eval", trained, "--lengths", "1k"), ("stream", trained, "--tokens", "1k")):
+        code, out, err = run(*command, "--file", tmp_path / "text")
+        assert (code, out) == (2, "")
+        assert re.match(f"atlas-blocks: file: cannot read .*text: .*{words}\n$", err)
 
 
 def test_what_is_no_model_is_refused(run, tmp_path):

@@ -1,9 +1,12 @@
 """Generation: prompts read once and in pieces, rows that do not depend on each other, choices."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from atlas_blocks import AtlasBlockConfig, DeepTransformerConfig
+from atlas_blocks import AtlasBlockConfig, Config, DeepTransformerConfig, State
 from atlas_blocks.recipes import (
     LanguageModelConfig,
     build,
@@ -161,18 +164,57 @@ def test_rows_go_on_as_the_model_does(name):
         torch.testing.assert_close(row, true, atol=1e-7, rtol=1e-7)
 
 
-def test_rows_hold_what_they_need_and_no_more():
-    model = tiny("deltanet-tiny", depth=1)
+@pytest.mark.parametrize(("name", "more"), [("deltanet-tiny", 0), ("transformer-tiny", TILE)])
+def test_rows_hold_what_they_need_and_no_more(name, more):
+    """Beside those of an attention that all stand at one position there is one that does not."""
+    model = tiny(name, depth=1)
     state = prefill(model, tokens(1, 5))[1]
     batch = Rows(model)
     batch.join([state] * 5)
     assert (len(batch), len(batch._state)) == (5, 2 * TILE)
-    batch.join([state] * 3)  # and one that stands elsewhere
-    assert (len(batch), len(batch._state)) == (8, 3 * TILE)
+    batch.join([state] * 3)
+    assert (len(batch), len(batch._state)) == (8, 2 * TILE + more)
     batch.keep([0, 4])
     assert (len(batch), len(batch._state)) == (2, TILE)
     batch.keep([])
     assert (len(batch), batch._state) == (0, None)
+
+
+class Counted(State):
+    """Somebody's own: as many kept as the position says."""
+
+    kept: Tensor
+    position: Tensor
+
+
+class Counting(nn.Module):
+    state_type = Counted
+
+    def forward(self, x, state=None):
+        none = Counted(x[:, :0].sum(-1), x.new_zeros(len(x), dtype=torch.int64))
+        state = none if state is None else state
+        assert bool((state.position == state.kept.shape[1]).all())
+        kept = torch.cat([state.kept, x.sum(-1)], 1)
+        return x, Counted(kept, state.position + x.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingConfig(Config):
+    def build(self, dim, heads):
+        return Counting()
+
+
+def test_a_state_of_somebody_s_is_copied_as_it_is():
+    """Its position was moved on by one in the copies that fill a batch up."""
+    layers = AtlasBlockConfig(CountingConfig())
+    model = LanguageModelConfig("own", 256, 32, 2, layers=layers).build()
+    batch = Rows(model)
+    batch.join([prefill(model, tokens(1, 5))[1]] * 5)
+    for _ in range(3):
+        found = batch.step(5 * [7])
+    with torch.no_grad():
+        true = model(torch.cat([tokens(1, 5), torch.full((1, 3), 7)], 1)).logits[:, -1]
+    torch.testing.assert_close(found, true.expand(5, -1))
 
 
 def growing(kind: str):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import AverageConfig, difference, everything
+from marks import slow_as_it_is
 from torch import nn
 
 from atlas_blocks import (
@@ -291,7 +292,11 @@ def test_a_step_of_layers_that_differ_is_exported() -> None:
 
 
 @pytest.mark.parametrize(
-    "layers", ["3*gated-deltanet+transformer", (MEMORY, WINDOW, AtlasBlockConfig(AverageConfig()))]
+    "layers",
+    [
+        "3*gated-deltanet+transformer",
+        slow_as_it_is((MEMORY, WINDOW, AtlasBlockConfig(AverageConfig()))),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_a_hybrid_is_one_graph(layers: str) -> None:

@@ -78,3 +78,15 @@ def test_untied_head_and_odd_vocabulary():
     model = build("transformer-tiny", tie_embeddings=False, vocab_size=11)
     assert model(tokens(2, 4) % 11).logits.shape == (2, 4, 11)
     assert "head.weight" in model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["omeganet-tiny", "titans-tiny", "atlas-mac-tiny", "transformer-tiny"]
+)
+def test_a_whole_model_runs_on_meta(recipe: str) -> None:
+    """Shapes alone, without memory: what tools that plan for large models do."""
+    with torch.device("meta"):
+        logits, state = build(recipe)(torch.zeros(2, 70, dtype=torch.int64))
+    assert logits.is_meta
+    assert logits.shape == (2, 70, 256)
+    assert state.nbytes > 0

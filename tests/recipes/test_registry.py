@@ -133,3 +133,10 @@ def test_settings_reach_every_memory_layer_and_nothing_else() -> None:
     for config in (before, registry.config("transformer-tiny")):
         with pytest.raises(ValueError, match=r"AtlasMemoryConfig field: expected .*, got 'windw'"):
             registry.with_memory(config, windw=3)
+
+
+def test_equal_layers_of_a_recipe_are_one_config() -> None:
+    """A config for each would be checked for each: most of what counting all recipes takes."""
+    for name in ("atlas-340m", "atlas-hybrid-170m"):
+        layers = registry.config(name).layers
+        assert len({id(layer) for layer in layers}) == len(set(layers)) < len(layers)

@@ -17,7 +17,16 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from atlas_blocks.recipes import build, checkpoint, logs, losses, run_data, runs, training
+from atlas_blocks.recipes import (
+    build,
+    checkpoint,
+    describe,
+    logs,
+    losses,
+    run_data,
+    runs,
+    training,
+)
 from atlas_blocks.recipes.command_line import main as cli
 from atlas_blocks.recipes.command_line import using
 from atlas_blocks.recipes.data import Packed, Shards, Tokenizer
@@ -687,7 +696,8 @@ def test_how_much_was_held_out_is_said(run, started, data):
     held_out = Shards(out / "data").held_out.token_count
     read = (held_out - 1) // 16 * 16
     assert "bits per byte" in flat(printed)
-    assert f"held out: on {read:,} of {held_out:,} tokens" in flat(printed)
+    said = f"held out: on {read:,} of {held_out:,} tokens, {read:,} bytes of text"
+    assert said in flat(printed)  # a token is a byte here
 
 
 def test_a_vocabulary_that_changes_is_said_with_the_new_size(started):
@@ -698,6 +708,7 @@ def test_a_vocabulary_that_changes_is_said_with_the_new_size(started):
     begun = runs.Training(model, config, make_optimizer(model, config), TrainingState(), shards)
     runs._announce(console, begun)
     said = console.export_text()
+    assert f"{describe.human(model.parameter_count())} parameters with a vocab" in flat(said)
     assert "with a vocabulary of 256 instead of the recipe's 32,000 (170M)" in flat(said)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas_blocks.compile_passes import backend
+from atlas_blocks.graph import one_program
 from atlas_blocks.recipes import TrainingConfig, build, losses, names, text, train, training
 from atlas_blocks.recipes.data import Batch, Packed, Split
 from atlas_blocks.recipes.losses import batch_loss, bits_per_byte, mean_loss
@@ -186,7 +186,7 @@ def test_a_state_that_is_carried_comes_back():
 @pytest.mark.parametrize("name", ["linear-attention-tiny", "lstm-tiny"])
 def test_documents_of_whatever_length_share_their_graphs(monkeypatch, name, carry):
     """Those of the first step serve all others, but for one where documents run one by one."""
-    monkeypatch.setattr(backend, "compile_fx", lambda graph, inputs, **_: graph.forward)
+    monkeypatch.setattr(one_program, "inductor", lambda graph, inputs, *_: graph.forward)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
     lengths = np.random.default_rng(0).integers(3, 60, 100).tolist()

@@ -179,6 +179,9 @@ def test_what_a_memory_cannot_do_is_refused_by_name(name: str) -> None:
     for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": copy.deepcopy(model)}):
         with pytest.raises(ValueError, match=r"assisted generation .* stateful models, such as"):
             model.generate(row, **options, **GREEDY)
+    if not name.startswith("converted"):
+        with pytest.raises(ValueError, match="generate_batch: expected a model of keys and values"):
+            model.generate_batch([row[0].tolist()])
     cache = model(row, use_cache=True).past_key_values
     cache.crop(0)
     with pytest.raises(ValueError, match="crop: expected 0"):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atlas_blocks import AtlasBlockConfig, MixtureOfExpertsConfig, SlidingWindowAttentionConfig
+from atlas_blocks.blocks.feed_forward import balance_loss
 from atlas_blocks.recipes import registry
 from atlas_blocks.recipes.architectures import ARCHITECTURES
 from atlas_blocks.recipes.model import LanguageModelConfig
@@ -164,7 +166,7 @@ def test_the_loss_is_that_of_every_next_token(name: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_stays_out_of_rows_and_of_their_memory(name: str, side: str) -> None:
-    model = made(name)
+    model = made(name).double()  # Newton-Schulz magnifies what float32 rounds
     tokens, mask = padded(side)
     more = torch.randint(1, 256, (3, 2))
     longer = torch.cat([mask, torch.ones_like(more)], 1)
@@ -222,6 +224,53 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) 
     cache = model.eval()(tokens).past_key_values
     with pytest.raises(ValueError, match="past_key_values: expected none with gradient"):
         model.train()(tokens, past_key_values=cache)
+
+
+def with_experts(balance: float) -> Any:
+    """A model whose experts are far from being used alike."""
+    torch.manual_seed(0)
+    experts = AtlasBlockConfig(
+        SlidingWindowAttentionConfig(8), 16, MixtureOfExpertsConfig(4, 2, balance)
+    )
+    config = LanguageModelConfig("experts", 256, 32, 2, 2, layers=(experts,))
+    model = hugging_face.AtlasForCausalLM(hugging_face.AtlasConfig.of(config)).train()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.block.mlp.router.weight)
+    return model
+
+
+def test_the_balance_loss_of_experts_is_part_of_the_loss() -> None:
+    model, tokens = with_experts(0.5), torch.randint(0, 256, (2, 9))
+    model(tokens)  # a loss that nobody asks for is not that of the next call
+    loss = model(tokens, labels=tokens).loss
+    plain = with_experts(0.0)(tokens, labels=tokens).loss
+    model(tokens)
+    balance, mean = balance_loss(model)
+    assert mean > 1.05
+    torch.testing.assert_close(loss, plain + balance)
+    # Of one micro-batch among others: its share of their tokens, so that all make up one.
+    third = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(48)).loss
+    torch.testing.assert_close(third, loss / 3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(tokens, labels=tokens).loss, plain)
+
+
+def test_checkpointing_that_loses_the_balance_loss_is_refused() -> None:
+    model, tokens = with_experts(0.5), torch.randint(0, 256, (2, 9))
+    model(tokens, labels=tokens).loss.backward()
+    true = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model(tokens, labels=tokens).loss.backward()
+    for p, grad in zip(model.parameters(), true, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="balance: expected use_reentrant=False"):
+        model(tokens, labels=tokens)
+    model.zero_grad()
+    unweighed = with_experts(0.0)
+    unweighed.activation_checkpointing_enable({"use_reentrant": True})
+    unweighed(tokens, labels=tokens).loss.backward()
 
 
 def test_a_model_in_training_keeps_no_cache_unless_asked() -> None:

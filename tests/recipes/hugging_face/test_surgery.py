@@ -18,6 +18,7 @@ from atlas_blocks import (
     AtlasMemory,
     DeepTransformerConfig,
     LSTMConfig,
+    MemoryAsGateMixerConfig,
     SlidingWindowAttention,
     SlidingWindowAttentionConfig,
 )
@@ -107,6 +108,7 @@ def test_from_attention_goes_on_as_it_did_and_learns(kind: str, tmp_path: Path) 
         ),
         ("llama", SlidingWindowAttentionConfig(window=5)),
         ("gpt_neox", LSTMConfig()),
+        ("gpt2", MemoryAsGateMixerConfig(MEMORY, SlidingWindowAttentionConfig(window=5))),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )

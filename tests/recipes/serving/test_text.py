@@ -103,6 +103,7 @@ def test_a_template_takes_its_place(tmp_path, kind):
         ("absent.jinja", None, "chat-template"),
         ("a.jinja", "{% for %}", "chat-template"),
         ("a.json", "{}", "chat-template"),
+        ("a.jinja", " ", "chat-template: expected a string"),
         ("a.json", '{"chat_template": 3}', "chat-template"),
         ("a.jinja", "{{ raise_exception('no system') }}", "messages: .*no system"),
         ("a.jinja", "{{ messages.__class__.__mro__ }}", "messages: "),
