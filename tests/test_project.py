@@ -209,6 +209,12 @@ def test_wheel_works_away_from_the_checkout(tmp_path):
     assert "atlas-mag-tiny" in table
 
 
+def test_slow_tests_that_would_begin_too_late_are_skipped() -> None:
+    slow = "tests/test_project.py::test_wheel_works_away_from_the_checkout"
+    command = (sys.executable, "-m", "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", slow)
+    assert "1 skipped" in run(*command, cwd=ROOT, SLOW_TESTS_UNTIL="0")
+
+
 def test_no_file_is_unpickled() -> None:
     """What somebody sends must not run: safetensors and JSON hold everything that is loaded, and a
     benchmark reads tensors alone."""

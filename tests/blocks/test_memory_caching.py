@@ -185,7 +185,7 @@ def test_a_saved_state_that_does_not_know_its_segment_is_refused_by_name() -> No
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.slow
+@pytest.mark.slow(compile_nodes=False)
 def test_compiled_is_eager_and_breaks_where_a_state_goes_in() -> None:
     torch._dynamo.reset()
     block, x = linear(), draw(2, 2 * SEGMENT + 3, DIM)

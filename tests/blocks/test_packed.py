@@ -26,10 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 LENGTH = 90  # several blocks of queries
 # Uneven documents: of a single token, shorter than a window or a chunk, of one length.
 BOUNDS = ([0, 5, 6, 23, 90], [0, 1, 11, 41, 90], [0, 30, 35, 60, 90])
-WHOLE = (
-    "memory-matrix-gd-polynomial", "memory-mlp-muon-sketch", "memory-plain", "block-memory",
-    "block-attention", "as-layer", "as-gate-sum", "conv", "swiglu",
-)  # fmt: skip
+WHOLE = ("memory-mlp-muon-sketch", "memory-plain", "block-attention", "as-gate-sum", "conv")
 
 
 def results(
@@ -98,7 +95,7 @@ def test_a_language_model_on_packed_documents_is_one_graph() -> None:
     assert backend.count("atlas.document_bounds.default")[0] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inductor_compiles_a_language_model_on_packed_documents() -> None:
     torch._dynamo.reset()

@@ -3,6 +3,8 @@
 A head for each setting of the gates, a row of the batch for each number of distinct tokens.
 """
 
+import itertools
+
 import pytest
 import torch
 from helpers import GATE_LOGITS, MEMORIES, UPDATES
@@ -82,13 +84,18 @@ def test_repetitive_streams_leave_every_memory_bounded(memory: str, update: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("memory", MEMORIES)
-def test_a_hundred_thousand_repetitive_tokens_leave_every_memory_bounded(
-    memory: str, update: str
+@pytest.mark.parametrize(
+    ("memory", "update", "length"),
+    [
+        *itertools.product(MEMORIES, UPDATES, [20_000]),
+        ("gated_mlp", "gd", 100_000),  # the one that comes nearest to its bound
+    ],
+)
+def test_long_repetitive_streams_leave_every_memory_bounded(
+    memory: str, update: str, length: int
 ) -> None:
     block = layer(memory, update)
-    found = largest_along_the_stream(block, 100_000, 50)
+    found = largest_along_the_stream(block, length, 50)
     assert_bounded(found, memory, update)
     # Nor is it on its way: no larger at the end than in the middle, beyond its own fluctuation.
     m = found[0].amax(1)  # [pieces, heads]
@@ -111,13 +118,10 @@ def test_every_feature_map_is_bounded(memory: str, features: str, gates: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("gates", SETTINGS)
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_every_feature_map_is_bounded_over_five_thousand_tokens(
-    memory: str, update: str, features: str, gates: str
-) -> None:
-    block = layer(memory, update, features, SETTINGS[gates])
-    assert_bounded(largest_along_the_stream(block, 5_000, 10), memory, update)
+def test_every_feature_map_is_bounded_with_muon(memory: str, features: str, gates: str) -> None:
+    block = layer(memory, "muon", features, SETTINGS[gates])
+    assert_bounded(largest_along_the_stream(block, 2000, 5), memory, "muon")
 
 
 def test_a_write_is_limited_by_everything_it_writes() -> None:

@@ -150,7 +150,7 @@ def test_a_state_of_other_spans_is_refused(span: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.slow
+@pytest.mark.slow(compile_nodes=False)
 def test_compiled_is_eager_and_breaks_only_where_a_state_goes_in() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

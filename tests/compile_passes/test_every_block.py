@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BLOCKS, DIM, Recorder, difference, draw, everything, make_block
+from helpers import DIM, Recorder, difference, draw, everything, make_block
 from marks import slow_as_it_is
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from atlas_blocks import State, checkpoint_policy
-from atlas_blocks.recipes import build, names
+from atlas_blocks.recipes import build, config, names
 
 # Dynamo instantiates every autograd.Function that it traces, which torch itself warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
@@ -21,15 +21,38 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 
 # Their graphs break where a state goes in; of "tnt" they take one token.
 BREAKING = ("caching", "tnt")
-# Settings of theirs that are compiled in test_memory_caching.py and test_tnt.py alone: it takes
-# minutes, and "caching-checkpoints" has a graph for each length.
-ELSEWHERE = ("caching-checkpoints", "tnt-unprojected")
+# Memory, update, objective and features are arguments of one op: those of the blocks left out make
+# the graph of another, and tests/omega compiles the op with each. Stacks of recipes are compiled
+# below, "caching-checkpoints" and "tnt-unprojected" in test_memory_caching.py and test_tnt.py.
+KINDS = (
+    "memory-matrix-muon-taylor_exp",
+    "memory-mlp-gd-sketch",
+    "memory-mlp-muon-sketch",
+    "memory-gated_mlp-muon-polynomial",
+    "memory-plain",
+    "memory-fixed-gates",
+    "deep-transformer",
+    "swdt",
+    "dot",
+    "attention-neutral",
+    "attention-plain",
+    "block-attention-grouped",
+    "block-foreign",
+    "gate-mixer",
+    "as-context",
+    "as-context-muon",
+    "caching-reset",
+    "tnt",
+    "lstm",
+    "conv",
+    "swiglu",
+)
 
 
-def every_block(*quick: str, but: tuple[str, ...] = ()):
-    """All blocks, `but` those; those not named here only with the slow tests. What nodes compile
-    for themselves is tested by node."""
-    names = [n for n in BLOCKS if not n.startswith((*but, *ELSEWHERE))]
+def every_kind(*quick: str, but: tuple[str, ...] = ()):
+    """A block of each kind of graph, `but` those; those not named here only with the slow tests.
+    What nodes compile for themselves is tested by node."""
+    names = [n for n in KINDS if not but or not n.startswith(but)]
     marked = [n if n in quick else slow_as_it_is(n) for n in names]
     return pytest.mark.parametrize("name", marked)
 
@@ -46,7 +69,7 @@ def gradients(y: Tensor, state: State | None, leaves: list[Tensor]) -> list[Tens
     return list(torch.autograd.grad(outputs, leaves, weights, materialize_grads=True))
 
 
-@every_block("memory-mlp-gd-sketch", "as-context", "conv", "swiglu")
+@every_kind("memory-mlp-gd-sketch", "as-context", "conv", "swiglu")
 def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
     """Outputs, the state, and gradients of input, state and parameters; then on from a state."""
     block, backend = make_block(name), Recorder()
@@ -78,7 +101,7 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
         assert backend.compiles - before <= 2, "more than one recompile"
 
 
-@every_block("memory-mlp-muon-sketch", "as-context", but=("caching",))
+@every_kind("memory-mlp-muon-sketch", "as-context", but=("caching",))
 def test_one_graph_decodes_a_token_wherever_it_stands(name: str) -> None:
     block, backend = make_block(name), Recorder()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
@@ -123,7 +146,9 @@ TINY = [name for name in names() if name.endswith("-tiny")]
 @pytest.mark.slow(compile_nodes=False)
 @pytest.mark.parametrize("name", TINY)
 def test_every_tiny_recipe_is_one_graph(name: str) -> None:
-    model, backend = build(name).double(), Recorder()
+    """Its layers once each: that equal ones are compiled once is test_backend.py's."""
+    layers = tuple(dict.fromkeys(config(name).layers))
+    model, backend = build(name, layers=layers).double(), Recorder()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
 
     def run(function, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -144,7 +169,7 @@ def test_every_tiny_recipe_is_one_graph(name: str) -> None:
     assert backend.compiles <= 2 + (name == "tnt-tiny"), "more than one recompile"
 
 
-@every_block("as-context", "conv", but=("tnt",))
+@every_kind("as-context", "conv", but=("tnt",))
 def test_autocast_gives_the_types_and_values_of_eager(name: str) -> None:
     block, x = make_block(name, torch.float32), draw(2, 70, DIM, dtype=torch.float32)
     compiled = torch.compile(block, backend=Recorder(), fullgraph=True)
@@ -167,7 +192,7 @@ def test_autocast_gives_the_types_and_values_of_eager(name: str) -> None:
 INFERENCE = ("memory-mlp-gd-sketch", "block-attention", "dot", "as-context", "lstm")
 
 
-@every_block("memory-mlp-gd-sketch", "conv", but=BREAKING)
+@every_kind("memory-mlp-gd-sketch", "conv", but=BREAKING)
 def test_without_autograd(name: str) -> None:
     compiled_is_eager(name, torch.no_grad)
 
@@ -192,8 +217,8 @@ def compiled_is_eager(name: str, mode: Callable[[], Any]) -> None:
     ("name", "op"),
     [
         slow_as_it_is("memory-mlp-gd-sketch", "omega_walk"),
-        pytest.param("as-gate-sum", "omega_rule", marks=pytest.mark.slow),
-        pytest.param("as-context", "memory_as_context", marks=pytest.mark.slow),
+        slow_as_it_is("as-gate-sum", "omega_rule"),
+        slow_as_it_is("as-context", "memory_as_context"),
     ],
 )
 def test_the_checkpoint_policy_keeps_the_memory_and_nothing_else(name: str, op: str) -> None:

@@ -74,7 +74,7 @@ def test_a_deep_memory_equals_the_definition(**example: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=16)
+@settings(max_examples=7)
 @given(**EXAMPLES)
 def test_deep_memories_equal_the_definition(**example: Any) -> None:
     assert_example_is_definition(**example)

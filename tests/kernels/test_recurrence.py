@@ -84,7 +84,7 @@ def test_a_matrix_memory_equals_the_definition(**example: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=14)
+@settings(max_examples=7)
 @given(**EXAMPLES)
 def test_any_matrix_memory_equals_the_definition(**example: Any) -> None:
     assert_example_is_definition(**example)
@@ -139,8 +139,7 @@ def test_a_limited_write_does_not_change_with_gamma() -> None:
     )
 
 
-@pytest.mark.parametrize("window", [1, 16])
-@pytest.mark.parametrize("chunk", [16, 64, 37])
+@pytest.mark.parametrize(("chunk", "window"), [(16, 1), (64, 16), (37, 16)])
 def test_online_errors_of_large_chunks(chunk: int, window: int) -> None:
     """Several blocks of the system, and splits at any place."""
     inputs = strong(of_all_lengths(rule_inputs(length=80, heads=1, window=window, key_width=16)))
@@ -239,10 +238,14 @@ def test_no_tokens_at_all() -> None:
     assert difference([z], [true]) < 10 * ROUNDING
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("errors", "window", "strength"),
-    [("chunk", 4, 1.0), ("online", 4, 1.0), ("online", 1, 8.0), ("online", 16, 8.0)],
+    ("dtype", "errors", "window", "strength"),
+    [
+        (torch.bfloat16, "chunk", 4, 1.0),
+        (torch.bfloat16, "online", 1, 8.0),
+        (torch.bfloat16, "online", 16, 8.0),
+        (torch.float16, "online", 4, 1.0),
+    ],
 )
 def test_low_precision_is_as_good_as_the_definitions(
     dtype: torch.dtype,
@@ -259,8 +262,8 @@ def test_low_precision_is_as_good_as_the_definitions(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("errors", ERRORS)
-def test_low_precision_over_64k_tokens(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ratios = errors_against_float64(torch.bfloat16, 65536, MULTIPLYING, monkeypatch, errors=errors)
+def test_low_precision_over_16k_tokens(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = errors_against_float64(torch.bfloat16, 16384, MULTIPLYING, monkeypatch, errors=errors)
     assert max(ratios.values()) <= 2, ratios
 
 

@@ -187,7 +187,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arg
 @pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
 def test_explain_prints_the_report(run):
-    code, out, _ = run("explain", "omeganet-tiny", "--lengths", "40", "--batch", 1)
+    code, out, _ = run("explain", "linear-attention-tiny", "--lengths", "40", "--batch", 1)
     assert code == 0
     for words in ("one graph a call, no breaks", "omega_rule", "inline", "lower_ops", "GFLOP"):
         assert words in out
@@ -196,13 +196,13 @@ def test_explain_prints_the_report(run):
 @pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
 def test_explain_takes_the_file_of_a_hybrid(run, tmp_path):
-    code, shown, _ = run("show", "linear-attention+sliding-window-tiny", "--json")
+    code, shown, _ = run("show", "transformer+sliding-window-tiny", "--json")
     assert code == 0
     file = tmp_path / "mine.json"
     file.write_text(shown)
     code, out, _ = run("explain", file, "--lengths", "40", "--batch", 1)
     assert code == 0
-    for words in ("one graph a call, no breaks", "omega_rule", "GFLOP"):
+    for words in ("one graph a call, no breaks", "attention", "GFLOP"):
         assert words in out
 
 

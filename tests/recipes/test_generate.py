@@ -122,7 +122,7 @@ WIDE = ["atlas-170m", "atlas-mag-170m", "gated-deltanet-170m"]
 )
 def test_a_rows_numbers_do_not_depend_on_the_others(name):
     """To the last bit: alone, among rows at the same place, and where others join and leave."""
-    model = tiny(name, **({} if name not in (*NAMES, *WIDE) else {"depth": 1}))
+    model = tiny(name, layers=tuple(dict.fromkeys(config(name).layers)))
     count = 12 if name in WIDE else 40
     states = [prefill(model, text[None])[1] for text in prompts(7, 7, 7, 30, 3, 33, 64, 5, 8)]
     alone = []

@@ -294,7 +294,7 @@ def test_a_step_of_layers_that_differ_is_exported() -> None:
 @pytest.mark.parametrize(
     "layers",
     [
-        "3*gated-deltanet+transformer",
+        slow_as_it_is("3*gated-deltanet+transformer"),
         slow_as_it_is((MEMORY, WINDOW, AtlasBlockConfig(AverageConfig()))),
     ],
 )

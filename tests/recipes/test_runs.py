@@ -447,12 +447,7 @@ def test_a_compiled_run_in_parts_is_the_run(run, tmp_path, data):
 
 @pytest.mark.slow
 def test_a_hybrid_killed_at_random_moments_ends_with_the_same_weights(run, tmp_path, data):
-    killed_at_random(run, tmp_path, data, kills=4, steps=40, name="atlas-hybrid-tiny")
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_weights(run, tmp_path, data):
-    killed_at_random(run, tmp_path, data, kills=20, steps=600)
+    killed_at_random(run, tmp_path, data, kills=8, steps=80, name="atlas-hybrid-tiny")
 
 
 def poison(monkeypatch, *places):
