@@ -165,7 +165,7 @@ STUDIES["errors"] = Study(
     task=OVERWRITE,
     size=_size(OVERWRITE.vocab_size),
     variants={
-        f"{errors}, b = {b}": Variant("omeganet", {"errors": errors, "chunk_size": b}, x=b)
+        f"{errors}, b = {b}": Variant("gated-deltanet", {"errors": errors, "chunk_size": b}, x=b)
         for errors in ("online", "chunk")
         for b in (16, 64, 256)
     },
