@@ -43,6 +43,7 @@ class Layout(NamedTuple):
     settings: dict[str, Any]  # fields of DeepTransformerConfig
     # Of every parameter of the layer: the module's that lie one under the other in it.
     slots: dict[str, tuple[str, ...]]
+    window: int | None = None  # how many tokens a query sees, None: all before it
     transposed: bool = False  # the module's matrices [in, out]
     by_head: bool = False  # rows of qkv: head by head the query, key and value of each
 
@@ -58,13 +59,14 @@ def from_attention(
 
     module: torch.nn.MultiheadAttention (its causal use, batch first, without dropout), the
     attention of a model of Hugging Face transformers (MODELS; rotary positions unscaled, as its
-    config says, and no sliding window), or a SlidingWindowAttention with window=None. The rotary
-    embedding lies in the model, where `replace_attention` alone sees what was edited.
+    config says), or a SlidingWindowAttention with window=None. The rotary embedding lies in the
+    model, where `replace_attention` alone sees what was edited.
     window, gate_rank: of the gates that the layer has beyond it. They start at exactly 1 (older
     lags of the window at 0), where they change nothing and still receive a gradient.
     block: None is a DeepTransformerLayer of that window. Or a config of one whose objective is
-    "dot", of SlidingWindowAttention (the same function as long as its window), or of AtlasMemory,
-    which takes over the projections and is another function: it has to be trained.
+    "dot", of SlidingWindowAttention (the same function as long as its window, or where the
+    attention has the same one), or of AtlasMemory, which takes over the projections and is another
+    function: it has to be trained. A DeepTransformerLayer takes over no sliding window.
     Rotary positions, grouped keys, scale and biases are taken over, dropout is not. The layer owns
     copies of the weights as they are in effect (parametrised, pruned), of the same dtype and on
     the same device, frozen where they are frozen; what is new is trainable.
@@ -111,6 +113,8 @@ def _config_for(block: Config, layout: Layout) -> Any:
         if block.objective != "dot" or not block.normalise:
             wanted = 'objective="dot" and normalise=True, which is softmax attention'
             check.fail("block", wanted, block)
+        if layout.window is not None:
+            check.fail("module", "attention without a sliding window", layout.window)
         return block.replace(gates="neutral", conv_width=None, output_gate=False, **settings)
     width = settings["head_width"] or layout.dim // layout.heads
     square = width * layout.heads == layout.dim
@@ -164,6 +168,8 @@ def to_attention(layer: DeepTransformerLayer, like: nn.Module) -> nn.Module:
     gates = layer.gates
     if not isinstance(gates, NeutralGates) or not gates.untouched():
         check.fail("layer", "gates that are still neutral", "gates that are not")
+    if layout.window is not None:
+        check.fail("like", "attention without a sliding window", layout.window)
     settings = {name: getattr(layer.config, name) for name in layout.settings}
     wanted = (layout.dim, layout.heads, layout.settings)
     if (layer.dim, layer.heads, settings) != wanted:
@@ -260,7 +266,7 @@ def _hugging_face() -> dict[type, Any]:
         "phi.modeling_phi.PhiAttention": _phi,
         "gpt2.modeling_gpt2.GPT2Attention": _gpt2,
         "llama.modeling_llama.LlamaAttention": _llama,
-        "mistral.modeling_mistral.MistralAttention": _mistral,
+        "mistral.modeling_mistral.MistralAttention": _llama,
         "qwen2.modeling_qwen2.Qwen2Attention": _llama,
         "qwen3.modeling_qwen3.Qwen3Attention": _qwen3,
     }
@@ -339,7 +345,7 @@ def _llama(m: Any, qk_norm: str = "none", out: str = "o_proj") -> Layout:
         **_rope(c, m.head_dim),
         **_biases(slots),
     )
-    return Layout(c.hidden_size, c.num_attention_heads, settings, slots)
+    return Layout(c.hidden_size, c.num_attention_heads, settings, slots, window_of(m))
 
 
 def _rope(c: Any, width: int) -> dict[str, Any]:
@@ -374,11 +380,6 @@ def _gpt_neox(m: Any) -> Layout:
     return Layout(c.hidden_size, c.num_attention_heads, settings, slots, by_head=True)
 
 
-def _mistral(m: Any) -> Layout:
-    _check_window(m.config)
-    return _llama(m)
-
-
 def _qwen3(m: Any) -> Layout:
     layout = _llama(m, "rms")
     for name, norm in (("q_norm", m.q_norm), ("k_norm", m.k_norm)):
@@ -405,10 +406,13 @@ def _biases(slots: dict[str, tuple[str, ...]]) -> dict[str, bool]:
 def _check_causal(m: Any) -> None:
     if not m.is_causal or not getattr(m.config, "is_causal", True):
         check.fail("module", "causal attention", "is_causal=False")
-    _check_window(m)
 
 
-def _check_window(where: Any) -> None:
-    window = getattr(where, "sliding_window", None)
-    if window is not None:
-        check.fail("module", "attention without a sliding window", window)
+def window_of(attention: Any) -> int | None:
+    """How many tokens a query of an attention of transformers sees, None: all before it."""
+    config = attention.config
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[attention.layer_idx] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None

@@ -289,10 +289,11 @@ def _converted(
         from atlas_blocks.recipes import hugging_face
 
         index: Any = module.layer_idx
+        window = adapters.window_of(module)
         if init == "parallel":
-            found: nn.Module = hugging_face.ParallelAttention(module, layer, index)
+            found: nn.Module = hugging_face.ParallelAttention(module, layer, index, window)
         else:
-            found = hugging_face.HuggingFaceAttention(layer, index)
+            found = hugging_face.HuggingFaceAttention(layer, index, window)
     elif init == "parallel":
         found = BesideBlock(module, layer)
     elif isinstance(module, nn.MultiheadAttention):

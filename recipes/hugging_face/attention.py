@@ -66,7 +66,8 @@ class HuggingFaceAttention(nn.Module):
 
     layer: a block with a state and without a residual of its own, as the model around it adds one:
     DeepTransformerLayer, AtlasMemory, SlidingWindowAttention, LSTM, or one of yours.
-    layer_idx: of the attention that it stands for.
+    layer_idx: of the attention that it stands for. window: of that attention, None: it saw all. Its
+    masks leave out what is further away; the block reads that all the same.
 
     The state lies in the model's own cache (a dynamic one), through `generate` with beams too.
     Padding stays out of it, on either side of a row, and packed position_ids run every document
@@ -74,10 +75,11 @@ class HuggingFaceAttention(nn.Module):
     raises RuntimeError. Raises ValueError for blocks, caches, masks and positions of other kinds.
     """
 
-    def __init__(self, layer: Block, layer_idx: int) -> None:
+    def __init__(self, layer: Block, layer_idx: int, window: int | None = None) -> None:
         super().__init__()
         check_mixer(layer)
-        self.layer, self.layer_idx = layer, layer_idx
+        check_window(window)
+        self.layer, self.layer_idx, self.window = layer, layer_idx, window
 
     def forward(
         self,
@@ -96,7 +98,7 @@ class HuggingFaceAttention(nn.Module):
         """
         cache: Any = layer_past if past_key_values is None else past_key_values
         past = None if cache is None else layer_of(cache, self.layer_idx)
-        y = run_cached(self.layer, hidden_states, attention_mask, position_ids, past)
+        y = run_cached(self.layer, hidden_states, attention_mask, position_ids, past, self.window)
         if past is not None and getattr(cache, "offloading", False):
             past.offload()
         return y, None
@@ -105,14 +107,18 @@ class HuggingFaceAttention(nn.Module):
 class ParallelAttention(nn.Module):
     """An attention of transformers as it is, and a block beside it: attention(x) + gate * block(x).
 
-    The gate [dim] starts at zero, so that the model starts as it was. layer, layer_idx and what is
-    refused: see HuggingFaceAttention; the cache keeps the state beside the keys and values.
+    The gate [dim] starts at zero, so that the model starts as it was. layer, layer_idx, window and
+    what is refused: see HuggingFaceAttention; the cache keeps the state beside the keys and values.
     """
 
-    def __init__(self, attention: nn.Module, layer: Block, layer_idx: int) -> None:
+    def __init__(
+        self, attention: nn.Module, layer: Block, layer_idx: int, window: int | None = None
+    ) -> None:
         super().__init__()
         check_mixer(layer)
-        self.attention, self.layer, self.layer_idx = attention, layer, layer_idx
+        check_window(window)
+        self.attention, self.layer = attention, layer
+        self.layer_idx, self.window = layer_idx, window
         like = next(layer.parameters())
         self.gate = nn.Parameter(torch.zeros(layer.dim, device=like.device, dtype=like.dtype))
         self._names = list(inspect.signature(attention.forward).parameters)
@@ -129,7 +135,7 @@ class ParallelAttention(nn.Module):
         if cache is not None:
             past = memory_of(cache, self.layer_idx)
         x, mask = told["hidden_states"], told.get("attention_mask")
-        more = run_cached(self.layer, x, mask, told.get("position_ids"), past)
+        more = run_cached(self.layer, x, mask, told.get("position_ids"), past, self.window)
         if past is not None and getattr(cache, "offloading", False):
             past.offload()
         y, *rest = self.attention(*args, **kwargs)
@@ -144,14 +150,26 @@ def check_mixer(layer: Any) -> None:
         check.fail("layer", wanted, type(layer).__name__)
 
 
+def check_window(window: int | None) -> None:
+    """Raise ValueError for a window of which no mask shows where documents begin."""
+    if window is not None:
+        check.at_least("window", window, 2)
+
+
 def run_cached(
-    layer: Block, x: Tensor, mask: Any, positions: Tensor | None, past: StateLayer | None
+    layer: Block,
+    x: Tensor,
+    mask: Any,
+    positions: Tensor | None,
+    past: StateLayer | None,
+    window: int | None = None,
 ) -> Tensor:
-    """A block over x [B, T, dim] with a mask and positions of transformers, its state in `past`."""
+    """A block over x [B, T, dim] with a mask and positions of transformers, its state in `past`.
+    window: see `HuggingFaceAttention`."""
     before, (B, T) = None if past is None else past.state, x.shape[:2]
     if before is not None and (n := before.tensors()[0].shape[0]) != B:
         check.fail("past_key_values", f"a cache of {B} rows", f"{n} rows")
-    places = places_of(mask, positions, x, past)
+    places = places_of(mask, positions, x, past, window)
 
     def run(x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         return layer(x, state, cu_seqlens=cu_seqlens, detach_state=False)

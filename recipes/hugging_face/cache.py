@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from atlas_blocks import check
 from atlas_blocks.state import State
@@ -137,7 +137,7 @@ def layer_of(cache: Any, index: int) -> StateLayer:
     layer = _entry(cache, index)
     if isinstance(layer, StateLayer):
         return layer
-    if type(layer) is not DynamicLayer:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         check.fail("past_key_values", "a DynamicCache", f"layers of {type(layer).__name__}")
     _check_empty(layer)
     cache.layers[index] = StateLayer()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atlas_blocks import check
@@ -15,6 +16,7 @@ from atlas_blocks.blocks.padding import Padding, run_padded
 from atlas_blocks.recipes.hugging_face.cache import StateLayer
 
 MASK = "a causal mask with padding (that in the cache too) or documents one after another"
+BAND = f"{MASK}, within the window of {{}}"
 POSITIONS = "counting on by 1 from token to token, padding apart"
 
 
@@ -32,11 +34,16 @@ class Places(NamedTuple):
 
 
 def places_of(
-    mask: Any, positions: Tensor | None, x: Tensor, past: StateLayer | None
+    mask: Any,
+    positions: Tensor | None,
+    x: Tensor,
+    past: StateLayer | None,
+    window: int | None = None,
 ) -> Places | None:
     """Where the real tokens of x [B, T, ...] lie; None where the batch can be run as it is.
 
-    mask: None, [B, S] with 1 where a token is real, or what may be seen [B, 1, T, S].
+    mask: None, [B, S] with 1 where a token is real, or what may be seen [B, 1, T, S]. window: of
+    the attention that the mask is for; it may then leave out tokens that are out of the window.
     Raises ValueError for masks and positions that are neither causal, padded nor packed.
     """
     (B, T), device = x.shape[:2], x.device
@@ -45,9 +52,9 @@ def places_of(
     if isinstance(mask, Tensor) and mask.shape == (B, P + T):
         row = mask.to(device).bool()
     elif mask is not None:
-        visible = _visible(mask, B, T, P).to(device)
+        visible = _visible(mask, B, T, P, window).to(device)
     positions = None if positions is None else positions.to(device)
-    plain = _plain(visible, row, positions, T, P, past is not None)
+    plain = _plain(visible, row, positions, T, P, past is not None, window)
     if torch.compiler.is_compiling():
         # Compiled, nothing is read on the host: what is not plain fails as the graph runs.
         if known is not None:
@@ -59,7 +66,7 @@ def places_of(
         return None
     if known is None and (plain is None or bool(plain)):
         return None
-    return _documents(visible, row, positions, x, past)
+    return _documents(visible, row, positions, x, past, window)
 
 
 def run_placed(
@@ -86,23 +93,28 @@ def held(y: Tensor, own: Tensor, last: Tensor | None) -> Tensor:
     return torch.where(there[..., None], found, before)
 
 
-def _visible(mask: Any, B: int, T: int, P: int) -> Tensor:
+def _visible(mask: Any, B: int, T: int, P: int, window: int | None) -> Tensor:
     """Which of S tokens each new one may see, as a mask of transformers says [B, T, S]."""
     S = P + T
+    fewest = S if window is None else min(S, window - 1 + T)
     if (
         isinstance(mask, Tensor)
         and mask.ndim == 4
         and mask.shape[0] in (1, B)
-        and mask.shape[1:] == (1, T, S)
+        and mask.shape[1:3] == (1, T)
+        and fewest <= mask.shape[3] <= S
     ):
-        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(B, T, S)
+        seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+        # A cache that has let tokens go has none of them in its mask.
+        return F.pad(seen, (S - seen.shape[2], 0)).expand(B, T, S)
     got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     check.fail("attention_mask", f"None or a tensor [{B}, 1, {T}, {S}] or [{B}, {S}]", got)
 
 
-def _causal(T: int, S: int, device: torch.device) -> Tensor:
+def _causal(T: int, S: int, device: torch.device, window: int | None) -> Tensor:
     steps = torch.arange(S, device=device)
-    return steps <= steps[S - T :, None]
+    new = steps[S - T :, None]
+    return (steps <= new) if window is None else (steps <= new) & (steps > new - window)
 
 
 def _plain(
@@ -112,6 +124,7 @@ def _plain(
     T: int,
     P: int,
     cached: bool,
+    window: int | None,
 ) -> Tensor | None:
     """Whether each row is one sequence from its first token on; None: nothing says otherwise.
 
@@ -128,7 +141,7 @@ def _plain(
         parts.append(row.all() if cached else (row[:, 1:] <= row[:, :-1]).all())
     if visible is not None:
         own = visible.diagonal(P, 1, 2)
-        causal = _causal(T, P + T, visible.device)
+        causal = _causal(T, P + T, visible.device, window)
         parts.append(((visible == causal) | ~own[..., None]).all())
         parts += [own.all()] if cached else []
     return torch.stack(parts).all() if parts else None
@@ -140,6 +153,7 @@ def _documents(
     positions: Tensor | None,
     x: Tensor,
     past: StateLayer | None,
+    window: int | None,
 ) -> Places:
     B, T = x.shape[:2]
     P = 0 if past is None else past.length
@@ -155,24 +169,24 @@ def _documents(
     counted = None if positions is None else positions.expand(B, T)
     first = own & (own.cumsum(1) == 1)
     heads, start = first, torch.zeros(B, T, dtype=torch.int64, device=x.device)
-    if past is None and visible is not None:
-        # The document of a token begins at the first that it sees.
-        start = visible.int().argmax(-1)
-        heads = own & (start == steps)
-    elif past is None:
-        heads = first if counted is None else first | (own & _restarts(counted, own))
+    if past is None:
+        if visible is not None and (window is None or counted is None):
+            # A document begins at a token that sees none before it.
+            heads = own & (visible.int().argmax(-1) == steps)
+        elif counted is not None:
+            heads = first | (own & _restarts(counted, own))
         start = _latest(heads)
 
     real = torch.cat([known, own], 1)
     if visible is not None:
-        expected = _causal(T, P + T, x.device) & real[:, None] & (steps >= start[..., None])
+        seen = _causal(T, P + T, x.device, window) & real[:, None]
+        expected = seen & (steps >= start[..., None])
         # What padding sees does not matter.
         fits = ((visible == expected).all(-1) | ~own).all()
-        fits &= (_latest(heads) == start)[own].all() if past is None else True
     else:
         fits = (known if row is None else row[:, :P] == known).all()
     if not bool(fits):
-        check.fail("attention_mask", MASK, "another")
+        check.fail("attention_mask", MASK if window is None else BAND.format(window), "another")
     offset = None if past is None else past.offset
     if counted is not None:
         offset = _offset(counted, start, heads, own, real, past)

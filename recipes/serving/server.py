@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from atlas_blocks import check
 from atlas_blocks.recipes.compile_cache import compile_cache
 from atlas_blocks.recipes.data import Tokenizer
 from atlas_blocks.recipes.model import LanguageModel
@@ -30,7 +32,7 @@ def run(
     """Serve, and say where.
 
     cache: folder for what is compiled, as `compile_cache` takes it. Raises ValueError for an option
-    that cannot be followed, OSError where the port cannot be had.
+    that cannot be followed and a host that is not this machine, OSError where the port is not free.
     """
     try:
         import uvicorn
@@ -42,8 +44,13 @@ def run(
     service = Service(model, tokenizer, options)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        socket.getaddrinfo(host, port, family)  # create_server hides the kind of its error
         listening = socket.create_server((host, port), family=family)
+    except (UnicodeError, socket.gaierror):  # the first of a name that can be none
+        check.fail("host", "an address of this machine", host)
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            check.fail("host", "an address of this machine", host)
         raise OSError(f"port: cannot listen at {host}:{port}: {error.strerror or error}") from error
     with listening, contextlib.ExitStack() as kept:
         kept.enter_context(compile_cache(cache))

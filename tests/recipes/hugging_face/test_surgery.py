@@ -97,6 +97,75 @@ def test_from_attention_goes_on_as_it_did_and_learns(kind: str, tmp_path: Path) 
     assert_itself(converted, tmp_path)
 
 
+def sliding(kind: str) -> Any:
+    """A model whose first layer sees 4 tokens, and its second too, but for qwen3's."""
+    if kind == "gemma3":
+        torch.manual_seed(0)
+        small = model_config("gemma").to_dict() | {"sliding_window": 4, "model_type": "gemma3_text"}
+        small["layer_types"] = 2 * ["sliding_attention"]
+        small.pop("rope_parameters", None)
+        config = transformers.Gemma3TextConfig(**small)
+        return transformers.Gemma3ForCausalLM(config).eval()
+    if kind == "mistral":
+        return language_model(kind, sliding_window=4)
+    kinds = ["sliding_attention", "full_attention" if kind == "qwen3" else "sliding_attention"]
+    slides = {"sliding_window": 4, "use_sliding_window": True, "layer_types": kinds}
+    return language_model(kind, **slides)
+
+
+@pytest.mark.parametrize("init", ["fresh", "parallel"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma3"])
+def test_a_memory_takes_a_sliding_window_s_place_and_sees_further(
+    kind: str, init: str, tmp_path: Path
+) -> None:
+    model, tokens = sliding(kind), draw_tokens(2, 40)
+    before = model(tokens).logits
+    (name,) = replace_layers(model, layers=0, block=MEMORY, init=init)
+    if init == "parallel":
+        close(model(tokens).logits, before)
+        nn.init.normal_(model.get_parameter(f"{name}.gate"))
+    assert_itself(model, tmp_path)
+    changed = tokens.clone()
+    changed[:, 0] = (tokens[:, 0] + 7) % 64
+    with torch.no_grad():
+        out, other = (model(t, use_cache=False).logits for t in (tokens, changed))
+        assert (other[:, -1] - out[:, -1]).abs().max() > 1e-6
+        # Documents longer than the window, and none shorter than it.
+        positions = torch.cat([torch.arange(n) for n in (13, 2, 25)])[None]
+        packed = model(tokens[:1], position_ids=positions, use_cache=False).logits
+        for part, alone in zip(
+            packed.split([13, 2, 25], 1), tokens[:1].split([13, 2, 25], 1), strict=True
+        ):
+            close(part, model(alone, use_cache=False).logits)
+        # In pieces, whose masks know only what the window has kept.
+        cache = model(tokens[:, :11], use_cache=True).past_key_values
+        for part in tokens[:, 11:].split([1, 9, 19], 1):
+            piece = model(part, past_key_values=cache, use_cache=True)
+        close(piece.logits, out[:, -19:])
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+def test_a_sliding_window_is_taken_over(kind: str, tmp_path: Path) -> None:
+    model, tokens = sliding(kind), draw_tokens(2, 40)
+    before = model(tokens).logits
+    block = SlidingWindowAttentionConfig(window=4, sink_tokens=0)
+    replace_layers(model, layers=0, block=block)
+    close(model(tokens).logits, before)
+    assert_itself(model, tmp_path)
+
+
+def test_a_mask_of_another_window_is_refused() -> None:
+    model = sliding("mistral")
+    replace_layers(model, block=MEMORY, init="fresh")
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    for band in (3, 5, 9):
+        mask = (causal & ~causal.tril(-band)).expand(2, 1, 9, 9)
+        with pytest.raises(ValueError, match=r"attention_mask: .*, within the window of 4, got an"):
+            model(draw_tokens(2), attention_mask=mask, use_cache=False)
+    with pytest.raises(ValueError, match="window: expected an int >= 2, got 1"):
+        hugging_face.HuggingFaceAttention(MEMORY.build(32, 4), 0, window=1)
+
+
 @pytest.mark.parametrize(
     ("kind", "block"),
     [

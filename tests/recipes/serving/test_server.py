@@ -429,6 +429,14 @@ def test_a_port_that_is_taken_is_named(run, tmp_path, model, client):
     assert f"cannot listen at 127.0.0.1:{client.port}" in err
 
 
+@pytest.mark.parametrize("host", ["no such host", "a..b", "192.0.2.1", "::2"])
+def test_a_host_that_is_not_this_machine_is_named(run, tmp_path, model, host):
+    checkpoint.save(tmp_path / "model", model)
+    code, _, err = run("serve", tmp_path / "model", "--host", host)
+    assert code == 2
+    assert err == f"atlas-blocks: host: expected an address of this machine, got {host}\n"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
 def test_who_is_answered_is_told_that_the_server_stops(tmp_path, model, number, code):
     checkpoint.save(tmp_path / "model", model)
