@@ -262,8 +262,8 @@ def test_low_precision_is_as_good_as_the_definitions(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("errors", ERRORS)
-def test_low_precision_over_16k_tokens(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ratios = errors_against_float64(torch.bfloat16, 16384, MULTIPLYING, monkeypatch, errors=errors)
+def test_low_precision_over_4k_tokens(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = errors_against_float64(torch.bfloat16, 4096, MULTIPLYING, monkeypatch, errors=errors)
     assert max(ratios.values()) <= 2, ratios
 
 

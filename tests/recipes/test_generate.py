@@ -113,7 +113,7 @@ def test_unequal_prompts_after_a_state():
 
 
 FIXED = [n for n in names() if n.endswith("-tiny") and not describe.state_grows(config(n))]
-WIDE = ["atlas-170m", "atlas-mag-170m", "gated-deltanet-170m"]
+WIDE = ["atlas-170m", "gated-deltanet-170m"]
 
 
 @pytest.mark.parametrize(
