@@ -4,7 +4,9 @@ On a CPU a row's numbers are the same, to the last bit, whoever is beside it, if
 one thread and the state does not grow with the text (tests/recipes/serving/test_engine.py):
 
 * matrix products of a multiple of TILE rows treat every row alike, those of fewer do not: the batch
-  is filled up with copies of a row;
+  is filled up with copies of a row; where a processor's library treats them otherwise in batches
+  of another size (MKL's with AVX-512, from a width of 128 on), products are taken TILE rows at a
+  time;
 * attention takes another way, which rounds otherwise, where all rows stand at one position: the
   copies stand one further, and there is one at least where all others are at one;
 * the memory's step is the provider "one_token"'s, which takes rows at different places of their
@@ -20,7 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from atlas_blocks import State, use_provider
 from atlas_blocks.blocks.attention import AttentionState
@@ -42,6 +46,7 @@ class Rows:
         self._state: LanguageModelState | None = None
         # Names of its parts that keep every key.
         self._growing: set[str] = set()
+        self._tiled: dict[int, set[torch.Size]] = {}  # see `tiled_shapes`, by the batch's size
 
     def __len__(self) -> int:
         return self._count
@@ -88,13 +93,55 @@ class Rows:
         filled = [*tokens, *tokens[:1] * (len(self._state) - self._count)]
         column = torch.tensor(filled, device=device)[:, None]
         before = self._state.named_tensors()
-        with one_token_at_a_time(device):
+        with one_token_at_a_time(device), self._products(len(filled), device):
             logits, after = self.model(column, self._state)
         self._state = after
         for name, t in after.named_tensors().items():
             if name.endswith(KEYS) and t.shape[1] > before[name].shape[1]:
                 self._growing.add(name.removesuffix(KEYS))
         return logits[: self._count, -1]
+
+    def _products(self, size: int, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Those of a batch of this size, every row's as in a batch of TILE."""
+        if device.type != "cpu":
+            return contextlib.nullcontext()
+        if size not in self._tiled:
+            self._tiled[size] = tiled_shapes(self.model, size)
+        found = self._tiled[size]
+        return TiledProducts(found) if found else contextlib.nullcontext()
+
+
+def tiled_shapes(model: nn.Module, size: int) -> set[torch.Size]:
+    """Shapes of a model's matrices whose products with so many rows are not, to the last bit, those
+    with TILE of them at a time."""
+    draw, found = torch.Generator().manual_seed(0), set()
+    # Of quantised ones and the like torch's products are not the ones that are taken.
+    plain = [p for p in model.parameters() if p.ndim == 2 and type(p) is nn.Parameter]
+    for weight in {p.shape: p for p in plain if p.is_floating_point()}.values():
+        rows = torch.randn(size, weight.shape[1], generator=draw).to(weight.dtype)
+        whole, parts = F.linear(rows, weight), [F.linear(x, weight) for x in rows.split(TILE)]
+        if not torch.equal(whole, torch.cat(parts)):
+            found.add(weight.shape)
+    return found
+
+
+class TiledProducts(TorchFunctionMode):
+    """Within, products x W^T with matrices of these shapes are taken TILE of a batch at a time."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        shape = None
+        if func is F.linear and len(args) > 1:
+            shape = args[1].shape
+        elif func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul):
+            shape = args[1].shape[::-1]
+        if shape not in self.shapes:
+            return func(*args, **kwargs)
+        return torch.cat([func(part, *args[1:], **kwargs) for part in args[0].split(TILE)])
 
 
 def _cut(state: LanguageModelState, growing: Iterable[str]) -> LanguageModelState:

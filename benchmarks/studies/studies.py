@@ -62,9 +62,9 @@ STUDIES["settings"] = Study(
     },
 )
 
-MQAR = MQARTask(length=64, pairs=8, vocab_size=256)
+MQAR = MQARTask(length=48, pairs=8, vocab_size=64, random_filler=False)
 STUDIES["state"] = Study(
-    what="How much of MQAR is answered with how large a state: 8 pairs, 64 tokens, 256 words?",
+    what="How much of MQAR is answered with how large a state: 8 pairs, 48 tokens, 64 words?",
     task=MQAR,
     size=_size(MQAR.vocab_size),
     variants={
@@ -82,7 +82,7 @@ STUDIES["state"] = Study(
         )
     },
     steps=1000,
-    batch=16,
+    lr=1e-2,
     enough=0.995,
     axis="state",
     equal=False,
@@ -136,6 +136,8 @@ STUDIES["muon"] = Study(
             "atlas", {"update": "gd", "ns_every": 1, "chunk_size": 64}
         ),
     },
+    steps=1000,
+    lr=1e-2,
     batch=16,
     axis="seconds",
 )
@@ -156,6 +158,8 @@ STUDIES["switches"] = Study(
         "atlas-mag": Variant("atlas-mag"),
         "atlas-mal": Variant("atlas-mal"),
     },
+    steps=1000,
+    lr=1e-2,
     batch=16,
 )
 

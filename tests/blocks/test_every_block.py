@@ -192,8 +192,8 @@ def test_the_memory_learns_in_eval_mode_and_without_autograd(name: str, mode) ->
 
 @every_block
 def test_float32_is_as_near_as_float32_is(name: str) -> None:
-    """Within twice what rounding the parameters and the input changes; Newton-Schulz magnifies
-    rounding on the way."""
+    """Within twice what rounding the parameters and the input changes. Rounding on the way, before
+    Newton-Schulz, grows with its small singular values: 3.4445 times in each of five steps."""
     x = draw(2, 45, DIM, dtype=torch.float32)
     block = make_block(name, torch.float32)
     y = block(x)[0]
@@ -211,7 +211,7 @@ def test_float32_is_as_near_as_float32_is(name: str) -> None:
         change = block(rounded(x.double(), 100))[0] - true
     configs = [getattr(m, "config", None) for m in block.modules()]
     magnified = any(getattr(c, "update", "") == "muon" for c in configs)
-    assert error.norm() < (200 if magnified else 2) * change.norm()
+    assert error.norm() < (2 * 3.4445**5 if magnified else 2) * change.norm()
 
 
 @every_block

@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas_blocks import AtlasBlockConfig, Config, DeepTransformerConfig, State
 from atlas_blocks.recipes import (
@@ -19,7 +22,7 @@ from atlas_blocks.recipes import (
     stream,
 )
 from atlas_blocks.recipes.generate import ENDED
-from atlas_blocks.recipes.rows import TILE, Rows
+from atlas_blocks.recipes.rows import TILE, Rows, TiledProducts, tiled_shapes
 from atlas_blocks.recipes.sampling import Continuation, Sampling, choose
 
 NAMES = ["atlas-tiny", "deltanet-tiny", "atlas-mag-tiny", "atlas-mac-tiny", "transformer-tiny"]
@@ -148,6 +151,57 @@ def test_a_rows_numbers_do_not_depend_on_the_others(name):
                 assert torch.equal(found, alone[row][at[row]])
             at[row] += 1
     assert max(at) > count - 10
+
+
+def test_products_that_differ_by_the_size_of_a_batch_are_taken_in_tiles(monkeypatch):
+    """MKL's do with AVX-512, from a width of 128 on: here a product of more rows than a tile has is
+    made to."""
+    true, rows = F.linear, []
+
+    def linear(x, weight, bias=None):
+        if has_torch_function((x, weight)):  # in a mode, as torch's own asks it
+            return handle_torch_function(linear, (x, weight), x, weight, bias)
+        rows.append(len(x))
+        y = true(x, weight, bias)
+        return y + 1e-6 if len(x) > TILE and weight.shape[1] == 168 else y
+
+    monkeypatch.setattr(F, "linear", linear)
+    model = nn.Sequential(nn.Linear(8, 168), nn.Linear(168, 8, bias=False))
+    assert tiled_shapes(model, 3 * TILE) == {model[1].weight.shape}
+    assert tiled_shapes(model, TILE) == set()
+    x = torch.randn(3 * TILE, 1, 8)
+    whole, shapes = model(x), tiled_shapes(model, 3 * TILE)
+    rows.clear()
+    with TiledProducts(shapes):
+        tiled = model(x)
+    assert rows == [3 * TILE, TILE, TILE, TILE]
+    assert torch.equal(tiled, torch.cat([model(part) for part in x.split(TILE)]))
+    assert not torch.equal(tiled, whole)
+
+
+def test_tiles_take_every_form_of_a_product():
+    weight, other, bias = torch.randn(5, 8), torch.randn(6, 8), torch.randn(5)
+    x, seen = torch.randn(3 * TILE, 2, 8), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                seen.append(len(args[-2]))
+            return func(*args, **(kwargs or {}))
+
+    forms = {
+        "linear": lambda w: F.linear(x, w),
+        "bias": lambda w: F.linear(x, w, bias=bias if w is weight else None),
+        "operator": lambda w: x @ w.mT,
+        "matmul": lambda w: torch.matmul(x, w.mT),
+    }
+    for name, form in forms.items():
+        for w, sizes in ((weight, 3 * [2 * TILE]), (other, [6 * TILE])):
+            seen.clear()
+            with Products(), TiledProducts({weight.shape}):
+                y = form(w)
+            assert seen == sizes, name
+            torch.testing.assert_close(y, form(w))
 
 
 @pytest.mark.parametrize("name", NAMES)
