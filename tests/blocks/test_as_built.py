@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import DIM, Recorder, difference, draw, make_block
+from marks import slow_as_it_is
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -164,7 +165,11 @@ def test_what_was_put_in_is_named(put_in: Callable[[MemoryAsContext], None]) -> 
 # What other parts would not tell: a hook's, a parametrisation's, a subclass's and a method's ways.
 @pytest.mark.parametrize(
     "put_in",
-    [hooked, parametrised, adapted, biased, another_class, another_method, another_config],
+    [
+        hooked,
+        parametrised,
+        *map(slow_as_it_is, (adapted, biased, another_class, another_method, another_config)),
+    ],
 )
 def test_compiled_it_is_the_block_as_it_is(put_in: Callable[[MemoryAsContext], None]) -> None:
     block, plain = make_block("as-context", segment=4), make_block("as-context", segment=4)
@@ -184,6 +189,7 @@ def test_in_one_graph_it_is_refused_by_name() -> None:
         torch.compile(block, backend="eager", fullgraph=True)(x)
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_what_is_put_in_after_the_first_call_is_seen() -> None:
     block, x = make_block("as-context", segment=4), draw(1, 9, DIM)
     compiled = torch.compile(block, backend="eager")
@@ -206,6 +212,7 @@ def test_equal_blocks_share_one_graph() -> None:
     assert sum(recorder.count("atlas.memory_as_context.default")) == 1
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_one_graph_serves_every_length() -> None:
     block, recorder = make_block("as-context", segment=4), Recorder()
     compiled = torch.compile(block, backend=recorder, fullgraph=True, dynamic=True)

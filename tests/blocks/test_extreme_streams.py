@@ -95,16 +95,16 @@ def assert_bounded(block: AtlasMemory, x: Tensor, pieces: int = 4) -> Tensor:
     return sizes
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+# Every second, each pair of values once, and the others with the slow tests.
+HALF = [c if i % 2 == i // 4 % 2 else slow_as_it_is(c) for i, c in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", HALF, ids="-".join)
 def test_a_memory_is_bounded(case: tuple[str, str, str]) -> None:
     memory, gates, size = case
     for settings in variants(case):
         block = layer(memory, gates, **settings).to(dtype_of(case))
         assert_bounded(block, streams(block.dim, 2000, size).to(dtype_of(case)))
-
-
-# Every second, each pair of values once, and the others with the slow tests.
-HALF = [c if i % 2 == i // 4 % 2 else slow_as_it_is(c) for i, c in enumerate(CASES)]
 
 
 @pytest.mark.parametrize("case", HALF, ids="-".join)

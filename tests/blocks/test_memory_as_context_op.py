@@ -83,7 +83,7 @@ def test_it_is_the_eager_block_in_values_and_gradients(
 
 
 @pytest.mark.parametrize(
-    ("name", "segment"), [slow_as_it_is("as-context", 4), ("as-context-muon", 5)]
+    ("name", "segment"), [slow_as_it_is("as-context", 4), slow_as_it_is("as-context-muon", 5)]
 )
 @pytest.mark.usefixtures("nodes_compile")
 def test_segments_are_compiled_once(

@@ -73,6 +73,7 @@ def language_model() -> LanguageModel:
     return LanguageModelConfig("tiny", 11, DIM, 2, 2, gate).build()
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_language_model_on_packed_documents_is_one_graph() -> None:
     torch._dynamo.reset()
     model, backend = language_model().double(), Recorder()

@@ -114,6 +114,7 @@ def fresh_process(tmp_path, **env: str) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_fresh_process_needs_no_import(tmp_path):
     fresh_process(tmp_path)
 

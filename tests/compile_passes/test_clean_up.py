@@ -42,6 +42,7 @@ def test_with_gradients_torch_has_done_it():
     assert [(r.direction, r.matches) for r in runs] == [("forward", 0), ("backward", 0)]
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_decoded_token_of_two_layers():
     torch.manual_seed(0)
     decode = Layers(*(small_memory(memory="mlp").build(DIM, 2).double() for _ in range(2)))

@@ -69,7 +69,7 @@ def gradients(y: Tensor, state: State | None, leaves: list[Tensor]) -> list[Tens
     return list(torch.autograd.grad(outputs, leaves, weights, materialize_grads=True))
 
 
-@every_kind("memory-mlp-gd-sketch", "as-context", "conv", "swiglu", but=BREAKING)
+@every_kind("as-context", "conv", "swiglu", but=BREAKING)
 def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
     """Outputs, the state, and gradients of input, state and parameters; then on from a state."""
     block, backend = make_block(name), Recorder()
@@ -100,7 +100,7 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
         assert backend.compiles - before <= 2, "more than one recompile"
 
 
-@every_kind("memory-mlp-muon-sketch", "as-context", but=("caching",))
+@every_kind("memory-mlp-muon-sketch", but=("caching",))
 def test_one_graph_decodes_a_token_wherever_it_stands(name: str) -> None:
     block, backend = make_block(name), Recorder()
     compiled = torch.compile(block, backend=backend, fullgraph=True)
@@ -191,7 +191,7 @@ def test_autocast_gives_the_types_and_values_of_eager(name: str) -> None:
 INFERENCE = ("memory-mlp-gd-sketch", "block-attention", "dot", "as-context", "lstm")
 
 
-@every_kind("memory-mlp-gd-sketch", "conv", but=BREAKING)
+@every_kind("conv", but=BREAKING)
 def test_without_autograd(name: str) -> None:
     compiled_is_eager(name, torch.no_grad)
 

@@ -153,6 +153,7 @@ def test_an_inlined_token_is_told_of_for_every_layer():
     ]
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_the_graph_does_not_grow_with_the_length():
     model = Whole()
     short, long = (explain(model, whole_inputs(length)).graphs for length in (16, 512))

@@ -59,6 +59,7 @@ def assert_same_step(model: nn.Module, compiled) -> None:
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7, name
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_llama_with_a_memory_layer_is_one_graph_of_the_same_loss(llama):
     recorder = Recorder(Passes(backend.make_passes({})))
     assert_same_step(llama, torch.compile(llama, backend=recorder, fullgraph=True))

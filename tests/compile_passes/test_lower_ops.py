@@ -160,6 +160,7 @@ def test_inside_a_node_of_segments_ops_choose_where_inline_is_asked_for(context)
     assert difference([y], [block(x)[0]]) < 1e-10
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_provider_is_not_asked_for_where_the_rule_was_inlined():
     recorder = Recorder(Passes([LowerOps("triton")]))
     with use_provider("auto"), pytest.raises(RuntimeError, match="it was traced for 'inline'"):

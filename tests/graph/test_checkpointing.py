@@ -20,6 +20,7 @@ from helpers import (
     omega_rule_op,
     rule_inputs,
 )
+from marks import slow_as_it_is
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -161,7 +162,10 @@ def test_nodes_that_compute_again(largest: int, kind: str, monkeypatch: pytest.M
 
 # Dynamo instantiates every autograd.Function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["memory-mlp-muon-sketch", "memory-mlp-gd-sketch", "as-context"])
+@pytest.mark.parametrize(
+    "name",
+    ["memory-mlp-muon-sketch", *map(slow_as_it_is, ("memory-mlp-gd-sketch", "as-context"))],
+)
 def test_a_compiled_block(name: str) -> None:
     """Its nodes keep their graphs on a CPU, which are nothing to the checkpoint."""
     torch._dynamo.reset()

@@ -75,7 +75,7 @@ MUON = AtlasMemoryConfig(
     ("config", "count"),
     [
         (MUON, 1),
-        (MUON.replace(memory="mlp", update="gd"), 1),  # the walk's step
+        slow_as_it_is(MUON.replace(memory="mlp", update="gd"), 1),  # the walk's step
         slow_as_it_is(MemoryAsContextConfig(MUON, segment=4, persistent_tokens=0), 1),
     ],
 )
@@ -93,6 +93,7 @@ def test_one_sequence_compiles_nothing_again(config, count, monkeypatch):
     assert inner.compiles == count
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_chunk_s_step_is_compiled_once_for_all_lengths(monkeypatch):
     """And once more where chunks begin elsewhere in memory, forward and backward: no length is

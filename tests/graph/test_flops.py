@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import MEMORIES, OBJECTIVES, UPDATES, omega_rule, rule_inputs, small_memory
+from marks import slow_as_it_is
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +29,7 @@ def counted(call):
     return counter.get_total_flops(), result
 
 
-@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("features", ["identity", slow_as_it_is("polynomial"), "sketch"])
 @pytest.mark.parametrize(
     ("update", "errors"), [("gd", "chunk"), ("gd", "online"), ("muon", "chunk")]
 )

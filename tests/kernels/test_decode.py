@@ -21,6 +21,7 @@ from helpers import (
     rule_inputs,
     tokens,
 )
+from marks import slow_as_it_is
 from torch import Tensor
 
 from atlas_blocks.functional import OmegaState
@@ -94,7 +95,7 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize("features", ["identity", "polynomial", "sketch"])
+@pytest.mark.parametrize("features", [slow_as_it_is("identity"), "polynomial", "sketch"])
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("served", SERVED)
 def test_twenty_steps_are_the_definition(served: str, momentum: bool, features: str) -> None:

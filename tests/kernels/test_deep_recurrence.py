@@ -9,6 +9,7 @@ import torch
 from helpers import ERRORS, MEMORIES, OBJECTIVES, difference, omega_rule, rule_inputs, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_as_it_is
 
 from atlas_blocks.functional import OmegaState
 from atlas_blocks.omega.arguments import Arguments
@@ -119,7 +120,7 @@ def assert_example_is_definition(
 @pytest.mark.parametrize(
     ("memory", "chunk", "window", "errors", "momentum", "objective", "decay_to"),
     [
-        ("gated_mlp", 32, 3, "online", False, "l2", "initial"),
+        slow_as_it_is("gated_mlp", 32, 3, "online", False, "l2", "initial"),
         pytest.param("mlp", 4, 3, "online", True, "l2", "zero", marks=pytest.mark.slow),
         pytest.param("gated_mlp", 16, 20, "online", True, "l2", "initial", marks=pytest.mark.slow),
         pytest.param("gated_mlp", 4, 1, "chunk", True, "dot", "initial", marks=pytest.mark.slow),
@@ -153,7 +154,7 @@ def test_packed_documents(memory: str, momentum: bool) -> None:
     assert_provider_is_definition(inputs, (20, 20), packed=packed, chunk_size=5, **options)
 
 
-@pytest.mark.parametrize("memory", DEEP)
+@pytest.mark.parametrize("memory", ["mlp", slow_as_it_is("gated_mlp")])
 def test_rows_at_different_positions(memory: str) -> None:
     """One batch whose rows stand at different places of their chunks."""
     inputs = cast(rule_inputs(memory, batch=3, length=30, window=4), torch.float32, torch.float32)
@@ -172,7 +173,7 @@ def test_rows_at_different_positions(memory: str) -> None:
 
 @pytest.mark.parametrize("length", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("errors", ERRORS)
-@pytest.mark.parametrize("memory", DEEP)
+@pytest.mark.parametrize("memory", ["mlp", slow_as_it_is("gated_mlp")])
 def test_bfloat16_is_as_good_as_the_definitions(
     memory: str, errors: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +183,7 @@ def test_bfloat16_is_as_good_as_the_definitions(
     assert max(ratios.values()) <= 2, ratios
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [slow_as_it_is(False), True])
 def test_what_is_saved_is_what_the_definition_saves(packed: bool) -> None:
     """So a compiler pass may change the provider of the backward alone."""
     inputs = rule_inputs("mlp", batch=1 if packed else 2, length=21, window=3)

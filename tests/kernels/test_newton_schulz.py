@@ -132,6 +132,7 @@ def test_sixteen_bits_are_rounded_once(shape, dtype):
     assert_equals_the_plain_iteration(s, torch.finfo(dtype).eps, steps=3)
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_more_matrices_than_programs_share_the_scratch(monkeypatch):
     """Each takes the scratch after another."""
     monkeypatch.setattr(kernels, "_programs", lambda s: 2)

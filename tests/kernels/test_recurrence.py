@@ -18,6 +18,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_as_it_is
 from torch import Tensor
 
 from atlas_blocks import ops
@@ -139,7 +140,7 @@ def test_a_limited_write_does_not_change_with_gamma() -> None:
     )
 
 
-@pytest.mark.parametrize(("chunk", "window"), [(16, 1), (64, 16), (37, 16)])
+@pytest.mark.parametrize(("chunk", "window"), [(16, 1), (64, 16), slow_as_it_is(37, 16)])
 def test_online_errors_of_large_chunks(chunk: int, window: int) -> None:
     """Several blocks of the system, and splits at any place."""
     inputs = strong(of_all_lengths(rule_inputs(length=80, heads=1, window=window, key_width=16)))
@@ -150,7 +151,7 @@ def test_online_errors_of_large_chunks(chunk: int, window: int) -> None:
 @pytest.mark.parametrize(
     ("widths", "errors", "pieces"),
     [
-        ((24, 80), "online", (9, 5)),
+        slow_as_it_is((24, 80), "online", (9, 5)),
         *(
             pytest.param(widths, errors, (41, 29), marks=pytest.mark.slow)
             for widths in ((64, 64), (300, 24), (24, 80))
@@ -191,7 +192,7 @@ PACKED = ([0, 1, 4, 25, 32, 40], [0, 20, 26, 27, 38, 40])
         (1, (5, 20), "online"),
         pytest.param(5, (16, 16), "online", marks=pytest.mark.slow),
         pytest.param(20, (3, 3), "online", marks=pytest.mark.slow),
-        (5, (3, 3), "chunk"),
+        pytest.param(5, (3, 3), "chunk", marks=pytest.mark.slow),
         pytest.param(1, (3, 3), "chunk", marks=pytest.mark.slow),
     ],
 )

@@ -15,6 +15,7 @@ from helpers import (
     omega_rule_reference,
     rule_inputs,
 )
+from marks import slow_as_it_is
 from torch import Tensor
 
 from atlas_blocks.functional import read_memory
@@ -305,7 +306,7 @@ def largest_reads(inputs: dict[str, Any], chunk: int) -> Tensor:
 
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("alpha", [None, 0.01, 0.5, 0.99, 1.0])
-@pytest.mark.parametrize("chunk", [1, 64])
+@pytest.mark.parametrize("chunk", [slow_as_it_is(1), 64])
 def test_one_token_over_and_over_is_bounded_at_any_retention_and_window(
     chunk: int, alpha: float | None, momentum: bool
 ) -> None:

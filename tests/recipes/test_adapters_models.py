@@ -419,6 +419,7 @@ def test_a_converted_model_compiles_to_one_graph(kind: str) -> None:
     close(whole(tokens, use_cache=False).logits, true)
 
 
+@pytest.mark.slow(compile_nodes=False)
 @torch.no_grad()
 def test_compiled_generation_takes_no_more_graphs_than_before() -> None:
     tokens, counts, texts = draw_tokens(2, 9), [], []

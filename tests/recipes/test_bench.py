@@ -204,6 +204,7 @@ def test_on_a_gpu_the_sweep_keeps_the_number_of_tokens():
     assert plan.gate_shape == Shape(1, 512, 2, 64)
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_contender_that_fails_is_a_row():
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -40,7 +40,7 @@ def run(capsys, monkeypatch):
     [
         slow_as_it_is("AtlasMemory", MODES),
         slow_as_it_is("deltanet+sliding-window-tiny", ("training step", "decode")),
-        ("transformer-tiny", ("training step",)),
+        slow_as_it_is("transformer-tiny", ("training step",)),
     ],
 )
 def test_a_run_writes_every_figure(run, tmp_path, name, modes):

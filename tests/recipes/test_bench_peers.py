@@ -122,6 +122,7 @@ def test_what_unrolls_is_not_compiled_at_any_length():
         ] * problems
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.usefixtures("titans")
 def test_a_peer_that_is_not_finite_is_not_timed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(peers.Foreign, "forward", lambda self, x: (x / 0, None))

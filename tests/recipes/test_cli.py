@@ -107,6 +107,7 @@ def test_demo_writes_its_results(run, tmp_path):
     assert run("generate", tmp_path / "demo" / "atlas-mag-tiny.safetensors", "--tokens", 2)[0] == 0
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_where_compiling_fails_the_demo_says_so_and_trains_eager(run, tmp_path, monkeypatch):
     failed = StepTiming(12.0, problem="InvalidCxxCompiler: none")
     monkeypatch.setattr(demo, "time_step", lambda *_, **__: failed)

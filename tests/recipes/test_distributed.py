@@ -247,6 +247,7 @@ def same(out, other):
     return names and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_run_goes_on_in_another_number_of_processes(run, tmp_path, data):
     """Two, then one, whose files are those that every command reads; the log has all."""
     out, whole = tmp_path / "run", tmp_path / "whole"

@@ -450,6 +450,7 @@ def test_a_hybrid_of_the_command_line_trains_resumes_and_generates(run, tmp_path
     assert "3 x MAL(matrix, dot, gradient descent, c=1, window 32) + (full attention)" in out
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_file_of_a_config_is_shown_changed_and_trained(run, tmp_path, data) -> None:
     _, text, _ = run("show", "3*samba+lstm-tiny", "--set", "layers.0.attention.window=7", "--json")
     file, saved = tmp_path / "mine.json", tmp_path / "model"

@@ -423,6 +423,7 @@ def killed_at_random(run, tmp_path, data, kills, steps, name=NAME):
     assert ours == true
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_killed_at_random_moments_it_ends_with_the_same_weights(run, tmp_path, data):
     killed_at_random(run, tmp_path, data, kills=3, steps=80)
 

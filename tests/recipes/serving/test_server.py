@@ -251,6 +251,7 @@ def test_a_session_is_one_requests_at_a_time(client, folder):
     assert client.complete(prompt="b", session="one", max_tokens=1)["finish_reason"] == "length"
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_20000_tokens_are_taken_up_in_another_process(model, tmp_path):
     checkpoint.save(tmp_path / "model.safetensors", model)
     generator = random.Random(1)
