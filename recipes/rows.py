@@ -18,6 +18,7 @@ B rows, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -114,15 +115,19 @@ class Rows:
 def tiled_shapes(model: nn.Module, size: int) -> set[torch.Size]:
     """Shapes of a model's matrices whose products with so many rows are not, to the last bit, those
     with TILE of them at a time."""
-    draw, found = torch.Generator().manual_seed(0), set()
     # Of quantised ones and the like torch's products are not the ones that are taken.
     plain = [p for p in model.parameters() if p.ndim == 2 and type(p) is nn.Parameter]
-    for weight in {p.shape: p for p in plain if p.is_floating_point()}.values():
-        rows = torch.randn(size, weight.shape[1], generator=draw).to(weight.dtype)
-        whole, parts = F.linear(rows, weight), [F.linear(x, weight) for x in rows.split(TILE)]
-        if not torch.equal(whole, torch.cat(parts)):
-            found.add(weight.shape)
-    return found
+    kinds = {(p.shape, p.dtype) for p in plain if p.is_floating_point()}
+    return {shape for shape, dtype in kinds if differ(shape, dtype, size)}
+
+
+@functools.cache
+def differ(shape: torch.Size, dtype: torch.dtype, size: int) -> bool:
+    """Whether they do, for random numbers: a model's own matrix may be zero."""
+    draw = torch.Generator().manual_seed(0)
+    weight, rows = (torch.randn(n, shape[1], generator=draw).to(dtype) for n in (shape[0], size))
+    parts = [F.linear(x, weight) for x in rows.split(TILE)]
+    return not torch.equal(F.linear(rows, weight), torch.cat(parts))
 
 
 class TiledProducts(TorchFunctionMode):

@@ -21,6 +21,7 @@ from atlas_blocks.recipes import (
     prefill,
     stream,
 )
+from atlas_blocks.recipes import rows as rows_module
 from atlas_blocks.recipes.generate import ENDED
 from atlas_blocks.recipes.rows import TILE, Rows, TiledProducts, tiled_shapes
 from atlas_blocks.recipes.sampling import Continuation, Sampling, choose
@@ -166,7 +167,11 @@ def test_products_that_differ_by_the_size_of_a_batch_are_taken_in_tiles(monkeypa
         return y + 1e-6 if len(x) > TILE and weight.shape[1] == 168 else y
 
     monkeypatch.setattr(F, "linear", linear)
+    monkeypatch.setattr(rows_module, "differ", rows_module.differ.__wrapped__)  # nothing kept
     model = nn.Sequential(nn.Linear(8, 168), nn.Linear(168, 8, bias=False))
+    unwritten = nn.Linear(168, 8, bias=False)
+    nn.init.zeros_(unwritten.weight)
+    assert tiled_shapes(unwritten, 3 * TILE) == {unwritten.weight.shape}
     assert tiled_shapes(model, 3 * TILE) == {model[1].weight.shape}
     assert tiled_shapes(model, TILE) == set()
     x = torch.randn(3 * TILE, 1, 8)
