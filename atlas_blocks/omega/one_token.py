@@ -69,7 +69,8 @@ def _left(rule: Rule, memory: ChunkMemory, place: Tensor) -> ChunkMemory:
 
 
 def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -> Write:
-    """The begun chunk [G, ...] as one of E tokens, of which those before it change nothing.
+    """The begun chunk [G, ...] as a whole one, b tokens after its halo, of which those before it
+    change nothing.
 
     place [G, 1]: of the newest token in it.
     """
@@ -83,17 +84,21 @@ def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -
     target = groups(x.v)
     if has_residual(rule, x) and rule.criterion.reads:
         target = target - k_raw
-    alpha, eta = groups(x.alpha), groups(x.eta)
-    theta = None if x.theta is None else groups(x.theta)
-    keys = k.shape[1]
+    keys, halo = k.shape[1], rule.window - 1
     age = torch.arange(keys - 1, -1, -1, device=k.device)
     own = age <= place  # [G, E]
+    here = own[:, halo:]
+
+    def gates(t: Tensor, nothing: float) -> Tensor:
+        """Of the chunk's tokens [G, b, ...]."""
+        t = groups(t[:, halo:])
+        return torch.where(here.unsqueeze(-1) if t.ndim == 3 else here, t, nothing)
+
     masses = None if x.masses is None else groups(x.masses)
-    weight = None if x.weight is None else torch.where(own, groups(x.weight), 0.0)
     gram = pending = None
     if rule.corrects:
         gram = kernel(feature_map, k, k, k_raw, k_raw)
-    if masses is not None and gram is not None and rule.window > 1:
+    if masses is not None and gram is not None and halo:
         # In the rows of tokens before the chunk that of its first token, as in `chunks.cut`.
         rows = torch.where(own, torch.arange(keys, device=k.device), keys - 1 - place)
         pending = online.pending_matrix(masses)
@@ -102,12 +107,12 @@ def _chunk_so_far(a: Arguments, x: Tokens, memory: ChunkMemory, place: Tensor) -
         rule,
         k,
         target,
-        torch.where(own, alpha, 1.0),
-        torch.where(own, eta, 0.0),
-        None if theta is None else torch.where(own, theta, 1.0),
-        window_matrix(groups(x.seen) * own.unsqueeze(-1), rule.window - 1)[..., rule.window - 1 :],
+        gates(x.alpha, 1.0),
+        gates(x.eta, 0.0),
+        None if x.theta is None else gates(x.theta, 1.0),
+        window_matrix(gates(x.seen, 0.0), halo),
         masses,
-        weight,
+        None if x.weight is None else gates(x.weight, 0.0),
         gram,
         pending,
         None if x.initial is None else groups(x.initial),

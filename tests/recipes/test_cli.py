@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
+import platform
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -33,6 +37,35 @@ def test_show_prints_the_tree(run):
     assert code == 0
     assert "MemoryAsGate" in out
     assert "blocks (2 alike)" in out
+
+
+FAULTS = """
+import resource, torch
+from atlas_blocks.recipes.command_line.main import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        x = [torch.ones(500_000) for _ in range(20)]  # 2 MB each
+        del x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc")
+def test_commands_do_not_give_freed_memory_back_at_every_tensor():
+    def faults(**env):
+        command = [sys.executable, "-c", FAULTS]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | env
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=kept)
+        return int(done.stdout)
+
+    pages = 20 * 20 * 500_000 * 4 // 4096
+    assert faults() < pages / 20
+    # What the user has set stays.
+    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > pages / 4
 
 
 def test_what_torch_warns_of_its_own_parts_is_not_shown(run, monkeypatch):
