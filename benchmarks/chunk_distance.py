@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,45 +19,64 @@ from torch import Tensor
 
 from atlas_blocks import Rule
 from atlas_blocks.functional import omega_rule
+from atlas_blocks.omega.arguments import Arguments
 from atlas_blocks.omega.memories import weight_shapes
 from atlas_blocks.recipes.bench.report import commit, machine, versions
 
 B, T, H, D = 2, 256, 2, 16
 
 
-def outputs(memory: str, window: int, chunk: int, momentum: bool, errors: str) -> Tensor:
+def arguments(
+    memory: str,
+    window: int,
+    chunk: int,
+    momentum: bool,
+    errors: str,
+    tokens: int = T,
+    strength: float = 0.5,
+) -> Arguments:
+    """Of the rule; eta up to `strength`."""
     torch.manual_seed(0)
     base = torch.randn(B, 1, H, D, dtype=torch.float64)
 
     def near() -> Tensor:
-        x = torch.randn(B, T, H, D, dtype=torch.float64)
+        x = torch.randn(B, tokens, H, D, dtype=torch.float64)
         return F.normalize(x + 0.75 * base, dim=-1)
 
     k, q = near(), near()
-    v = torch.randn(B, T, H, D, dtype=torch.float64) * D**-0.5
-    gates = torch.rand(2, B, T, H, dtype=torch.float64)
+    v = torch.randn(B, tokens, H, D, dtype=torch.float64) * D**-0.5
+    gates = torch.rand(2, B, tokens, H, dtype=torch.float64)
     shapes = weight_shapes(memory, D, D, 4 * D)
     weights = [torch.randn(H, *s, dtype=torch.float64) * s[-1] ** -0.5 for s in shapes]
-    gamma = torch.full((B, T, H, window), 0.02, dtype=torch.float64)
+    gamma = torch.full((B, tokens, H, window), 0.02, dtype=torch.float64)
     gamma[..., 0] = 0.98
-    y, _ = omega_rule(
+    return Arguments(
         q,
         k,
         v,
         alpha=0.99 + 0.01 * gates[0],
-        eta=0.5 * gates[1],
+        eta=strength * gates[1],
         theta=torch.full_like(gates[0], 0.5) if momentum else None,
         gamma=gamma,
         weights=weights,
+        feature_map=None,
         rule=Rule(memory=memory, chunk_size=chunk, errors=errors, window=gamma.shape[-1]),
+        state=None,
     )
+
+
+def outputs(*of: Any) -> Tensor:
+    """y, of `arguments`."""
+    a = arguments(*of)
+    names = ("alpha", "eta", "theta", "gamma", "weights", "rule")
+    y, _ = omega_rule(a.q, a.k, a.v, **{name: getattr(a, name) for name in names})
     return y
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", help="write the figures here")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     rows = []
     print(
         "| memory | c | momentum | b = 16, bare | b = 16, online | b = 64, bare | b = 64, online |"
@@ -75,10 +95,10 @@ def main() -> None:
                 figures = " | ".join(f"{row[n]:.2g}" for n in list(row)[3:])
                 yes = "yes" if momentum else "no"
                 print(f"| {memory} | {window} | {yes} | {figures} |", flush=True)
-    if arguments.json:
+    if args.json:
         here = machine(torch.device("cpu"))
         found = {"machine": here, "versions": versions(), "commit": commit(), "rows": rows}
-        with open(arguments.json, "w") as file:
+        with open(args.json, "w") as file:
             json.dump(found, file, indent=1)
             file.write("\n")
 

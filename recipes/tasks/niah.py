@@ -32,6 +32,8 @@ REPEATED = (
 # 40 depths in percent, from the beginning to the end of the prose.
 DEPTHS = tuple(round(100 * i / 39) for i in range(40))
 NUMBERS = (10**6, 10**7)
+# Sentences that prose may begin with, before there is no room for any.
+TRIES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,10 @@ class NeedleTask:
         return 1 / (NUMBERS[1] - NUMBERS[0]) if self.value == "number" else 2.0**-122
 
     def curriculum(self) -> tuple[NeedleTask, ...]:
-        """From 512 to 4,096 tokens."""
-        return tuple(dataclasses.replace(self, length=n) for n in (512, 1024, 2048, 4096))
+        """From 512 to 4,096 tokens, from 1,024 where 512 bytes have no room."""
+        short = self.haystack == "repeat" and self.keys * self.values == 1
+        lengths = (512, 1024, 2048, 4096) if short else (1024, 2048, 4096)
+        return tuple(dataclasses.replace(self, length=n) for n in lengths)
 
     def question(self, coder: Tokenizer, draws: random.Random) -> Question:
         """See `TextTask`."""
@@ -97,13 +101,17 @@ class NeedleTask:
         tail = words(coder, f"\n{question} The {what} {'are' if plural else 'is'}")
         room = self.length - self.new_tokens - len(head) - len(tail) - sum(map(len, needles))
         hay = coded((REPEATED,) if repeat else spaced(self.prose or reference()), coder)
-        first = 0 if repeat else draws.randrange(hay.units)
-        count = hay.fitting(first, room) if room > 0 else 0
-        # Before different lines, or around one sentence at least.
+        # Before different lines, or around one sentence at least: another, where it is too long.
         units = len(needles) if repeat else 1
-        if count < units:
+        for _ in range(TRIES):
+            first = 0 if repeat else draws.randrange(hay.units)
+            count = hay.fitting(first, room) if room > 0 else 0
+            if count >= units:
+                break
+        else:
             least = self.length - room + hay.at(first + units) - hay.at(first)
-            check.fail("length", f"at least {least} tokens for {len(needles)} needles", self.length)
+            wanted = f"at least {least} tokens for needles: {len(needles)}"
+            check.fail("length", wanted, self.length)
         draws.shuffle(needles)
         if repeat:
             gaps = draws.sample(range(count), len(needles))

@@ -20,6 +20,8 @@ DROPS = ("dropped", "left", "put down")
 GIVES = ("gave", "handed", "passed")
 # A question comes after at least so many facts since the last one, each time with even odds.
 STEPS, QUESTIONS = 3, 5
+# So often who and what are drawn for one kind of fact, before its kind is drawn anew.
+TRIES = 100
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
@@ -59,16 +61,17 @@ class World:
         return True
 
     def move(self) -> bool:
-        """Somebody goes to another room."""
-        who = self.draws.choice(self.people)
-        to = self.draws.choice([room for room in ROOMS if room != self.rooms.get(who)])
+        """Somebody goes to another room; False where they are in it."""
+        who, to = self.draws.choice(self.people), self.draws.choice(ROOMS)
+        if self.rooms.get(who) == to:
+            return False
         self.rooms[who] = to
         return self._tell(f"{who} {self.draws.choice(MOVES)} the {to}.")
 
-    def get(self) -> bool:
-        """Somebody takes what lies in the same room; False where that is nothing."""
+    def get(self, but: str | None = None) -> bool:
+        """Somebody takes what lies in the same room, but not this; False where that is nothing."""
         who, thing = self.draws.choice(self.people), self.draws.choice(THINGS)
-        if thing in self.holder or self.rooms.get(who) != self.lies[thing]:
+        if thing == but or thing in self.holder or self.rooms.get(who) != self.lies[thing]:
             return False
         self.holder[thing] = who
         return self._tell(f"{who} {self.draws.choice(GETS)} the {thing}.")
@@ -82,10 +85,13 @@ class World:
         del self.holder[thing]
         return self._tell(f"{who} {self.draws.choice(DROPS)} the {thing}.")
 
-    def give(self) -> bool:
-        """Somebody gives what they hold to another in the same room; False where nobody can."""
+    def give(self, unlike: tuple[str, str, str] | None = None) -> bool:
+        """Somebody gives what they hold to another in the same room; False where nobody can.
+        unlike: a gift whose thing this is not, and not of the same two people."""
         who, to = self.draws.sample(self.people, 2)
         thing = self.draws.choice(THINGS)
+        if unlike and (thing == unlike[1] or (who, to) == (unlike[0], unlike[2])):
+            return False
         if self.holder.get(thing) != who or self.rooms.get(to) != self.rooms[who]:
             return False
         self.holder[thing] = to
@@ -93,9 +99,11 @@ class World:
         return self._tell(f"{who} {self.draws.choice(GIVES)} the {thing} to {to}.")
 
     def step(self, *ways: Callable[[], bool]) -> None:
-        """One fact more, of ways drawn until one of them is possible."""
-        while not self.draws.choice(ways)():
-            pass
+        """One fact more: of a kind drawn from `ways`, unless in TRIES draws there is none."""
+        while True:
+            way = self.draws.choice(ways)
+            if any(way() for _ in range(TRIES)):
+                return
 
 
 def asked(number: int, draws: random.Random) -> Asked:
@@ -117,17 +125,22 @@ def asked(number: int, draws: random.Random) -> Asked:
 
 def _person(world: World) -> tuple[str, str]:
     """After two moves: where is somebody?"""
-    world.move()
-    world.move()
+    world.step(world.move)
+    world.step(world.move)
     who = world.draws.choice(sorted(world.rooms))
     return f"Where is {who}?", world.rooms[who]
 
 
 def _wander(world: World, ready: Callable[[], list[str]]) -> str:
-    """Facts of moving, getting and dropping, until there is something to ask about: which."""
+    """Facts of moving, getting and dropping, until there is something to ask about: which. Two of
+    three are of what people hold, where anything can be got or dropped."""
+
+    def hold() -> bool:
+        return world.draws.choice((world.get, world.drop))()
+
     steps = 0
     while True:
-        world.step(world.move, world.get, world.drop)
+        world.step(world.move, hold, hold)
         steps += 1
         things = ready() if steps >= STEPS else []
         if things and world.draws.random() < 0.5:
@@ -148,14 +161,18 @@ def _before(world: World) -> tuple[str, str]:
 
 
 def _gift(world: World) -> tuple[str, str]:
-    """A gift, up to five facts of other kinds, and one of three questions about the gift."""
-    count = len(world.gifts)
-    while len(world.gifts) == count:
+    """A gift that is not the first fact, up to five facts unlike it, and one of three questions
+    about it."""
+    facts, gift = 0, None
+    while gift is None:
+        count = len(world.gifts)
         world.step(world.move, world.get, world.give)
+        facts += 1
+        if len(world.gifts) > count and facts > 1:
+            gift = world.gifts[-1]
+    who, thing, to = gift
     for _ in range(world.draws.randrange(6)):
-        world.step(world.move, world.get)
-    # The newest, so that no later one is meant.
-    who, thing, to = world.gifts[-1]
+        world.step(world.move, lambda: world.get(but=thing), lambda: world.give(unlike=gift))
     return world.draws.choice(
         (
             (f"What did {who} give to {to}?", thing),

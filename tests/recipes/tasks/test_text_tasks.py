@@ -51,6 +51,13 @@ def test_a_prompt_has_the_length_and_the_answer(name):
         tasks.task(name, length=100).question(BYTES, random.Random(0))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sample_of_the_curriculum_has_room(name):
+    for number, task in enumerate(tasks.task(name).curriculum()):
+        for seed in range(200 if number == 0 else 20):
+            assert len(task.question(BYTES, draws_of(seed))) <= task.length - task.new_tokens
+
+
 def test_another_tokenizer_counts_its_own_tokens():
     coder = train_tokenizer([[s] for s in prose.reference().sentences[:200]], 400)
     for name in ("niah-1", "niah-3", "babi-qa3"):
@@ -206,12 +213,14 @@ def test_needles_are_drawn_as_by_lm_evaluation_harness(monkeypatch):
 # --- worlds ---------------------------------------------------------------------------------------
 
 
+GAVE = r"^(\w+) (?:gave|handed|passed) the (\w+) to (\w+)\.$"
+
+
 def read(number, facts, question):
     """The answer by the sentences alone, read from the last to the first."""
     moved = r"^(\w+) (?:went to|moved to|walked to|travelled to) the (\w+)\.$"
     got = r"^(\w+) (?:took|got|picked up) the (\w+)\.$"
     left = r"^(\w+) (?:dropped|left|put down) the (\w+)\.$"
-    gave = r"^(\w+) (?:gave|handed|passed) the (\w+) to (\w+)\.$"
 
     def room(who, end):
         return next(m[2] for f in facts[end::-1] if (m := re.match(moved, f)) and m[1] == who)
@@ -248,7 +257,7 @@ def read(number, facts, question):
             m = re.match(r"What is the (\w+) (\w+) of\?", question)
             (found,) = (b for a, way, b in of if (a, way) == m.groups())
         return found
-    gifts = [m.groups() for f in reversed(facts) if (m := re.match(gave, f))]
+    gifts = [m.groups() for f in reversed(facts) if (m := re.match(GAVE, f))]
     if m := re.match(r"What did (\w+) give to (\w+)\?", question):
         return next(t for a, t, b in gifts if (a, b) == m.groups())
     if m := re.match(r"Who received the (\w+)\?", question):
@@ -288,13 +297,24 @@ def test_stories_go_on_by_the_rules():
     assert {len(f) for f in facts} == {2, 4, 6, 8, 10}
     assert {len(world.asked(4, draws_of(seed)).facts) for seed in range(50)} == {2}
     assert min(len(world.asked(2, draws_of(seed)).facts) for seed in range(200)) >= 3
-    # After the last gift at most five facts, none of them a gift.
-    for seed in range(200):
-        facts = world.asked(5, draws_of(seed)).facts
-        last = max(
-            i for i, f in enumerate(facts) if " to " in f and re.search("gave|handed|passed", f)
-        )
-        assert len(facts) - 1 - last <= 5
+    # After the gift that is asked about at most five facts: none of its thing, nor a gift of the
+    # same two people.
+    later = []
+    for seed in range(400):
+        found = world.asked(5, draws_of(seed))
+        gifts = [re.match(GAVE, fact) for fact in found.facts]
+        words = [*found.question.rstrip("?").split(), found.answer]
+        order = {"What": (2, 6, 5), "Who": (-2, -1), "To": (3, 6, 7)}[words[0]]
+        named = [words[i] for i in order]  # giver, thing, receiver, or but the last two
+        at = max(i for i, m in enumerate(gifts) if m and list(m.groups())[-len(order) :] == named)
+        who, thing, to = gifts[at].groups()
+        after = found.facts[at + 1 :]
+        assert len(after) <= 5
+        assert not any(thing in fact for fact in after)
+        assert all((m[1], m[3]) != (who, to) for m in gifts[at + 1 :] if m)
+        later.append(len(after))
+    assert set(later) == {0, 1, 2, 3, 4, 5}
+    assert abs(sum(later) / 400 - 2.5) < 0.4
     # Nobody takes what lies elsewhere, or gives what they have not.
     for seed in range(200):
         for number in (2, 5):
@@ -314,6 +334,37 @@ def test_stories_go_on_by_the_rules():
                 else:
                     assert thing not in holder
                     holder[thing] = who
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_kinds_of_facts_are_drawn_as_by_babi(number):
+    """The kind is drawn first, and kept where anything of it is possible: moving is a third where
+    something can be dropped, and half where something can be given and nothing got."""
+    moves, count, forced = 0, 0, []
+    for seed in range(1500):
+        rooms, holder = {}, {}
+        for fact in world.asked(number, draws_of("kinds", number, seed)).facts:
+            words = fact.rstrip(".").split()
+            who, thing = words[0], next((w for w in words if w in world.THINGS), None)
+            near = [who for h in holder.values() for who in rooms if rooms[h] == rooms[who]]
+            if number == 5 and len(holder) == 3:  # nothing can be got
+                if len(near) == 3:  # nor given, as nobody is with somebody who holds
+                    forced.append(thing is None)
+                else:
+                    moves, count = moves + (thing is None), count + 1
+            elif number < 5 and holder:  # something can be dropped
+                moves, count = moves + (thing is None), count + 1
+            if thing is None:
+                rooms[who] = words[-1]
+            elif re.search("dropped|left|put", fact):
+                del holder[thing]
+            elif re.match(GAVE, fact):
+                break  # what comes after a gift has to be unlike it
+            else:
+                holder[thing] = who
+    assert count > 200
+    assert abs(moves / count - (1 / 2 if number == 5 else 1 / 3)) < 0.05
+    assert number != 5 or (len(forced) > 50 and all(forced))
 
 
 def test_facts_keep_their_order_and_lie_evenly():
