@@ -129,6 +129,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=at_least(1), default=5)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
+    rank = MapTask().rank
+    if args.dim < rank:
+        parser.error(f"--dim: expected at least {rank}, the low-rank map's rank, got {args.dim}")
     args.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "machine": machine(torch.device("cpu")),

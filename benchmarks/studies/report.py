@@ -26,23 +26,29 @@ def groups(study: Study, record: dict[str, Any]) -> Cells:
 
 
 def table(study: Study, record: dict[str, Any]) -> str:
-    """One row a variant: accuracy and steps seed by seed, and the median time of a step."""
+    """One row a variant: accuracy and steps seed by seed, and the median time of a step; the
+    numbers in the state where they are the axis, and loss and speed where bytes are learnt."""
     tests = [str(length) for length in study.tests]
-    nats = ["loss in nats"] if study.fresh else []
+    states = ["numbers in the state"] if study.axis == "state" else []
+    nats, speed = (["loss in nats"], ["tokens a second"]) if study.fresh else ([], [])
     lengths = [f"{int(n):,} tokens" for n in tests]
-    head = ["variant", "accuracy", *nats, *lengths, "steps", "ms a step"]
+    head = ["variant", *states, "accuracy", *nats, *lengths, "steps", "ms a step", *speed]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label, cells in groups(study, record).items():
         tested = [[cell["tests"][n]["accuracy"] for cell in cells] for n in tests]
         losses = [", ".join(f"{v:.3f}" for v in _of(cells, "loss"))] if nats else []
         times = [1000 * c["seconds"] / max(1, c["steps"] - 1) for c in cells if c["compiled"]]
+        middle = statistics.median(times) if times else 0.0
+        tokens = study.batch * study.task.length
         row = [
             label,
+            *(f"{statistics.median(_of(cells, 'state')):,.0f}" for _ in states),
             _shares(_of(cells, "accuracy")),
             *losses,
             *map(_shares, tested),
             ", ".join(f"{v:,}" for v in _of(cells, "steps")),
-            f"{statistics.median(times):.0f}" if times else "",
+            f"{middle:.0f}" if times else "",
+            *(f"{1000 * tokens / middle:,.0f}" if times else "" for _ in speed),
         ]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

@@ -136,7 +136,8 @@ def tokenizer(task: TextTask, size: int) -> Tokenizer:
 
 def drawn(study: Study, size: Size, seed: int) -> tuple[Tensor, Tensor]:
     """The tokens and targets of a step."""
-    length = random.Random(seed).choice(study.lengths or (study.task.length,))
+    # Not the generator of the texts, whose first draw would go with the length.
+    length = random.Random(f"length {seed}").choice(study.lengths or (study.task.length,))
     batch = max(1, study.batch * study.task.length // length)
     return rows(resized(study.task, length=length), size, batch, seed)
 

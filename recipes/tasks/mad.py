@@ -1,8 +1,8 @@
 """MAD's six tasks (Poli et al. 2024, mad-lab: mad/data/instances.py), by its rules.
 
-The models that MAD trains on them: 128 wide, two blocks of the mixer and a SwiGLU; 12,800 sequences
-to train on and 1,280 to test; `TRAINING` says the rest. `settings()` is what it varies: a
-score is the mean over all of them. Metric: `macro_accuracy`, the mean over classes.
+The models that MAD trains on them: 128 wide, two blocks of the mixer and a SwiGLU; `TRAINING` says
+how. `settings()` is what it varies of the task, and TRAINING["fewer"] of the training: a score is
+the mean over all of them. Metric: `macro_accuracy`, the mean over classes.
 
 With `training` the targets of the recall tasks are all tokens, each the next one's; without, those
 that are asked for.
@@ -22,9 +22,12 @@ from torch import Tensor
 from atlas_blocks import check
 from atlas_blocks.recipes.tasks.base import IGNORE
 
-# Sequences, epochs, and the grid of which the best counts.
+# Sequences to train on, of memorization, and fewer as one more difficulty of all other tasks;
+# sequences to test, epochs, and the grid of which the best counts.
 TRAINING = {
     "train": 12_800,
+    "memorization": 256,
+    "fewer": (6_400, 3_200, 1_600, 800),
     "test": 1_280,
     "batch": 128,
     "epochs": 200,
