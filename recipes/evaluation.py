@@ -48,6 +48,9 @@ ROWS = 32
 # Tokens at the end of each text whose loss counts.
 SCORED = 128
 SUFFIXES = {"k": 1024, "m": 1024 * 1024}
+# Settings of tasks that have options of their own.
+OPTIONS = ("length", "prose")
+OWN_PROSE = "the task's own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +107,11 @@ def tasks_of(plan: Plan, reader: Reader) -> dict[int, TokenTask | TextTask]:
     assert plan.task is not None
     check.choice("task", plan.task, TASKS)
     given, settings = TASKS[plan.task], dict(plan.settings)
-    for name in ("length", "prose"):
-        if name in settings:
+    names = {field.name for field in dataclasses.fields(given)} - {*OPTIONS}  # type: ignore[arg-type]
+    for name in settings:
+        if name in OPTIONS:
             check.fail("set", "settings that have no option of their own", name)
+        check.choice("set", name, names)
     if isinstance(given, TextTask):
         if not reader.has_text:
             wanted = "a model of bytes, or one with a tokenizer, for a task in text"
@@ -130,7 +135,7 @@ def tasks_of(plan: Plan, reader: Reader) -> dict[int, TokenTask | TextTask]:
         except ValueError as error:
             words = str(error)
             raise ValueError(
-                f"lengths: {length:,}: {words}" if words.startswith("length:") else words
+                f"lengths{words.removeprefix('length')}" if words.startswith("length:") else words
             ) from None
         found[length] = one
     return found
@@ -157,6 +162,8 @@ def file_tokens(path: Path, reader: Reader) -> np.ndarray:
     try:
         if is_binary(path):
             raise ValueError("binary data, no text")
+        if not path.stat().st_size:  # which cannot be mapped
+            return np.empty(0, np.uint8)
         if reader.coder.json is None:
             return np.memmap(path, np.uint8, mode="r")
         return reader.coder.encode([path.read_text(encoding="utf-8")])[0]
@@ -174,7 +181,7 @@ def settings_of(plan: Plan, reader: Reader) -> dict[str, Any]:
         given = TASKS[plan.task or ""]
         if isinstance(given, TextTask):
             digest = None if plan.prose is None else file_digest(plan.prose)[:16]
-            found["prose"] = digest or "the task's own"
+            found["prose"] = digest or OWN_PROSE
     found |= {"samples": plan.samples, "seed": plan.seed, "segment": plan.segment}
     return found | {"device": reader.device.type}
 
@@ -190,10 +197,49 @@ def opened(out: Path, settings: dict[str, Any], results: str, what: str) -> dict
     before = record.get("settings")
     if not isinstance(before, dict) or not isinstance(record.get("cells"), dict):
         check.fail("out", "results of this command", path)
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            check.fail(name, f"{before.get(name)}, as in {path}", settings.get(name))
+    check_same(path, before, settings)
     return record
+
+
+def check_same(path: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises ValueError, which names the argument, where settings are others than those of the
+    record at `path`. Of a file, the longest length may be shorter."""
+    old, new = (
+        "a file" if "file" in found else f"the task {found.get('task')}"
+        for found in (before, settings)
+    )
+    if "file" in {**before, **settings} and old != new:
+        check.fail("out", f"results of {new}", f"{path}, of {old}: name another folder")
+    for name in {**before, **settings}:
+        old, new = before.get(name), settings.get(name)
+        if name == "longest" and isinstance(old, int) and isinstance(new, int):
+            if new > old:
+                wanted = f"at most {old:,}, the longest that {path} began with"
+                got = f"{new:,}, whose texts end elsewhere: name another folder"
+                check.fail("lengths", wanted, got)
+        elif old != new:
+            check.fail(name, *_in_words(name, old, new, path))
+
+
+def _in_words(name: str, old: Any, new: Any, path: Path) -> tuple[str, str]:
+    """What was expected and what came, of a setting that is another. A digest says nothing to
+    people."""
+    if name == "checkpoint":
+        old, new = (str(value).rpartition(" ")[0] for value in (old, new))
+        if old == new:
+            return f"{old} with the weights that {path} began with", "other weights"
+    if name in ("file", "prose"):
+        if old != OWN_PROSE:
+            changed = "another one, or it has changed"
+            return f"the text that {path} began with", new if new == OWN_PROSE else changed
+        new = "a file"
+    old, new = (
+        (", ".join(f"{key}={one}" for key, one in value.items()) or "none")
+        if isinstance(value, dict)
+        else str(value)
+        for value in (old, new)
+    )
+    return f"{old}, as in {path}", new
 
 
 # --- one cell -------------------------------------------------------------------------------------
@@ -252,7 +298,7 @@ def _in_text(reader: Reader, given: TextTask, plan: Plan, length: int) -> Answer
         def done(text: str, question: Any = question) -> bool:
             return given.finished(question, text)
 
-        text = written(reader, logits, state, given.new_tokens, done)
+        text = written(reader, int(logits.argmax()), state, given.new_tokens, done)
         asked.append(len(question.answers))
         rights.append(given.score(question, text) * asked[-1])
     return rights, asked, tokens, seconds, {}
@@ -305,14 +351,16 @@ def perplexity_interval(losses: Sequence[float]) -> tuple[float | None, float | 
     return math.exp(max(0.0, mean - 1.96 * error)), math.exp(mean + 1.96 * error)
 
 
-def predicted(reader: Reader, text: Tensor, plan: Plan, length: int) -> dict[str, Any]:
+def predicted(
+    reader: Reader, text: Tensor, plan: Plan, length: int, longest: int
+) -> dict[str, Any]:
     """The cell of one length of a file: the loss of the last SCORED tokens of texts [L].
 
-    The texts of all lengths end at the same places, spread evenly, so that the same tokens are
-    predicted from more or less of what is before them.
+    The texts of all lengths end at the same places, spread evenly from `longest` on, so that the
+    same tokens are predicted from more or less of what is before them.
     """
     peak, began = Peak(reader.device), time.perf_counter()
-    longest, losses, seconds = max(plan.lengths), [], 0.0
+    losses, seconds = [], 0.0
     for number in range(plan.samples):
         end = longest + (len(text) - longest) * number // max(1, plan.samples - 1)
         tokens = text[end - length : end]
@@ -353,7 +401,9 @@ def run(console: Console, reader: Reader, plan: Plan, out: Path | None) -> dict[
     record = {"what": what, "settings": settings, "cells": {}}
     if out is not None:
         record = opened(out, settings, RESULTS, what)
-    record |= {"hardware": machine(reader.device), "versions": versions(), "commit": commit()}
+    here = {"hardware": machine(reader.device), "versions": versions(), "commit": commit()}
+    # At the top those that it began with: a later command may have others, which its cells tell.
+    record |= {**here, **record}
     cells = record["cells"]
     todo = [length for length in dict.fromkeys(plan.lengths) if str(length) not in cells]
     if len(cells) > 0:
@@ -365,8 +415,8 @@ def run(console: Console, reader: Reader, plan: Plan, out: Path | None) -> dict[
                 if text is None:
                     cell = answered(reader, given[length], plan, length)
                 else:
-                    cell = predicted(reader, text, plan, length)
-            cells[str(length)] = cell
+                    cell = predicted(reader, text, plan, length, record["settings"]["longest"])
+            cells[str(length)] = cell | here
             if out is not None:
                 files.write_json(out / RESULTS, record)
     except KeyboardInterrupt:

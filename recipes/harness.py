@@ -174,10 +174,10 @@ def _loaded(place: Path) -> tuple[LanguageModel, Tokenizer]:
     if not (place / "config.json").is_file():
         saved = runs.newest(place)
         return checkpoint.load(saved), Tokenizer(checkpoint.tokenizer(saved))
-    from atlas_blocks.recipes.hugging_face import AtlasForCausalLM, convert
+    from atlas_blocks.recipes.hugging_face import convert
 
-    model = AtlasForCausalLM.from_pretrained(place, local_files_only=True)
-    return convert.to_language_model(model), Tokenizer(convert.tokenizer_text(place) or None)
+    model, coder = convert.read_folder("pretrained", place)
+    return convert.to_language_model(model), coder
 
 
 if __name__ == "__main__":

@@ -81,16 +81,12 @@ def _of_transformers(place: Path, device: torch.device) -> Reader:
     # Imported here: transformers is an extra, and slow to import.
     from atlas_blocks.recipes.hugging_face import AtlasForCausalLM, convert
 
-    try:
-        model = library.AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint: cannot read {place}: {error}") from error
-    text = convert.tokenizer_text(place) or None
-    coder, size, name = Tokenizer(text), int(model.config.vocab_size), place.resolve().name
+    model, coder = convert.read_folder("checkpoint", place, library.AutoModelForCausalLM)
+    size, name = int(model.config.vocab_size), place.resolve().name
     if isinstance(model, AtlasForCausalLM):
         model = convert.to_language_model(model)
     weights = [f for form in ("*.safetensors", "*.json") for f in place.glob(form)]
-    known = text is not None or size <= coder.vocab_size
+    known = coder.json is not None or size <= coder.vocab_size
     model = model.to(device).eval()
     return Reader(name, _digest(sorted(weights)), model, coder, size, known, device)
 
@@ -126,19 +122,18 @@ def even(pieces: Iterable[np.ndarray], size: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def written(reader: Reader, logits: Tensor, state: Any, limit: int, done: Any) -> str:
+def written(reader: Reader, token: int, state: Any, limit: int, done: Any) -> str:
     """The text that greedy search goes on with, up to `limit` tokens, the end of the document, or
-    where done(text) is true. logits: [V] of its first token."""
+    where done(text) is true. token: the first; state: before it."""
     tokens: list[int] = []
     text = ""
     while len(tokens) < limit and not done(text):
-        token = int(logits.argmax())
         if token == reader.coder.end:
             break
         tokens.append(token)
         text = reader.coder.decode(tokens).decode(errors="replace")
-        found, state = reader.read(torch.tensor([[token]]), state)
-        logits = found[0, -1]
+        logits, state = reader.read(torch.tensor([[token]]), state)
+        token = int(logits[0, -1].argmax())
     return text
 
 

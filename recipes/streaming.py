@@ -1,7 +1,7 @@
 """One long text, read in segments with the state carried on: the memory that it takes does not
 depend on its length, unless the model's state grows with it.
 
-    OUT/stream.json                what has been read, how fast, and with which loss
+    OUT/stream.json                     what has been read, how fast, and with which loss
     OUT/state-000004194304.safetensors  the state after so many tokens, to go on from
 
 B batch, T tokens, V vocabulary.
@@ -165,7 +165,7 @@ def _source(reader: Reader, plan: Plan) -> tuple[Source, TextTask | None, Questi
             check.fail("checkpoint", "a model of bytes, or one with a tokenizer, for --file", got)
         tokens = evaluation.file_tokens(plan.file, reader)
         if not len(tokens):
-            check.fail("file", "at least one token", "none")
+            check.fail("file", "at least one token", f"none in {plan.file}")
         if reader.coder.json is None:
             return RepeatedBytes(plan.file, len(tokens), plan.tokens), None, None
         return Repeated(tokens, plan.tokens), None, None
@@ -210,9 +210,7 @@ def _begun(out: Path | None, settings: dict[str, Any], resume: bool) -> dict[str
     before = record.get("settings")
     if not isinstance(before, dict) or not {*empty} <= {*record}:
         check.fail("out", "a record of this command", path)
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            check.fail(name, f"{before.get(name)}, as in {path}", settings.get(name))
+    evaluation.check_same(path, before, settings)
     return record
 
 
@@ -269,61 +267,86 @@ class _Stretch:
 def run(
     console: Console, reader: Reader, plan: Plan, out: Path | None, *, resume: bool = False
 ) -> dict[str, Any] | None:
-    """Read it all, print the record as a table; None where Ctrl-C or SIGTERM came first, and what
-    had been read is saved in `out`.
+    """Read it all, answer, print the record as a table; None where Ctrl-C or SIGTERM came first,
+    and what had been read is saved in `out`.
 
-    Resumed, the state and the loss are those of a run that nobody interrupted, bit for bit, on the
-    same machine with as many threads. Raises ValueError, before anything is read, for what does not
-    fit.
+    Resumed, the state, the loss and the answer are those of a run that nobody interrupted, bit for
+    bit, on the same machine with as many threads. Raises ValueError, before anything is read, for
+    what does not fit.
     """
     source, given, question = _source(reader, plan)
     record = _begun(out, _settings(plan, reader), resume)
-    if record["done"] >= len(source):
+    last = {"state_checksum"} if question is None else {"state_checksum", "answer"}
+    if last <= {*record}:
         console.print(_table(record))
         return record
+    if question is not None and record["done"] == len(source) and "next_token" not in record:
+        got = f"{out}, of a former version, without: name another folder"
+        check.fail("out", "a stream with the token that its answer begins with", got)
     state = _loaded(out, record, reader)
     if describe.state_grows(reader.model.config):
         console.print("the state of this model grows with the text, and the memory with it")
-    record |= {"hardware": machine(reader.device), "versions": versions(), "commit": commit()}
-    logits = None
+    here = {"hardware": machine(reader.device), "versions": versions(), "commit": commit()}
+    if resume:
+        # Each part keeps its own; the first has its at the top.
+        record["resumed"] = [*record.get("resumed", ()), {"done": record["done"], **here}]
+    else:
+        record |= here
     with training.graceful_interrupt() as interrupted:
-        steps = _segments(console, reader, source, plan, record, state, interrupted)
-        for last, state, whole in steps:
-            logits = last
+        for after, whole in _segments(console, reader, source, plan, record, state, interrupted):
+            state = after
             if whole:
                 _save(out, record, state)
-    assert state is not None or record["done"] == 0
-    if record["done"] < len(source):
-        _save(out, record, state)
+        if record["done"] < len(source):
+            _save(out, record, state)
+        else:
+            assert state is not None
+            record["state_checksum"] = checksum(state)
+            if given is not None and question is not None:
+                text = _answer(reader, given, question, record["next_token"], state, interrupted)
+                if not interrupted.is_set():
+                    record["answer"] = {
+                        "question": question.asked,
+                        "wanted": list(question.answers),
+                        "given": text,
+                        "score": given.score(question, text),
+                    }
+            _save(out, record, None)
+    if not last <= {*record}:
         kept = f"; [bold]{out}[/] goes on with --resume" if out is not None else ""
         console.print(f"interrupted after {record['done']:,} of {len(source):,} tokens{kept}")
         return None
-    assert logits is not None
-    assert state is not None
-    record["state_checksum"] = checksum(state)
-    if given is not None and question is not None:
-        asked = question
-
-        def done(text: str) -> bool:
-            return given.finished(asked, text)
-
-        text = written(reader, logits, state, given.new_tokens, done)
-        record["answer"] = {
-            "question": question.asked,
-            "wanted": list(question.answers),
-            "given": text,
-            "score": given.score(question, text),
-        }
-    _save(out, record, state)
     console.print(_table(record))
     return record
+
+
+def _answer(
+    reader: Reader,
+    given: TextTask,
+    question: Question,
+    token: int,
+    state: LanguageModelState,
+    interrupted: threading.Event,
+) -> str:
+    """What the model writes after the prompt, `token` first; less where somebody interrupts."""
+
+    def done(text: str) -> bool:
+        return interrupted.is_set() or given.finished(question, text)
+
+    return written(reader, token, state, given.new_tokens, done)
 
 
 def _loaded(out: Path | None, record: dict[str, Any], reader: Reader) -> LanguageModelState | None:
     if not record["done"]:
         return None
     assert out is not None
-    state = State.load(_state_file(out, record["done"]))
+    path = _state_file(out, record["done"])
+    try:
+        state = State.load(path)
+    except FileNotFoundError:
+        check.fail("out", f"the state after {record['done']:,} tokens, {path}", "no such file")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"out: {error}") from error
     if not isinstance(state, LanguageModelState):
         check.fail("out", "the state of a model", type(state).__name__)
     return state.to(reader.device)
@@ -337,9 +360,9 @@ def _segments(
     record: dict[str, Any],
     state: LanguageModelState | None,
     interrupted: threading.Event,
-) -> Iterator[tuple[Tensor, LanguageModelState, bool]]:
-    """Read on to the end, or until somebody interrupts: the logits [V] after the last token of a
-    segment, the state, and whether a line of the record is complete."""
+) -> Iterator[tuple[LanguageModelState, bool]]:
+    """Read on to the end, or until somebody interrupts: the state after each segment, and whether a
+    line of the record is complete."""
     total, began, start = len(source), time.perf_counter(), record["done"]
     with display.working(console, f"reading {total:,} tokens") as say:
         part = _Stretch(Peak(reader.device))
@@ -354,6 +377,7 @@ def _segments(
             found = logits[0, : len(targets)].float()
             nats = float(F.cross_entropy(found, targets, reduction="sum")) if len(targets) else 0.0
             record["done"] = last
+            record["next_token"] = int(logits[0, -1].argmax())
             record["nats"] += nats
             part.nats += nats
             part.targets += len(targets)
@@ -371,7 +395,7 @@ def _segments(
             if whole:
                 record["stretches"].append(part.line(last, state))
                 part = _Stretch(Peak(reader.device))
-            yield logits[0, -1].clone(), state, whole
+            yield state, whole
         if part.tokens and state is not None:
             record["stretches"].append(part.line(record["done"], state))
 

@@ -18,11 +18,14 @@ Cache = Annotated[
 ]
 
 
-def setting_of(text: str) -> tuple[str, Any]:
-    """PATH=VALUE, the value as JSON has it, or else as a word."""
+def setting_of(
+    text: str, form: str = "PATH=VALUE, such as layers.0.mixer.window=32"
+) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON has it, or else as a word. form: how it is written, for the
+    error."""
     path, equals, value = text.partition("=")
     if not (path and equals):
-        check.fail("set", "PATH=VALUE, such as layers.0.mixer.window=32", repr(text))
+        check.fail("set", form, repr(text))
     for spelling in (value, value.lower()):  # True is true
         with contextlib.suppress(json.JSONDecodeError):
             return path, json.loads(spelling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,6 +27,11 @@ Settings = Annotated[
 Text = Annotated[Path | None, typer.Option(help="Text to hide facts in; the task's own if not.")]
 Segment = Annotated[int, typer.Option(help="Tokens of a call: memory grows with it.")]
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+
+
+def _settings_of(settings: list[str] | None) -> dict[str, Any]:
+    """Those of a task, by name."""
+    return dict(setting_of(text, "NAME=VALUE, such as pairs=8") for text in settings or [])
 
 
 def evaluate(
@@ -57,7 +62,7 @@ def evaluate(
         samples=samples,
         seed=seed,
         segment=segment,
-        settings=dict(map(setting_of, settings or [])),
+        settings=_settings_of(settings),
         prose=prose,
     )
     reader = open_reader(checkpoint, device_of(device))
@@ -104,7 +109,7 @@ def stream(
         seed=seed,
         segment=segment,
         every=None if every is None else one("every", every),
-        settings=dict(map(setting_of, settings or [])),
+        settings=_settings_of(settings),
         prose=prose,
     )
     reader = open_reader(checkpoint, device_of(device))

@@ -85,14 +85,26 @@ def to_checkpoint(folder: Path, out: Path) -> None:
     if out.suffix != ".safetensors":
         check.fail("out", "a file name that ends in .safetensors", out)
     files.check_writable("out", out)
+    model, coder = read_folder("source", folder)
+    checkpoint.save(out, to_language_model(model), tokenizer=coder.json or "")
+
+
+def read_folder(name: str, folder: Path, kind: Any = AtlasForCausalLM) -> tuple[Any, Tokenizer]:
+    """The model of a folder, and what its tokens are: bytes where it has no tokenizer.json.
+
+    kind: the class that reads it. Raises ValueError, which names the argument `name`, for any file
+    that is damaged or no such model's.
+    """
     try:
-        config = AtlasConfig.from_pretrained(folder)
-        if config.model_type != "atlas" or "AtlasForCausalLM" not in (config.architectures or []):
-            check.fail(f"folder {folder}", "an AtlasForCausalLM", config.architectures)
-        model = AtlasForCausalLM.from_pretrained(folder, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"folder {folder}: cannot be read: {error}") from error
-    checkpoint.save(out, to_language_model(model), tokenizer=tokenizer_text(folder))
+        coder = Tokenizer(tokenizer_text(folder) or None)
+        if kind is AtlasForCausalLM:
+            config = AtlasConfig.from_pretrained(folder)
+            of = config.architectures or []
+            if config.model_type != "atlas" or "AtlasForCausalLM" not in of:
+                check.fail("config.json", "an AtlasForCausalLM", config.architectures)
+        return kind.from_pretrained(folder, local_files_only=True), coder
+    except Exception as error:  # each of the libraries behind it raises its own
+        raise ValueError(f"{name}: cannot read {folder}: {error}") from error
 
 
 def is_folder(path: Path) -> bool:

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from atlas_blocks.recipes import build, checkpoint, streaming
+from atlas_blocks.recipes import build, checkpoint, files, streaming
 from atlas_blocks.recipes.reading import Reader
 
 FILE = Path(streaming.__file__)
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(params=["atlas-mag-tiny", "linear-attention-tiny"])
@@ -92,6 +93,112 @@ def test_a_stream_goes_on_to_the_same_bits(run, trained, tmp_path, monkeypatch, 
     assert run(*command, "--out", parts, "--resume")[0] == 0
 
 
+# babi-qa2 of 1,000 tokens: 968 of prompt in segments of 300, then an answer token by token.
+SHORT = ("--task", "babi-qa2", "--tokens", 1000, "--segment", 300)
+
+
+@pytest.mark.parametrize("how", ["killed at the checksum", "killed at the answer", "Ctrl-C"])
+def test_an_interrupted_answer_is_written_after_all(run, trained, tmp_path, monkeypatch, how):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("stream", trained, *SHORT, "--out", whole)[0] == 0
+    command = ("stream", trained, *SHORT, "--out", parts)
+    with monkeypatch.context() as patched:
+        if how == "Ctrl-C":
+            told = after(4 + 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+            patched.setattr(Reader, "read", told)
+            code, out, _ = run(*command)
+            assert code == 130
+            assert "interrupted after 968 of 968 tokens" in out
+            assert record(parts)["state_checksum"]
+        else:
+            name = "checksum" if how == "killed at the checksum" else "written"
+            patched.setattr(streaming, name, lambda *_: killed())
+            with pytest.raises(RuntimeError, match="killed"):
+                run(*command)
+            assert "state_checksum" not in record(parts)
+    found = record(parts)
+    assert found["done"] == 968
+    assert "answer" not in found
+    # What was read is not read again: the answer alone is written, a token a call.
+    sizes, read = [], Reader.read
+    with monkeypatch.context() as patched:
+        patched.setattr(Reader, "read", lambda *a: sizes.append(a[1].numel()) or read(*a))
+        code, out, _ = run(*command, "--resume")
+    assert code == 0
+    assert "Where is" in " ".join(out.split())
+    assert {*sizes} == {1}
+    for name in ("done", "nats", "state_checksum", "answer", "settings"):
+        assert record(whole)[name] == record(parts)[name]
+
+
+def test_a_killed_checksum_of_a_file_is_made_after_all(run, light, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ("stream", light, "--file", FILE, "--tokens", 500)
+    assert run(*command, "--out", whole)[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "checksum", lambda _: killed())
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*command, "--out", parts)
+    assert run(*command, "--out", parts, "--resume")[0] == 0
+    assert record(whole)["state_checksum"] == record(parts)["state_checksum"]
+
+
+def test_a_record_without_the_token_to_answer_with_is_refused(run, light, tmp_path):
+    out = tmp_path / "out"
+    assert run("stream", light, *SHORT, "--out", out)[0] == 0
+    found = record(out)
+    files.write_json(out / "stream.json", {k: found[k] for k in [*found][:4]})
+    code, _, err = run("stream", light, *SHORT, "--out", out, "--resume")
+    assert code == 2
+    assert err.startswith("atlas-blocks: out: expected a stream with the token that its answer")
+
+
+def test_every_part_keeps_what_it_ran_on(run, light, tmp_path, monkeypatch):
+    command = ("stream", light, "--file", FILE, "--tokens", 900, "--segment", 300, "--every", 300)
+    command = (*command, "--out", tmp_path / "out")
+    for number in range(3):
+        with monkeypatch.context() as patched:
+            patched.setattr(streaming, "commit", lambda number=number: f"commit {number}")
+            patched.setattr(streaming, "versions", lambda number=number: {"torch": number})
+            patched.setattr(streaming, "machine", lambda _, number=number: {"threads": number})
+            if number < 2:
+                stop = after(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+                patched.setattr(Reader, "read", stop)
+            assert run(*command, *["--resume"] * (number > 0))[0] == (130 if number < 2 else 0)
+    found = record(tmp_path / "out")
+    parts = [{"done": 0, **found}, *found["resumed"]]
+    assert [part["done"] for part in found["resumed"]] == [300, 600]
+    for number, part in enumerate(parts):
+        assert part["commit"] == f"commit {number}"
+        assert part["versions"] == {"torch": number}
+        assert part["hardware"] == {"threads": number}
+    # The finished one is no further part.
+    assert run(*command, "--resume")[0] == 0
+    assert record(tmp_path / "out") == found
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated"])
+def test_a_state_that_cannot_be_read_is_told_of_the_folder(
+    run, light, tmp_path, monkeypatch, fault
+):
+    out = tmp_path / "out"
+    command = ("stream", light, "--file", FILE, "--tokens", 900, "--segment", 300, "--out", out)
+    with monkeypatch.context() as patched:
+        patched.setattr(Reader, "read", after(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        assert run(*command)[0] == 130
+    (state,) = out.glob("state-*")
+    if fault == "missing":
+        state.unlink()
+        words = f"expected the state after 600 tokens, {state}, got no such file"
+    else:
+        state.write_bytes(state.read_bytes()[:500])
+        words = f"{state}: expected a file that State.save wrote"
+    code, _, err = run(*command, "--resume")
+    assert code == 2
+    assert err.startswith(f"atlas-blocks: out: {words}")
+    assert err.count("\n") == 1
+
+
 def test_the_loss_is_that_of_one_pass(run, light, tmp_path):
     text = tmp_path / "text"
     text.write_bytes(b"To be or not to be? " * 20)
@@ -120,8 +227,11 @@ def test_a_file_begins_again_however_its_tokens_are_read(tmp_path):
 
 
 def test_errors_come_before_anything_is_read(run, light, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+    out, task, other = tmp_path / "out", tmp_path / "task", tmp_path / "other.safetensors"
     assert run("stream", light, "--file", FILE, "--tokens", "1k", "--out", out)[0] == 0
+    assert run("stream", light, *SHORT, "--out", task)[0] == 0
+    torch.manual_seed(1)
+    checkpoint.save(other, build("linear-attention-tiny", depth=1))
     monkeypatch.setattr(Reader, "read", None)
     base = ("stream", light, "--file", FILE, "--tokens", "1k")
     for arguments, words in (
@@ -130,13 +240,34 @@ def test_errors_come_before_anything_is_read(run, light, tmp_path, monkeypatch):
         ((*base, "--resume", "--out", tmp_path), "out: expected the folder of a stream to resume"),
         ((*base, "--resume", "--out", out, "--seed", 3), "seed: expected 0, as in"),
         ((*base, "--resume", "--out", out, "--segment", 9), "segment: expected 4096, as in"),
+        (
+            ("stream", light, "--file", __file__, "--tokens", "1k", "--resume", "--out", out),
+            f"file: expected the text that {out}/stream.json began with, got another one, or it",
+        ),
+        (
+            ("stream", light, *SHORT, "--prose", README, "--resume", "--out", task),
+            f"prose: expected the task's own, as in {task}/stream.json, got a file",
+        ),
+        (
+            (*base, "--resume", "--out", task),
+            f"out: expected results of a file, got {task}/stream.json, of the task babi-qa2",
+        ),
+        (
+            ("stream", light, *SHORT, "--resume", "--out", out),
+            f"out: expected results of the task babi-qa2, got {out}/stream.json, of a file",
+        ),
+        (
+            ("stream", other, *base[2:], "--resume", "--out", out),
+            f"checkpoint: expected linear-attention-tiny with the weights that {out}/stream.json "
+            "began with, got other weights",
+        ),
         ((*base, "--tokens", "1k,2k"), "tokens: expected one number of tokens"),
         ((*base, "--tokens", "1"), "tokens: expected an int >= 2"),
         ((*base, "--every", "0"), "every: expected an int >= 1"),
         ((*base, "--task", "niah-1"), "task: expected one of --task and --file, got both"),
         ((*base[:2], "--tokens", "1k"), "task: expected one of --task and --file, got neither"),
         ((*base[:2], "--task", "mqar", "--tokens", "1k"), "task: expected one in text: niah-1"),
-        ((*base[:2], "--task", "niah-1", "--tokens", 90), "tokens: 90: length: expected at least"),
+        ((*base[:2], "--task", "niah-1", "--tokens", 90), "tokens: expected at least"),
         ((*base[:3], tmp_path / "none", *base[4:]), "file: cannot read"),
     ):
         code, _, err = run(*arguments)
