@@ -13,6 +13,10 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     kind = like.device.type
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
+    # Where it is off there is nothing to do, and a compiled graph that says so is not kept for the
+    # next process. An exported one may be run inside an autocast region.
+    if not torch.is_autocast_enabled(kind) and not torch.compiler.is_exporting():
+        return nullcontext()
     return torch.autocast(kind, enabled=False)
 
 

@@ -9,8 +9,10 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._functorch import config as functorch
 
 from atlas_blocks.recipes import files
 
@@ -38,12 +40,22 @@ def compile_cache(folder: Path | None) -> Iterator[None]:
     before = os.environ.get(PLACE)
     os.environ[PLACE] = str((folder / f"graphs-{key()}").absolute())
     try:
-        yield
+        with _traced_graphs_kept():
+            yield
     finally:
         if before is None:
             os.environ.pop(PLACE, None)
         else:
             os.environ[PLACE] = before
+
+
+def _traced_graphs_kept() -> contextlib.AbstractContextManager[Any]:
+    """AOTAutograd's too, of graphs with an autograd.Function in them. What it does is in the graph,
+    and where it is ours in `sources` as well."""
+    name = "autograd_cache_allow_custom_autograd_functions"
+    if not hasattr(functorch, name):
+        return contextlib.nullcontext()
+    return functorch.patch({name: True})
 
 
 @functools.cache

@@ -42,7 +42,7 @@ class Log:
             # The folder names the run, so that one that goes on is one there too.
             place = out.resolve()
             number = hashlib.sha256(str(place).encode()).hexdigest()[:16]
-            self._project = needed("wandb", "wandb").init(
+            self._project = needed("wandb", "wandb", "wandb").init(
                 project=project, dir=str(out), id=number, name=place.name, resume="allow"
             )
 

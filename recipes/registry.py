@@ -93,8 +93,9 @@ def _near(name: str) -> str:
     """What somebody may have meant."""
     architecture, dash, size = name.rpartition("-")
     if is_composed(name):
-        ends = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.4) if dash else SIZES
-        known = [f"{architecture if dash else name}-{end}" for end in ends or SIZES]
+        ends = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.4) if dash else []
+        # Without a near one the dash may be that of a name, and the size missing.
+        known = [f"{architecture}-{end}" for end in ends] or [f"{name}-{end}" for end in SIZES]
         return f"did you mean {', '.join(known)}?"
     near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
     return f"did you mean {', '.join(near)}?" if near else "see atlas_blocks.recipes.names()"

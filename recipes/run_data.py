@@ -47,6 +47,9 @@ def prepared(
             on_progress=_progress(say, source, console.is_terminal),
         )
     note = f", {source.left_out} files that are no text left out" if source.left_out else ""
+    note += (
+        f', of its splits "train" alone, not {", ".join(source.splits)}' if source.splits else ""
+    )
     console.print(f"prepared [bold]{out}[/]: {told(shards)}{note}")
     return shards
 

@@ -268,7 +268,7 @@ def _check(
             wanted = f"at least {least:,} predicted tokens to {what}"
             check.fail("data", wanted, f"{part.predictions:,} in {shards.source['name']}")
     if keeping.project:
-        needed("wandb", "wandb")
+        needed("wandb", "wandb", "wandb")
     # Weights and AdamW's two averages, in every checkpoint that is kept and the one to come.
     weights = 4 * registry.parameter_count(model)
     room = (keeping.keep + 1) * (3 * weights + 2**20)

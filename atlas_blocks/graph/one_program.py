@@ -32,7 +32,7 @@ def fits(graph: fx.GraphModule) -> bool:
 
     Of a list of one tensor torch 2.13 reads the tensor where the list is, and the process dies; it
     writes a string into the program as it stands. So a graph with such a list, or with an op of
-    somebody else's, gets a program a kernel.
+    somebody else's, gets a program a kernel. What Inductor writes out itself it does not call.
     """
     parts = [part for part in graph.modules() if isinstance(part, fx.GraphModule)]
     nodes = [node for part in parts for node in part.graph.nodes]
@@ -43,6 +43,10 @@ def fits(graph: fx.GraphModule) -> bool:
 
 
 def _lists_one_tensor(node: fx.Node) -> bool:
+    from torch._inductor import lowering
+
+    if node.target in lowering.lowerings and node.target not in lowering.fallbacks:
+        return False
     returns: Any = node.target._schema.returns  # type: ignore[union-attr]
     if len(returns) != 1 or not isinstance(returns[0].type, torch.ListType):
         return False

@@ -36,12 +36,14 @@ class Source:
     """Where documents come from. path: None is the Python standard library; field: the column of
     tables, or the key of JSON lines, that holds the text.
 
-    files: what is read. left_out: files that are no text, known once all have been read.
+    files: what is read. left_out: files that are no text, known once all have been read. splits:
+    those of a dataset that are not read, as "train" is.
     Raises ValueError where there is nothing to read.
     """
 
     def __init__(self, path: Path | None, field: str = "text") -> None:
         self.path, self.field, self.left_out = path, field, 0
+        self.splits: list[str] = []
         if path is None:
             self.name, self.root = text.standard_library_name(), text.standard_library_root()
             self.files = text.standard_library_files()
@@ -51,9 +53,10 @@ class Source:
             check.fail("data", "a folder or a file", f"{path} (not found)")
         self.root = path if path.is_dir() else path.parent
         if (path / DATASETS).is_file():
-            if not (path / "train" / DATASET).is_file():
-                splits = [p.parent.name for p in sorted(path.glob(f"*/{DATASET}"))]
+            splits = [p.parent.name for p in sorted(path.glob(f"*/{DATASET}"))]
+            if "train" not in splits:
                 check.fail("data", f'a dataset with "train", or one of {path}/', ", ".join(splits))
+            self.splits = [split for split in splits if split != "train"]
             self.path, self.root = path / "train", path / "train"
         if path.is_dir() and any(path.glob(SHARD)):
             check.fail("data", "text, or a folder that `prepare` has finished", path)
@@ -143,6 +146,8 @@ def _pieces(file: Path) -> Iterator[str]:
                 at = read - pending + error.start
                 got = f"{file} (byte {error.object[error.start]:#04x} at {at:,})"
                 check.fail("data", "text in UTF-8", got)
+            if read == 0:
+                rest = rest.removeprefix("\ufeff")  # the mark that some editors begin UTF-8 with
             read += len(data)
             if not data:
                 break

@@ -255,6 +255,10 @@ def _session(service: Service, asked: protocol.Request) -> Iterator[_Taken]:
     """The request's; given back at once where the request is refused, else when it is over."""
     name = asked.session
     if name is None:
+        if asked.save_session and "save_session" in asked.model_fields_set:
+            raise Refused(
+                400, "save_session", "save_session: needs a session to be saved, got none"
+            )
         yield _Taken()
         return
     sessions, saved = _sessions(service), asked.save_session

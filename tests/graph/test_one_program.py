@@ -1,10 +1,13 @@
 """Graphs on a CPU go into one C++ program, others and those that are asked not to do not."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from helpers import omega_rule_op as omega_rule
 from torch import Tensor, fx
 from torch._inductor import compile_fx
+from torch._inductor import config as inductor_config
 
 import atlas_blocks
 from atlas_blocks.blocks.memory_as_context_op import read, written
@@ -77,16 +80,37 @@ def test_any_op_of_anybody_s_runs(name, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_list_of_one_tensor_does_not_fit_wherever_it_is(count):
+@pytest.mark.parametrize("op", ["atlas.omega_rule.default", "aten.split_with_sizes.default"])
+def test_a_list_of_one_tensor_does_not_fit_wherever_it_is(op, count):
+    """Unless Inductor writes it out itself, as it does parts of a tensor."""
     inner = fx.Graph()
-    parts = inner.call_function(torch.ops.aten.split.Tensor, (inner.placeholder("x"), 2))
+    parts = inner.call_function(attrgetter(op)(torch.ops), (inner.placeholder("x"),))
     parts.meta["val"] = [torch.empty(2) for _ in range(count)]
     inner.output(parts)
     outer = fx.Graph()
     outer.output(outer.call_module("part", (outer.placeholder("x"),)))
     part = fx.GraphModule(torch.nn.Module(), inner)
-    assert one_program.fits(part) == (count == 2)
-    assert one_program.fits(fx.GraphModule({"part": part}, outer)) == (count == 2)
+    fits = count == 2 or op.startswith("aten")
+    assert one_program.fits(part) == fits
+    assert one_program.fits(fx.GraphModule({"part": part}, outer)) == fits
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [torch.Tensor.split_with_sizes, torch.Tensor.split])
+def test_one_part_of_a_tensor_is_computed_in_one_program(split, monkeypatch):
+    programs = []
+    fits = one_program.fits
+    monkeypatch.setattr(one_program, "fits", lambda graph: programs.append(fits(graph)) or True)
+
+    def f(x):
+        (part,) = split(x.sin(), [5], 1)
+        return part.cos() + x
+
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with inductor_config.patch(force_disable_caches=True):
+        torch.testing.assert_close(atlas_blocks.compile(f)(x), f(x))
+    assert programs == [True]
 
 
 @here

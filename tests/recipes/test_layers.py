@@ -152,6 +152,7 @@ def test_what_is_no_sequence_of_layers_is_named(layers, depth, message: str) -> 
         ("3*atlas+transfomer-tiny", "got 'transfomer'; did you mean transformer"),
         ("3*atlas+transformer-tinny", "did you mean 3.atlas.transformer-tiny"),
         ("3*atlas+transformer", "did you mean .*3.atlas.transformer-tiny"),
+        ("3*gated-deltanet+transformer", "did you mean 3.gated-deltanet.transformer-tiny"),
         ("3*atlas+-tiny", "layers: expected a pattern of names"),
         ("atlas-hybird-tiny", "recipe: 'atlas-hybird-tiny' is unknown; did you mean atlas-hybrid"),
     ],

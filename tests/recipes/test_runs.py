@@ -142,7 +142,10 @@ def test_a_text_too_short_is_named_first(run, tmp_path, no_step, size, words):
         (("--keep", 0), "keep: expected an int >= 1"),
         (("--optimizer", "sgd"), "optimizer: expected one of adamw, muon"),
         (("--schedule", "flat"), "schedule: expected one of cosine, wsd"),
-        (("--wandb", "project"), "wandb: expected the library wandb, got none"),
+        (
+            ("--wandb", "project"),
+            "wandb: expected the library wandb, got none (pip install 'atlas-blocks[wandb]')",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_first(run, tmp_path, data, no_step, monkeypatch, flags, words):

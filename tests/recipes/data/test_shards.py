@@ -83,7 +83,14 @@ def bpe():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_source_gives_the_same_documents(tmp_path, kind):
     KINDS[kind](tmp_path / kind)
-    assert texts(Source(tmp_path / kind)) == TEXTS
+    source = Source(tmp_path / kind)
+    assert texts(source) == TEXTS
+    assert source.splits == (["test"] if kind == "datasets" else [])
+
+
+def test_the_mark_before_utf8_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfsome text, \xef\xbb\xbf")
+    assert texts(Source(tmp_path / "a.txt")) == ["some text, \ufeff"]
 
 
 def test_a_folder_is_its_visible_text_in_order_of_names(tmp_path):

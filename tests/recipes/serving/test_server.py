@@ -329,6 +329,7 @@ USER = [{"role": "user", "content": "a"}]
         ({"prompt": "a", "session": "../a"}, 400, "session: expected up to 100 letters"),
         ({"prompt": "a", "session": "x", "n": 2}, 400, "n: must be 1 where the session is saved"),
         ({"prompt": ["a", "b"], "session": "x"}, 400, "prompt: one, with a session, got 2"),
+        ({"prompt": "a", "save_session": True}, 400, "save_session: needs a session"),
         ({"prompt": "a", "session": "x", "save_session": False}, 404, "session: there is none"),
         ({"messages": []}, 400, "messages: "),
         ({"messages": "a"}, 400, "messages: must be a valid list"),
