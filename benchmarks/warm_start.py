@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/warm_start.py [RECIPE ...] [--json FILE]
 
 A second process has nothing but the folder of the first (`--cache` of the commands). Seconds by
-the clock of the first step, loss and gradients of 512 tokens, from the model's first call on: eager,
-and compiled with the folder, in turn. torch's check of the C++ compiler, once a machine, is not in
-them.
+the clock of the first step, loss and gradients of 512 tokens, from the model's first call on: eager
+and compiled with the folder, in turn. Not in them is torch's check of the C++ compiler, which is
+made once a machine.
 """
 
 from __future__ import annotations
