@@ -88,3 +88,17 @@ def check_folder(name: str, folder: Path, room: int = 0) -> None:
         raise ValueError(f"{name}: cannot write in {folder}: {error.strerror or error}") from error
     if free < room:
         check.fail(name, f"a disk with {human(room, 'B')} free", f"{folder}, {human(free, 'B')}")
+
+
+@contextlib.contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Where what is done inside fails before it has written anything, a folder that was made to try
+    is taken away again."""
+    there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
+        raise

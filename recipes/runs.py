@@ -136,7 +136,7 @@ def begin(
     wanted, data = registry.config(recipe), opened(options, given, None)
     if holds_run(out):
         raise ValueError(f"out: {out} holds a run; --resume continues it, or name another folder")
-    _check_machine(out, config, device, parallel)
+    _check_machine(keeping, config, device, parallel)
     if parallel is not None:
         parallel.layout.check(wanted, config)
 
@@ -186,7 +186,7 @@ def resume(
         if settings["steps"] < run.step:
             check.fail("steps", f"at least the {run.step} that {out} has done", settings["steps"])
         config = config.replace(steps=settings["steps"])
-    _check_machine(out, config, device, parallel)
+    _check_machine(keeping, config, device, parallel)
     if not (options.path or is_prepared(out / DATA)):
         check.fail("data", f"{run.data}, that of the run, which is not in {out}", "none")
     data = opened(options, given, out / DATA)
@@ -229,10 +229,13 @@ def _newest_run(
 
 
 def _check_machine(
-    out: Path, config: TrainingConfig, device: torch.device, parallel: Parallel | None
+    keeping: Keeping, config: TrainingConfig, device: torch.device, parallel: Parallel | None
 ) -> None:
-    """Raise ValueError where the folder cannot be written, or nothing can be compiled."""
-    files.check_folder("out", out)
+    """Raise ValueError where the folder cannot be written, a library is missing, or nothing can be
+    compiled: before data are prepared, which may take an hour."""
+    files.check_folder("out", keeping.out)
+    if keeping.project:
+        needed("wandb", "wandb", "wandb")
     if not config.compile or not (parallel is None or parallel.layout.compiles):
         return
     try:
@@ -267,8 +270,6 @@ def _check(
         if part.predictions < least:
             wanted = f"at least {least:,} predicted tokens to {what}"
             check.fail("data", wanted, f"{part.predictions:,} in {shards.source['name']}")
-    if keeping.project:
-        needed("wandb", "wandb", "wandb")
     # Weights and AdamW's two averages, in every checkpoint that is kept and the one to come.
     weights = 4 * registry.parameter_count(model)
     room = (keeping.keep + 1) * (3 * weights + 2**20)

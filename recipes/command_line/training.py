@@ -171,12 +171,12 @@ def train(
     start = runs.resume if again else runs.begin
     arguments = (recipe, keeping, settings, options, given)
     divided = Layout.of(layout.ranks(), tensor=tensor, sequence=sequence)
-    if layout.ranks() == 1:
-        console = Console()
-        with compile_cache(cache):
+    # Every rank may use the folder: what is in it is written whole.
+    with files.no_empty_folder(out), compile_cache(cache):
+        if layout.ranks() == 1:
+            console = Console()
             done = runs.train(console, keeping, start(console, *arguments, device_of(device)))
-    else:
-        with compile_cache(cache if layout.leads() else None):
+        else:
             done = _train_together(start, keeping, arguments, divided, device)
     if not done:
         raise typer.Exit(INTERRUPTED)

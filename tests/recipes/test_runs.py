@@ -155,6 +155,7 @@ def test_what_is_wrong_is_named_first(run, tmp_path, data, no_step, monkeypatch,
     assert code == 2
     assert len(err.splitlines()) == 1
     assert f"atlas-blocks: {words}" in flat(err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_machine_without_a_compiler_is_named_first(run, tmp_path, data, no_step, monkeypatch):
