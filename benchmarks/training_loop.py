@@ -107,7 +107,7 @@ def main() -> None:
         # A terminal, so that the display is live.
         console = Console(file=screen, force_terminal=True, width=120)
         with (
-            training._compiled(turns.model, config),
+            training.compiled_blocks(turns.model, config),
             mock.patch.object(runs, "_batches", return_value=turns),
         ):
             runs.train(console, keeping, run)
