@@ -47,6 +47,8 @@ RESULTS, PLOT = "eval.json", "eval.png"
 ROWS = 32
 # Tokens at the end of each text whose loss counts.
 SCORED = 128
+# Texts of at most so many tokens are all drawn before any is read.
+TRIED = 16_384
 SUFFIXES = {"k": 1024, "m": 1024 * 1024}
 # Settings of tasks that have options of their own.
 OPTIONS = ("length", "prose")
@@ -102,7 +104,7 @@ def tokens_of(name: str, text: str) -> tuple[int, ...]:
 
 
 def tasks_of(plan: Plan, reader: Reader) -> dict[int, TokenTask | TextTask]:
-    """The task at every length, tried once. Raises ValueError that names the argument that is
+    """The task at every length, tried. Raises ValueError that names the argument that is
     wrong: the task, one of its settings, or a length."""
     assert plan.task is not None
     check.choice("task", plan.task, TASKS)
@@ -128,7 +130,9 @@ def tasks_of(plan: Plan, reader: Reader) -> dict[int, TokenTask | TextTask]:
         try:
             one = task(plan.task, length=length, **settings)
             if isinstance(one, TextTask):
-                one.question(reader.coder, draws_of(0))
+                # Some samples need more room than others: of short texts every one is tried.
+                for number in range(plan.samples if length <= TRIED else 1):
+                    one.question(reader.coder, draws_of(plan.task, length, plan.seed, number))
             elif one.vocab_size > reader.vocab_size:
                 got = f"{reader.vocab_size:,} in {reader.name}"
                 check.fail("checkpoint", f"a vocabulary of at least {one.vocab_size:,}", got)

@@ -92,6 +92,23 @@ def test_one_that_names_another_needle_is_wrong():
     assert cell["high"] == pytest.approx(0.4345, abs=1e-3)
 
 
+def test_a_length_that_some_sample_has_no_room_in_is_refused_before_any_is_read():
+    name, length = "niah-1", 473
+    task = tasks.task(name, length=length)
+    lacking = []
+    for number in range(100):
+        try:
+            task.question(Tokenizer(), tasks.draws_of(name, length, 0, number))
+        except ValueError:
+            lacking.append(number)
+    assert lacking
+    assert lacking[0] > 0  # the first has room
+    reader = Oracle(lambda *_: pytest.fail("it was read"))
+    plan = Plan(lengths=(4096, length), task=name, samples=100)
+    with pytest.raises(ValueError, match=r"^lengths: expected at least"):
+        evaluation.run(QUIET, reader, plan, None)
+
+
 def test_rooms_are_answered_by_the_last_move():
     def room(text):
         who = re.findall(r"Where is (\w+)\?", text)
