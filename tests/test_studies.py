@@ -70,11 +70,12 @@ def test_no_two_variants_of_a_study_are_the_same_model(scripts: Any) -> None:
     studies, _, training = scripts
     for name in set(studies.STUDIES) - {"settings"}:  # there one of each is what it is anyway
         one = studies.STUDIES[name]
-        configs = [
-            training.model_config(one, v).replace(name="").to_dict() for v in one.variants.values()
+        trained = [
+            (v.passed, training.model_config(one, v).replace(name="").to_dict())
+            for v in one.variants.values()
         ]
-        for i, config in enumerate(configs):
-            assert config not in configs[:i], (name, list(one.variants)[i])
+        for i, this in enumerate(trained):
+            assert this not in trained[:i], (name, list(one.variants)[i])
 
 
 def test_a_study_trains_tests_goes_on_and_reports(
@@ -111,6 +112,52 @@ def test_a_study_trains_tests_goes_on_and_reports(
     assert record["cells"]["deltanet / 0"] == first
     assert (tmp_path / "small.png").stat().st_size > 1000
     assert "| deltanet |" in capsys.readouterr().out
+
+
+def test_states_are_passed_on_late_and_with_the_share_that_is_asked(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is a state in which a row of the step before ended, whatever its batch was."""
+    studies, _, training = scripts
+    one = training.Study(
+        what="",
+        task=RecallTask(length=24, pairs=2, keys=4),
+        size=dataclasses.replace(studies.SMALL, vocab_size=9, dim=8),
+        variants={},
+        lengths=(12, 24),
+        steps=10,
+        batch=4,
+        samples=4,
+        equal=False,
+    )
+    seen: list[Any] = []
+
+    def compile_blocks(model: Any) -> Any:
+        def run(tokens: Any, *begun: Any) -> Any:
+            found = model(tokens, *begun)
+            if not begun:  # fresh samples are answered
+                return found
+            (state,) = begun
+            if state is not None:
+                assert len(state) == len(tokens)
+                ended = seen[-1][1].split()
+                for row in state.split():
+                    assert any(
+                        all(map(torch.equal, row.tensors(), other.tensors())) for other in ended
+                    )
+            seen.append((state is not None, found.state))
+            return found
+
+        return run
+
+    monkeypatch.setattr(training, "compile_blocks", compile_blocks)
+    for passed, least, most in ((0.0, 0, 0), (0.5, 1, 5), (1.0, 6, 6)):
+        seen.clear()
+        training.run_cell(one, training.Variant("deltanet", passed=passed), 0)
+        begun = [state for state, _ in seen]
+        assert len(begun) == 10
+        assert not any(begun[:4])
+        assert least <= sum(begun) <= most
 
 
 def test_the_rows_of_a_step_depend_on_its_seed_alone(scripts: Any) -> None:

@@ -134,7 +134,9 @@ def cut(
         parts = [chunks(t, n + first - back) for back in range(past - part, -1, -span)]
         if part:
             parts.insert(0, chunks(t, begin)[:, :, :, :part])
-        return torch.cat(parts, 3).flatten(1, 2)
+        # Contiguous with one head too, where `flatten` is a view: Inductor makes a number of the
+        # strides of that (torch 2.13), and the graph then fails at another length.
+        return torch.cat(parts, 3).flatten(1, 2).contiguous()
 
     q = q_raw = with_past(x.q_raw, 0, 0)
     k = k_raw = with_past(x.k_raw, halo + again, n)

@@ -38,6 +38,8 @@ from atlas_blocks.recipes.text import Corpus, standard_library
 
 # Of a test: samples, and tokens of all of them unless they are too few then.
 FEWEST, MOST, TOKENS, SEGMENT = 5, 100, 2_000_000, 2048
+# Share of the steps before states are passed on: those of what has learnt nothing yet are no use.
+PASSED_FROM = 0.4
 NAMES = {NeedleTask: "niah-1", RecallTask: "recall", MQARTask: "mqar"}
 
 
@@ -45,12 +47,15 @@ NAMES = {NeedleTask: "niah-1", RecallTask: "recall", MQARTask: "mqar"}
 class Variant:
     """layers: a recipe's name, a pattern of them, or block configs. changes: settings of every
     memory layer in it. size: where it is not the study's. x: its place on the plot's axis, for one
-    that has numbers."""
+    that has numbers. passed: after PASSED_FROM of the steps, the share of them whose sequences
+    begin with states in which others of the step before ended (state passing, Buitrago Ruiz and
+    Gu, arXiv 2507.02782): a long text's memory is full before what is asked for is read."""
 
     layers: Layers
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     size: Size | None = None
     x: float | None = None
+    passed: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +189,18 @@ def run_cell(study: Study, variant: Variant, seed: int, *, compiled: bool = True
     run = compile_blocks(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), study.lr, betas=(0.9, 0.95), weight_decay=0.1)
 
+    passing, ended = random.Random(f"passing {seed}"), None
+
     def descend(step: int) -> None:
+        nonlocal ended
         for group in optimizer.param_groups:
             group["lr"] = study.lr * min(1.0, step / 50) * (1 - 0.9 * step / study.steps)
         tokens, targets = drawn(study, size, seed * 1_000_003 + step)
-        logits = run(tokens).logits
+        begun = None
+        if ended and step > PASSED_FROM * study.steps and passing.random() < variant.passed:
+            begun = ended[[passing.randrange(len(ended)) for _ in tokens]]
+        logits, after = run(tokens, begun)
+        ended = after.detach() if variant.passed else None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
         loss.backward()

@@ -12,7 +12,7 @@ from marks import slow_as_it_is
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from atlas_blocks import State, checkpoint_policy
+from atlas_blocks import AtlasMemoryConfig, State, checkpoint_policy
 from atlas_blocks.recipes import build, config, names
 
 # Dynamo instantiates every autograd.Function that it traces, which torch itself warns of.
@@ -98,6 +98,22 @@ def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
                 assert gaps[0] < max(1e-10, 100 * difference(near, true))
                 assert gaps[1] < max(1e-8, 100 * difference(near_gradients, true_gradients))
         assert backend.compiles - before <= 2, "more than one recompile"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own parts
+@pytest.mark.parametrize("heads", [1, 2])
+def test_inductors_graph_serves_any_batch_and_length(heads: int) -> None:
+    """With one head what is cut into chunks was a view, whose strides became numbers."""
+    config = AtlasMemoryConfig(memory="matrix", update="gd", window=1, chunk_size=16)
+    block = config.build(DIM, heads).double()
+    compiled = torch.compile(block, fullgraph=True)
+    for batch, length in ((4, 104), (8, 52), (2, 208), (4, 75)):
+        leaves = [draw(batch, length, DIM).requires_grad_()]
+        leaves += block.parameters()
+        ours, true = (gradients(run(leaves[0])[0], None, leaves) for run in (compiled, block))
+        whole = [torch.cat([g.flatten() for g in grads]) for grads in (ours, true)]
+        assert difference(whole[:1], whole[1:]) < 1e-12
 
 
 @every_kind("memory-mlp-muon-sketch", but=("caching",))
