@@ -90,6 +90,7 @@ STUDIES["state"] = Study(
 
 NEEDLE = NeedleTask(length=832, new_tokens=16)
 NEEDLE_SIZE = dataclasses.replace(_size(384, 64), expansion=2)
+ONE_HEAD = dataclasses.replace(NEEDLE_SIZE, heads=1)
 STUDIES["needle"] = Study(
     what="Trained on needles among at most 832 tokens: up to which length is one found?",
     task=NEEDLE,
@@ -97,10 +98,8 @@ STUDIES["needle"] = Study(
     variants={
         "deltanet": Variant("deltanet"),
         "gated-deltanet": Variant("gated-deltanet"),
-        "deltanet, states passed": Variant("deltanet", passed=0.5),
-        "deltanet, states passed, one head": Variant(
-            "deltanet", size=dataclasses.replace(NEEDLE_SIZE, heads=1), passed=0.5
-        ),
+        "deltanet, one head": Variant("deltanet", size=ONE_HEAD),
+        "deltanet, one head, states passed": Variant("deltanet", size=ONE_HEAD, passed=0.5),
     },
     lengths=(208, 208, 416, 832),
     tests=(208, 832, 8_320, 83_200, 1_048_576),
