@@ -209,6 +209,7 @@ def test_wheel_works_away_from_the_checkout(tmp_path):
     assert "atlas-mag-tiny" in table
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_slow_tests_that_would_begin_too_late_are_skipped() -> None:
     slow = "tests/test_project.py::test_wheel_works_away_from_the_checkout"
     command = (sys.executable, "-m", "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", slow)

@@ -166,9 +166,10 @@ def test_what_was_put_in_is_named(put_in: Callable[[MemoryAsContext], None]) -> 
 @pytest.mark.parametrize(
     "put_in",
     [
-        hooked,
         parametrised,
-        *map(slow_as_it_is, (adapted, biased, another_class, another_method, another_config)),
+        *map(
+            slow_as_it_is, (hooked, adapted, biased, another_class, another_method, another_config)
+        ),
     ],
 )
 def test_compiled_it_is_the_block_as_it_is(put_in: Callable[[MemoryAsContext], None]) -> None:

@@ -125,6 +125,7 @@ def test_every_feature_map_is_bounded_with_muon(memory: str, features: str, gate
     assert_bounded(largest_along_the_stream(block, 2000, 5), memory, "muon")
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_write_is_limited_by_everything_it_writes() -> None:
     """Without momentum to speak of, a gated memory once went to NaN: S_t holds the whole window,
     and the limit on the write knew only its newest token."""

@@ -212,6 +212,7 @@ def test_a_prefix_read_under_inference_mode_is_trained_on(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own doing
 @pytest.mark.parametrize("name", ["attention-plain", "block-lstm"])
 def test_compiled_too_a_prefix_read_under_inference_mode_is_trained_on(name: str) -> None:
@@ -291,6 +292,7 @@ def test_among_fake_tensors_a_call_gives_shapes(name: str) -> None:
         assert shapes(again) == shapes(real(x, first[1]))
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own doing
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("name", ["memory-mlp-gd-sketch", "dot"])

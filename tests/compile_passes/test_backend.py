@@ -140,6 +140,7 @@ def seen(monkeypatch):
     return found
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_mode_options_and_dynamic_are_torchs(seen):
     model, arguments = Model(), inputs()
     true = model(*arguments)
@@ -164,6 +165,7 @@ def test_mode_options_and_dynamic_are_torchs(seen):
         torch.compile(model, backend="atlas", options={"no_such_option": 1})(*arguments)
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_compile_takes_our_choices_by_name(seen):
     model, arguments = Model(), inputs()
     true = model(*arguments)
@@ -208,7 +210,7 @@ def test_compile_asks_for_its_provider_while_the_model_is_traced(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["omeganet-tiny", *map(slow_as_it_is, ("atlas-mag-tiny", "titans-mac-tiny"))]
+    "name", [*map(slow_as_it_is, ("omeganet-tiny", "atlas-mag-tiny", "titans-mac-tiny"))]
 )
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_blocks_of_one_kind_are_compiled_once(monkeypatch, name):

@@ -69,7 +69,7 @@ def gradients(y: Tensor, state: State | None, leaves: list[Tensor]) -> list[Tens
     return list(torch.autograd.grad(outputs, leaves, weights, materialize_grads=True))
 
 
-@every_kind("as-context", "conv", "swiglu", but=BREAKING)
+@every_kind("conv", "swiglu", but=BREAKING)
 def test_one_graph_serves_any_length_forward_and_backward(name: str) -> None:
     """Outputs, the state, and gradients of input, state and parameters; then on from a state."""
     block, backend = make_block(name), Recorder()
@@ -184,7 +184,7 @@ def test_every_tiny_recipe_is_one_graph(name: str) -> None:
     assert backend.compiles <= 2 + (name == "tnt-tiny"), "more than one recompile"
 
 
-@every_kind("as-context", "conv", but=("tnt",))
+@every_kind("conv", but=("tnt",))
 def test_autocast_gives_the_types_and_values_of_eager(name: str) -> None:
     block, x = make_block(name, torch.float32), draw(2, 70, DIM, dtype=torch.float32)
     compiled = torch.compile(block, backend=Recorder(), fullgraph=True)

@@ -61,6 +61,7 @@ def line_of(text: str) -> int:
     return next(i for i, line in enumerate(lines, 1) if line.rstrip().endswith(text))
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_a_graph_break_is_named_by_file_and_line(capsys):
     report = explain(Breaking(), torch.randn(3, 4))
     (found,) = report.breaks
@@ -174,6 +175,7 @@ def test_functions_keywords_and_models_without_gradients():
         explain(lambda x: x, (3,))
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_parameters_keep_their_gradients():
     model = Breaking()
     explain(model, torch.randn(3, 4))

@@ -42,6 +42,7 @@ def memory() -> AtlasMemory:
     return AtlasMemory(32, 2, config.replace(errors="chunk"))
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for a CPU")
 def test_a_provider_asked_for_serves_forward_and_backward():
     block, runs = memory(), []

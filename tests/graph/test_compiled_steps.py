@@ -115,6 +115,7 @@ def test_a_chunk_s_step_is_compiled_once_for_all_lengths(monkeypatch):
     assert 1 <= counter.frame_count <= 2
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 def test_inductor_compiles_a_node_by_default(nodes_compile, monkeypatch):
     """As it does for users: the one such test of the default run."""

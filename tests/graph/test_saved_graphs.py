@@ -40,7 +40,7 @@ def work(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "as-context" else slow_as_it_is(n) for n in NAMES],
+    [n if n == "lstm" else slow_as_it_is(n) for n in NAMES],
 )
 @pytest.mark.usefixtures("nodes_compile")
 def test_a_compiled_backward_finds_it_and_leaves_nothing(name, work):

@@ -11,6 +11,7 @@ from atlas_blocks.kernel_attention.definition import complete, settings
 NAMES = ("dot", pytest.param("attention-plain", marks=pytest.mark.slow))
 
 
+@pytest.mark.slow(compile_nodes=False)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_equals_eager_whatever_the_length(name: str) -> None:

@@ -135,7 +135,7 @@ def walk_calls(memory: str, momentum: bool, errors: str, length: int, monkeypatc
     return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors], settings
 
 
-@pytest.mark.parametrize("memory", [m if m == "matrix" else slow_as_it_is(m) for m in MEMORIES])
+@pytest.mark.parametrize("memory", [slow_as_it_is(m) for m in MEMORIES])
 def test_the_walk_is_an_op(memory, monkeypatch):
     for momentum, errors in itertools.product((True, False), ERRORS):
         tensors, settings = walk_calls(memory, momentum, errors, 6, monkeypatch)

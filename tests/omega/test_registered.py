@@ -194,7 +194,7 @@ def config_of(name: str) -> AtlasMemoryConfig:
     return AtlasMemoryConfig(window=3, chunk_size=4, **LAYERS[name])
 
 
-@pytest.mark.parametrize("name", [n if n == "memory" else slow_as_it_is(n) for n in LAYERS])
+@pytest.mark.parametrize("name", [n if n == "objective" else slow_as_it_is(n) for n in LAYERS])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_a_layer_takes_it(name: str) -> None:
     """In pieces as at once, compiled as eager, every parameter trained, saved and loaded."""

@@ -55,6 +55,7 @@ print(faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc")
+@pytest.mark.slow(compile_nodes=False)
 def test_commands_do_not_give_freed_memory_back_at_every_tensor():
     def faults(**env):
         command = [sys.executable, "-c", FAULTS]

@@ -79,6 +79,7 @@ def check_shares(own, sizes, ranks, tensor, sequence):
             assert own[name] == size // data
 
 
+@pytest.mark.slow(compile_nodes=False)
 def test_two_processes_have_the_losses_of_one(tmp_path):
     check_curves(tmp_path, 2, 4, ["deltanet-tiny", "transformer-tiny"], ["2,1", "1,2"])
 

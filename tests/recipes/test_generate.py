@@ -118,11 +118,12 @@ def test_unequal_prompts_after_a_state():
 
 FIXED = [n for n in names() if n.endswith("-tiny") and not describe.state_grows(config(n))]
 WIDE = ["atlas-170m", "gated-deltanet-170m"]
+QUICK = ["atlas-tiny", "deltanet-tiny"]
 
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in NAMES else pytest.param(n, marks=pytest.mark.slow) for n in (*FIXED, *WIDE)],
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in (*FIXED, *WIDE)],
 )
 def test_a_rows_numbers_do_not_depend_on_the_others(name):
     """To the last bit: alone, among rows at the same place, and where others join and leave."""

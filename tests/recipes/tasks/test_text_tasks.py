@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from marks import slow_as_it_is
 
 from atlas_blocks.recipes import tasks
 from atlas_blocks.recipes.data import Tokenizer, train_tokenizer
@@ -26,7 +27,7 @@ def text_of(question, coder=BYTES):
     return coder.decode(np.concatenate(list(question.tokens())).tolist()).decode()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [slow_as_it_is(n) if n == "babi-qa5" else n for n in NAMES])
 def test_a_prompt_has_the_length_and_the_answer(name):
     for length in (2048, 5001):
         task = tasks.task(name, length=length)
@@ -266,7 +267,7 @@ def read(number, facts, question):
     return next(b for a, t, b in gifts if (a, t) == m.groups())
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, slow_as_it_is(5)])
 def test_a_reader_of_the_facts_answers(number):
     answers, kinds = collections.Counter(), collections.Counter()
     count = 1500
@@ -336,7 +337,7 @@ def test_stories_go_on_by_the_rules():
                     holder[thing] = who
 
 
-@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize("number", [2, 3, slow_as_it_is(5)])
 def test_kinds_of_facts_are_drawn_as_by_babi(number):
     """The kind is drawn first, and kept where anything of it is possible: moving is a third where
     something can be dropped, and half where something can be given and nothing got."""
