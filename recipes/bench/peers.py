@@ -3,7 +3,8 @@
 All have the same dim, heads, width of a head, chunk and kind of memory, and learn by gradient
 descent with momentum. titans-pytorch takes the gradients of all chunks at the weights of the call's
 start, so that nothing is sequential; with batch_size = chunk it takes them at the memory before
-each chunk, as AtlasMemory does.
+each chunk, as AtlasMemory does. It looks at one token at a time, and so does AtlasMemory with a
+window of 1.
 """
 
 from __future__ import annotations
@@ -64,8 +65,7 @@ def entrants(
     layer = _titans(memory, size, CHUNK)
     enter(f"{TITANS}, batch_size={CHUNK}", layer, plain, checked=False, problem=problem)
     enter(BLOCK, _ours(memory, size), backends, checked=True)
-    fresh = _ours(memory, size, errors="chunk")
-    enter(f"{BLOCK}, errors at the chunk's start", fresh, (), checked=True)
+    enter(f"{BLOCK}, a window of 1", _ours(memory, size, window=1), backends, checked=True)
     if memory == "matrix":
         name = "fla, GatedDeltaNet"
         delta, problem = _gated_delta_net(size, device)

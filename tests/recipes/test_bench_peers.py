@@ -80,7 +80,7 @@ def test_a_run_writes_every_figure(run, tmp_path):
     for memory in ("matrix", "mlp"):
         names = [name for mode, name in rows if mode == f"{memory}, forward"]
         assert names[0] == "titans-pytorch"
-        assert len(names) == (8 if memory == "matrix" else 7)
+        assert len(names) == (9 if memory == "matrix" else 8)
         for name in names:
             row = rows[f"{memory}, forward", name]
             if name.startswith("fla"):
@@ -103,7 +103,7 @@ def test_all_have_the_same_memory_and_gradients_everywhere():
         found = peers.entrants(memory, size, CPU, ())
         ours = [e for e in found if e.checked]
         assert [len(list(e.model.memory.parameters())) for e in ours] == [weights, weights]
-        assert [e.model.config.rule.errors for e in ours] == ["online", "chunk"]
+        assert [e.model.config.rule.window for e in ours] == [peers.WINDOW, 1]
         for entrant in found:
             if entrant.model is not None:
                 subject = subjects.Subject(entrant.model, subjects.EAGER, subjects.BOTH, size)
